@@ -1,0 +1,118 @@
+"""What a loader is: its SPEC, and the Backend that an engine holds one instance of."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from app.core.library import ModelEntry, ModelFormat
+from app.core.memory import Estimate, Machine
+from app.core.stack import AdapterStack
+from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
+
+
+class Capability(StrEnum):
+    """The columns of the loader table. A claimed capability is executed by the conformance tests."""
+
+    LORA = "1 LoRA"
+    MULTI_LORA = "2+ LoRAs"
+    TRAIN = "train"
+    VISION = "vision"
+    PERPLEXITY = "perplexity"
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """A loader, described without its library.
+
+    Attributes:
+        id: file name of the loader's module, and what `--loader` takes.
+        title: what people call it.
+        summary: one sentence: what it is for.
+        formats: which models it loads.
+        environment: name of the Python environment its engine runs in.
+        capabilities: what it can do today; only what a test executes.
+        options: msgspec struct of its options (see core.options).
+        sampling: names of the core.sampling.Sampling fields that it serves.
+        estimate: bytes that a load of this model with these options (the struct) will take on this machine.
+        refuses: why this loader cannot take this very model, in a sentence; "" when it can.
+        needs_cuda: it runs on NVIDIA GPUs only.
+        rank: the lower, the sooner it is chosen for a model that several can load.
+    """
+
+    id: str
+    title: str
+    summary: str
+    formats: frozenset[ModelFormat]
+    environment: str
+    capabilities: frozenset[Capability] = frozenset()
+    options: type[msgspec.Struct]
+    sampling: frozenset[str]
+    estimate: Callable[[ModelEntry, Any, Machine], Estimate]
+    refuses: Callable[[ModelEntry], str] = lambda _: ""
+    needs_cuda: bool = False
+    rank: int = 100
+
+
+class Report(Protocol):
+    """How a backend speaks while it works. All methods may be called from any thread and never block for long."""
+
+    def progress(self, phase: str, done: float = 0, total: float = 0, unit: str = "") -> None:
+        """Say how far it is; the host thins this out to 30 a second."""
+        ...
+
+    def tokens(self, text: str, count: int, row: int = 0) -> None:
+        """Hand on generated text; the host batches this to one event every 16 ms."""
+        ...
+
+    def loaded(self, event: Loaded) -> None:
+        """Say what was loaded."""
+        ...
+
+    def log(self, level: Literal["debug", "info", "warning", "error"], text: str) -> None:
+        """Write to the engine's log; warnings and errors are shown."""
+        ...
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether Cancel has come for the command at work. Look often."""
+        ...
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Have `callback` run (in the reader thread) as soon as Cancel comes for the command at work."""
+        ...
+
+
+class Backend(abc.ABC):
+    """A loader's code. One instance lives in one engine and holds at most one model.
+
+    Methods run one at a time in the engine's main thread. They raise WeftError for what a user can act
+    on; MemoryError and a library's own out-of-memory errors are turned into OUT_OF_MEMORY by the host where it knows them.
+    """
+
+    @abc.abstractmethod
+    def libraries(self) -> dict[str, str]:
+        """Versions of the libraries it runs on. Imports nothing heavy (importlib.metadata)."""
+
+    @abc.abstractmethod
+    def load(self, request: Load, report: Report) -> None:
+        """Load a model, in place of the one before; report Loaded. Raises WeftError and leaves nothing loaded on failure."""
+
+    @abc.abstractmethod
+    def unload(self) -> None:
+        """Drop the model. Does nothing when none is loaded."""
+
+    @abc.abstractmethod
+    def generate(self, request: Generate, report: Report) -> Generated:
+        """Answer or continue, reporting tokens. When cancelled: returns with finish_reason `cancelled`."""
+
+    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
+        """Replace the adapter stack. Loaders without LORA in their SPEC are never asked."""
+        raise NotImplementedError
+
+    def score(self, request: Score, report: Report) -> Scored:
+        """Perplexity of a text. Loaders without PERPLEXITY in their SPEC are never asked."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""The child-process machinery: no Qt, no machine-learning library."""

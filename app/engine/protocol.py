@@ -1,0 +1,224 @@
+"""Commands and Events: what travels over an engine's stdin and stdout, one JSON line each.
+
+The parent sends Commands, the child answers with Events. Every command has an `id`; all events that
+concern it carry that id. Each command ends with exactly one terminal event: Done or Failed. The child
+works off commands one at a time in order, except Cancel and Ping, which its reader thread takes at once.
+A death without a terminal event means that the child crashed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from app.core.conversation import Message
+from app.core.library import ModelEntry
+from app.core.options import OptionValue
+from app.core.sampling import Sampling
+from app.core.stack import AdapterStack
+
+VERSION = 1
+MAX_LINE = 16 * 1024 * 1024  # bytes; a longer line ends the connection on either side
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    id: int = 0
+
+
+# Commands --------------------------------------------------------------------------------------
+
+
+class Load(_Message, tag="load"):
+    """Load a model. `options` are fields of the loader's options struct, checked by the child too."""
+
+    model: ModelEntry
+    options: dict[str, OptionValue] = {}
+    adapters: AdapterStack = AdapterStack()
+    trust_remote_code: bool = False
+
+
+class Unload(_Message, tag="unload"):
+    """Forget the model and give its memory back as far as the library can."""
+
+
+class SetAdapters(_Message, tag="set_adapters"):
+    """Replace the whole adapter stack."""
+
+    adapters: AdapterStack
+
+
+class Generate(_Message, tag="generate"):
+    """Answer a conversation, or continue a raw text.
+
+    Attributes:
+        messages: the conversation, oldest first, rendered through the model's chat template.
+        prompt: raw text instead; then `messages` is empty and no template is used.
+        continue_last: the last message is the assistant's and is to be continued, not answered.
+        reserve: tokens kept free for the answer when old turns must go to fit the context.
+    """
+
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    continue_last: bool = False
+    sampling: Sampling = Sampling()
+    reserve: int = 256
+    images: tuple[str, ...] = ()
+
+
+class Score(_Message, tag="score"):
+    """Perplexity of a text: each token scored once with at most window-1 tokens before it."""
+
+    text: str
+    window: int = 0  # 0: the loaded context
+    stride: int = 0  # 0: the window
+
+
+class RunTask(_Message, tag="run_task"):
+    """Run a long task by name, with JSON parameters, in this child."""
+
+    task: str
+    parameters: str = "{}"
+
+
+class Cancel(_Message, tag="cancel"):
+    """Stop the command whose id is `target` as soon as possible; it ends as its kind says (Done, `cancelled`, or Failed, `cancelled`)."""
+
+    target: int
+
+
+class Ping(_Message, tag="ping"):
+    """Are you alive? Answered by the reader thread with Pong of the same id."""
+
+
+class Shutdown(_Message, tag="shutdown"):
+    """Finish the command at hand, then exit."""
+
+
+Command = Load | Unload | SetAdapters | Generate | Score | RunTask | Cancel | Ping | Shutdown
+
+# Events ----------------------------------------------------------------------------------------
+
+
+class Ready(_Message, tag="ready"):
+    """The handshake, the child's first line. A wrong `version` is refused by the parent."""
+
+    version: int
+    backend: str
+    pid: int
+    python: str = ""
+    libraries: dict[str, str] = {}  # name to version, of what the backend runs on
+
+
+class Loaded(_Message, tag="loaded"):
+    """A model is loaded (not terminal: Done follows).
+
+    Attributes:
+        context: tokens that prompt and answer share as loaded.
+        device: where it runs, in words ("CPU, 2 threads", "NVIDIA … 24 of 33 layers").
+        memory: bytes that the load added to this process and its devices, measured; 0 when unknown.
+        seconds: how long the load took.
+        has_template: a chat template was found; otherwise a plain one is used and that is said.
+        notes: sentences worth showing (an option that had no effect, a fallback).
+    """
+
+    context: int
+    device: str = ""
+    memory: int = 0
+    seconds: float = 0.0
+    has_template: bool = True
+    notes: tuple[str, ...] = ()
+
+
+class Tokens(_Message, tag="tokens"):
+    """A batch of generated text: what came since the last one.
+
+    `count` is the number of tokens in this batch; `row` the row of a batched generation.
+    """
+
+    text: str
+    count: int
+    row: int = 0
+
+
+class ProgressEvent(_Message, tag="progress"):
+    """How far a command is. See core.jobs.Progress for the fields."""
+
+    phase: str
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+
+
+class Metric(_Message, tag="metric"):
+    """Named numbers at a step of a task (loss, learning rate, tokens per second)."""
+
+    step: int
+    values: dict[str, float]
+
+
+class Log(_Message, tag="log"):
+    """A sentence for the log, and for the window when level is warning or error."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    text: str
+
+
+class Pong(_Message, tag="pong"):
+    """Answer to Ping. `busy` is the id of the command at work, 0 for none."""
+
+    busy: int = 0
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True, tag="generated"):
+    """What a generation took.
+
+    Attributes:
+        tokens: generated. prompt_tokens: of the whole prompt. reused_tokens: of those, found in the cache.
+        prompt_seconds: reading the prompt. seconds: generating, after the first token.
+        dropped_messages: how many of the oldest messages did not fit and were left out of the prompt.
+        seed: the seed that was used.
+    """
+
+    finish_reason: FinishReason
+    tokens: int
+    prompt_tokens: int
+    reused_tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+    dropped_messages: int = 0
+    seed: int = 0
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):
+    """Perplexity of a text. `nll` is the mean negative log-likelihood in nats over `tokens` scored tokens."""
+
+    nll: float
+    perplexity: float
+    tokens: int
+
+
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True, tag="task_result"):
+    """A task's result, as JSON."""
+
+    json: str
+
+
+class Done(_Message, tag="done"):
+    """The command with this id ended well."""
+
+    result: Generated | Scored | TaskResult | None = None
+
+
+class Failed(_Message, tag="failed"):
+    """The command with this id failed. `kind` is an ErrorKind; `detail` a traceback for the log, or ""."""
+
+    kind: str
+    message: str
+    hint: str = ""
+    detail: str = ""
+
+
+Event = Ready | Loaded | Tokens | ProgressEvent | Metric | Log | Pong | Done | Failed

@@ -1,0 +1,1 @@
+"""SQLite and settings: what Weft remembers."""

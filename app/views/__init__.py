@@ -1,0 +1,1 @@
+"""Widgets: no files, no processes, no machine learning."""
