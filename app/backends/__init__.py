@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from app.backends.base import Backend, Spec
 from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry
 
 
 @functools.cache
@@ -31,3 +33,42 @@ def backend_class(loader: str) -> type[Backend]:
     if loader not in specs():
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no loader {loader!r}.", f"Loaders are: {', '.join(specs())}.")
     return importlib.import_module(f"{__name__}.{loader}").Backend
+
+
+def refusal(spec: Spec, model: ModelEntry, *, cuda: bool) -> str:
+    """Why a loader cannot take a model on this machine, in a sentence; "" when it can."""
+    if model.problem:
+        return model.problem
+    if model.format not in spec.formats:
+        return f"{spec.title} does not load {model.format.value} models."
+    if spec.needs_cuda and not cuda:
+        return f"{spec.title} needs an NVIDIA graphics card."
+    return spec.refuses(model)
+
+
+def choose(model: ModelEntry, *, ready: Callable[[str], bool], cuda: bool = False, preferred: str = "") -> Spec:
+    """The loader for a model: the preferred one if it can; else the best whose environment is ready; else the best.
+
+    Args:
+        ready: whether the environment of this name is installed.
+        preferred: a loader's id, chosen by the user or saved with the model.
+
+    Raises:
+        WeftError: UNSUPPORTED when no loader takes the model (or the preferred one does not), with the reason.
+    """
+    if preferred:
+        spec = specs().get(preferred)
+        if spec is None:
+            raise WeftError(ErrorKind.NOT_FOUND, f"There is no loader {preferred!r}.", f"Loaders are: {', '.join(specs())}.")
+        if reason := refusal(spec, model, cuda=cuda):
+            raise WeftError(ErrorKind.UNSUPPORTED, f"{model.name}: {reason}", "Choose another loader, or leave it to Weft.")
+        return spec
+    able = [spec for spec in specs().values() if not refusal(spec, model, cuda=cuda)]
+    if not able:
+        reasons = {refusal(spec, model, cuda=cuda) for spec in specs().values() if model.format in spec.formats}
+        raise WeftError(
+            ErrorKind.CORRUPT if model.problem else ErrorKind.UNSUPPORTED,
+            f"{model.name}: {' '.join(sorted(reasons)) or f'no loader takes {model.format.value} models yet.'}",
+            "Download the model again." if model.problem else "Run `weft loaders` to see what each loader takes.",
+        )
+    return next((spec for spec in able if ready(spec.environment)), able[0])

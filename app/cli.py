@@ -1,0 +1,325 @@
+"""The command line: the window's tasks, headless. Thin: it parses, calls the rooms below, and prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app import __version__
+from app.backends import choose, refusal, specs
+from app.backends.base import Capability, Spec
+from app.core.conversation import Message
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
+from app.core.library import AdapterEntry, ModelEntry
+from app.core.options import build, describe, parse_assignments, parse_value
+from app.core.paths import Paths, default_paths
+from app.core.sampling import Sampling
+from app.engine import launch, machine, protocol
+from app.engine.client import EngineClient
+from app.engine.environments import Environments, EnvironmentState
+from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        return parsed.run(parsed)
+    except WeftError as error:
+        if error.kind is ErrorKind.CANCELLED:
+            return INTERRUPTED
+        print_error(error)
+        return FAILED
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`weft models | head`): not an error of ours.
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="weft", description="Run language models on your own machine. Without arguments: the window.")
+    parser.add_argument("--version", action="version", version=f"weft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    loaders = commands.add_parser("loaders", help="what each loader can do on this machine, with reasons")
+    loaders.set_defaults(run=_loaders)
+    models = commands.add_parser("models", help="the models in the library")
+    models.set_defaults(run=_models)
+    adapters = commands.add_parser("adapters", help="the adapters in the library")
+    adapters.set_defaults(run=_adapters)
+    for command in (models, adapters):
+        command.add_argument("--root", action="append", type=Path, default=[], metavar="DIR", help="look only here (may be repeated)")
+
+    chat = commands.add_parser("chat", help="talk to a model; without -p, a conversation")
+    chat.set_defaults(run=_chat)
+    chat.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a path")
+    chat.add_argument("-p", "--prompt", help="one prompt, then exit")
+    chat.add_argument("--system", default="", metavar="S", help="the system prompt")
+    chat.add_argument("--loader", default="", help="one of: " + ", ".join(specs()))
+    chat.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)")
+    for field in describe(Sampling):
+        chat.add_argument(
+            f"--{field.name.replace('_', '-')}", dest=f"sampling_{field.name}", metavar="V", help=field.help.replace("%", "%%")
+        )
+    for command in (loaders, models, adapters, chat):
+        command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+# The library -----------------------------------------------------------------------------------
+
+
+def _loaders(parsed: argparse.Namespace) -> int:
+    here = machine.probe()
+    environments = Environments(default_paths().environments)
+    rows: list[dict[str, Any]] = []
+    for spec in specs().values():
+        state = environments.state(spec.environment)
+        reason = ""
+        if spec.needs_cuda and not here.gpus:
+            reason = "needs an NVIDIA graphics card"
+        elif state is not EnvironmentState.READY:
+            reason = f"its environment {spec.environment!r} is {state.value}; it is installed on first use"
+        rows.append(
+            {
+                "id": spec.id,
+                "title": spec.title,
+                "formats": sorted(f.value for f in spec.formats),
+                "environment": spec.environment,
+                "available": not (spec.needs_cuda and not here.gpus),
+                "ready": not reason,
+                "reason": reason,
+                "capabilities": {c.value: c in spec.capabilities for c in Capability},
+            }
+        )
+    if parsed.json:
+        _print_json(rows)
+        return DONE
+    header = ["loader", "loads", *(c.value for c in Capability), "here"]
+    cells = [
+        [
+            row["id"],
+            ", ".join(row["formats"]),
+            *("yes" if row["capabilities"][c.value] else "no" for c in Capability),
+            row["reason"] or "ready",
+        ]
+        for row in rows
+    ]
+    print(table(header, cells))
+    return DONE
+
+
+def _models(parsed: argparse.Namespace) -> int:
+    entries = [entry for entry in _library(parsed.root) if isinstance(entry, ModelEntry)]
+    if parsed.json:
+        _print_json(entries)
+        return DONE
+    _print_table(
+        ["name", "format", "architecture", "parameters", "size", "context", "where"],
+        [
+            [
+                entry.name,
+                f"{entry.format.value} {entry.quantization}".strip(),
+                entry.architecture or "–",
+                readable_count(entry.parameters),
+                readable_bytes(entry.bytes),
+                str(entry.shape.context or "–"),
+                f"{entry.path}{f'  ({entry.problem})' if entry.problem else ''}",
+            ]
+            for entry in entries
+        ],
+        "No models found. Try `weft chat starter`.",
+    )
+    return DONE
+
+
+def _adapters(parsed: argparse.Namespace) -> int:
+    entries = [entry for entry in _library(parsed.root) if isinstance(entry, AdapterEntry)]
+    if parsed.json:
+        _print_json(entries)
+        return DONE
+    _print_table(
+        ["name", "kind", "rank", "alpha", "base", "size", "where"],
+        [
+            [
+                entry.name,
+                entry.kind,
+                str(entry.rank or "–"),
+                f"{entry.alpha:g}" if entry.alpha else "–",
+                entry.base or "–",
+                readable_bytes(entry.bytes),
+                f"{entry.path}{f'  ({entry.problem})' if entry.problem else ''}",
+            ]
+            for entry in entries
+        ],
+        "No adapters found.",
+    )
+    return DONE
+
+
+def _library(roots: Sequence[Path]) -> list[ModelEntry | AdapterEntry]:
+    raise NotImplementedError
+
+
+def _find_model(name: str) -> ModelEntry:
+    raise NotImplementedError
+
+
+# Chat ------------------------------------------------------------------------------------------
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    sampling = _sampling(parsed)
+    paths = default_paths()
+    environments = Environments(paths.environments)
+    model = _find_model(parsed.model)
+    spec = choose(
+        model,
+        ready=lambda name: environments.state(name) is EnvironmentState.READY,
+        cuda=bool(machine.probe().gpus),
+        preferred=parsed.loader,
+    )
+    options = parse_assignments(spec.options, parsed.option)
+    build(spec.options, options)  # wrong values are refused before anything is started
+    with _engine(spec, paths, environments) as engine:
+        _load(engine, model, options)
+        if parsed.prompt is not None:
+            answer = _answer(engine, _conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
+            if parsed.json:
+                _print_json(answer)
+            return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
+        return _converse(engine, parsed, sampling)
+
+
+def _sampling(parsed: argparse.Namespace) -> Sampling:
+    given = {f.name: (f, getattr(parsed, f"sampling_{f.name}")) for f in describe(Sampling)}
+    values = {name: parse_value(field, text) for name, (field, text) in given.items() if text is not None}
+    return build(Sampling, values)
+
+
+def _conversation(system: str, *turns: str) -> list[Message]:
+    messages = [Message(role="system", content=system)] if system else []
+    return messages + [Message(role="user", content=turn) for turn in turns]
+
+
+@contextlib.contextmanager
+def _engine(spec: Spec, paths: Paths, environments: Environments) -> Iterator[EngineClient]:
+    if environments.state(spec.environment) is not EnvironmentState.READY:
+        environments.install_for_command_line(spec.environment)
+    engine = launch.engine_for(spec.id, paths)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+def _load(engine: EngineClient, model: ModelEntry, options: dict[str, Any]) -> None:
+    line = ProgressLine()
+    line.show(Progress(phase=f"Loading {model.name}"))
+    try:
+        for event in engine.call(protocol.Load(model=model, options=options)):
+            if isinstance(event, protocol.ProgressEvent):
+                line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
+            elif isinstance(event, protocol.Loaded):
+                line.clear()
+                for note in event.notes:
+                    print(f"note: {note}", file=sys.stderr)
+    finally:
+        line.clear()
+
+
+def _answer(engine: EngineClient, messages: Sequence[Message], sampling: Sampling, *, quiet: bool = False) -> dict[str, Any]:
+    """Stream one answer to stdout; Ctrl+C stops it and keeps what came. Returns what `chat --json` prints."""
+    started = time.perf_counter()
+    first = 0.0
+    text: list[str] = []
+    result: protocol.Generated | None = None
+    line = ProgressLine()
+    command = engine.send(protocol.Generate(messages=tuple(messages), sampling=sampling))
+    while result is None:
+        try:
+            event = engine.next_event(None)
+        except KeyboardInterrupt:
+            engine.cancel(command)
+            continue
+        engine.raise_if_ended(command, event)
+        if isinstance(event, protocol.Tokens) and event.text:
+            line.clear()
+            first = first or time.perf_counter() - started
+            text.append(event.text)
+            if not quiet:
+                print(event.text, end="", flush=True)
+        elif isinstance(event, protocol.ProgressEvent):
+            line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
+        elif isinstance(event, protocol.Done) and event.id == command:
+            assert isinstance(event.result, protocol.Generated)
+            result = event.result
+    line.clear()
+    if not quiet:
+        print(flush=True)
+    if result.dropped_messages:
+        print(f"note: the {result.dropped_messages} oldest messages no longer fit into the context", file=sys.stderr)
+    return {
+        "text": "".join(text),
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens / result.seconds if result.seconds > 0 else 0.0,
+        "time_to_first_token": first,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "reused_tokens": result.reused_tokens,
+        "dropped_messages": result.dropped_messages,
+        "seed": result.seed,
+    }
+
+
+def _converse(engine: EngineClient, parsed: argparse.Namespace, sampling: Sampling) -> int:
+    """Turns from stdin until its end (Ctrl+D); Ctrl+C stops an answer, and at the prompt leaves."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and a history)
+        print(f"Talking to {parsed.model}. Ctrl+C stops an answer, Ctrl+D ends.", file=sys.stderr)
+    messages = _conversation(parsed.system)
+    answers: list[dict[str, Any]] = []
+    while True:
+        try:
+            turn = input("› " if interactive else "")
+        except EOFError:
+            break
+        if not turn.strip():
+            continue
+        messages.append(Message(role="user", content=turn))
+        answer = _answer(engine, messages, sampling, quiet=parsed.json)
+        messages.append(Message(role="assistant", content=answer["text"]))
+        answers.append(answer)
+    if parsed.json:
+        _print_json(answers)
+    elif interactive:
+        print(file=sys.stderr)
+    return DONE
+
+
+# Output ----------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+    print(table(header, rows) if rows else empty)
