@@ -1,0 +1,128 @@
+"""The schema of Weft's database, as numbered steps. Entry n brings version n to version n + 1.
+
+A step that has shipped is never edited: add another one. `Database` runs each in its own transaction,
+after a backup of the file.
+"""
+
+from __future__ import annotations
+
+_FIRST = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    title TEXT NOT NULL DEFAULT '',
+    created REAL NOT NULL,
+    modified REAL NOT NULL,
+    pinned INTEGER NOT NULL DEFAULT 0,
+    system TEXT NOT NULL DEFAULT '',
+    sampling TEXT NOT NULL DEFAULT '{}',
+    model TEXT NOT NULL DEFAULT '',
+    leaf INTEGER NOT NULL DEFAULT 0,
+    deleted REAL,  -- when it was put into the bin; NULL while it is shown
+    indexed INTEGER NOT NULL DEFAULT 0  -- 0: its title is not yet in `search`
+);
+CREATE INDEX conversations_shown ON conversations (pinned DESC, modified DESC, id DESC) WHERE deleted IS NULL;
+CREATE INDEX conversations_unindexed ON conversations (id) WHERE indexed = 0;
+
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+    parent INTEGER NOT NULL DEFAULT 0,
+    role TEXT NOT NULL CHECK (role IN ('system', 'user', 'assistant')),
+    content TEXT NOT NULL DEFAULT '',
+    created REAL NOT NULL,
+    statistics TEXT,
+    complete INTEGER NOT NULL DEFAULT 1,
+    indexed INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX messages_conversation ON messages (conversation, id);
+CREATE INDEX messages_unindexed ON messages (id) WHERE indexed = 0;
+
+-- Full text: rowid is a message's id, or minus a conversation's id for its title.
+CREATE VIRTUAL TABLE search USING fts5 (text, tokenize = 'unicode61 remove_diacritics 2', prefix = '2 3');
+CREATE TRIGGER messages_forget AFTER DELETE ON messages BEGIN
+    DELETE FROM search WHERE rowid = old.id;
+END;
+CREATE TRIGGER conversations_forget AFTER DELETE ON conversations BEGIN
+    DELETE FROM search WHERE rowid = -old.id;
+END;
+
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    task TEXT NOT NULL,
+    title TEXT NOT NULL,
+    resource TEXT NOT NULL DEFAULT 'cpu',
+    state TEXT NOT NULL DEFAULT 'queued',
+    parameters TEXT NOT NULL DEFAULT '{}',
+    progress TEXT,
+    message TEXT NOT NULL DEFAULT '',
+    hint TEXT NOT NULL DEFAULT '',
+    log TEXT NOT NULL DEFAULT '',
+    created REAL NOT NULL,
+    started REAL NOT NULL DEFAULT 0,
+    ended REAL NOT NULL DEFAULT 0,
+    owner INTEGER NOT NULL DEFAULT 0,  -- process that runs it,
+    owner_started REAL NOT NULL DEFAULT 0  -- and when that began, because process ids are used again
+);
+CREATE INDEX jobs_state ON jobs (state);
+
+CREATE TABLE models (
+    id TEXT PRIMARY KEY,
+    root TEXT NOT NULL,
+    name TEXT NOT NULL,
+    sort_name TEXT NOT NULL,
+    haystack TEXT NOT NULL,  -- what the filter looks through, case-folded
+    path TEXT NOT NULL,
+    format TEXT NOT NULL,
+    quantization TEXT NOT NULL,
+    architecture TEXT NOT NULL,
+    parameters INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    context INTEGER NOT NULL,
+    modified REAL NOT NULL,
+    problem TEXT NOT NULL,
+    signature TEXT NOT NULL,
+    entry BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX models_name ON models (sort_name, id);
+CREATE INDEX models_root ON models (root);
+
+CREATE TABLE adapters (
+    id TEXT PRIMARY KEY,
+    root TEXT NOT NULL,
+    name TEXT NOT NULL,
+    sort_name TEXT NOT NULL,
+    haystack TEXT NOT NULL,
+    path TEXT NOT NULL,
+    format TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    base TEXT NOT NULL,
+    rank INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    modified REAL NOT NULL,
+    problem TEXT NOT NULL,
+    signature TEXT NOT NULL,
+    entry BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX adapters_name ON adapters (sort_name, id);
+CREATE INDEX adapters_root ON adapters (root);
+
+-- Kept apart from the index, so that a folder that goes and comes back keeps them.
+CREATE TABLE usage (
+    id TEXT PRIMARY KEY,
+    last_used REAL NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE model_options (
+    model TEXT NOT NULL,
+    loader TEXT NOT NULL,
+    options TEXT NOT NULL,
+    PRIMARY KEY (model, loader)
+) WITHOUT ROWID;
+CREATE TABLE model_choices (
+    model TEXT PRIMARY KEY,
+    loader TEXT,  -- NULL: chosen for it
+    trusted_code TEXT NOT NULL DEFAULT ''  -- digest of the custom code that the user allowed
+) WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST,)
