@@ -1,0 +1,1 @@
+"""Stand-ins for the outside world: a hub, an engine, files on disk."""
