@@ -51,7 +51,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="weft", description="Run language models on your own machine. Without arguments: the window.")
+    parser = argparse.ArgumentParser(
+        prog="weft", description="Run language models on your own machine. Without arguments: the window."
+    )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -62,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     adapters = commands.add_parser("adapters", help="the adapters in the library")
     adapters.set_defaults(run=_adapters)
     for command in (models, adapters):
-        command.add_argument("--root", action="append", type=Path, default=[], metavar="DIR", help="look only here (may be repeated)")
+        command.add_argument(
+            "--root", action="append", type=Path, default=[], metavar="DIR", help="look only here (may be repeated)"
+        )
 
     chat = commands.add_parser("chat", help="talk to a model; without -p, a conversation")
     chat.set_defaults(run=_chat)
@@ -70,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("-p", "--prompt", help="one prompt, then exit")
     chat.add_argument("--system", default="", metavar="S", help="the system prompt")
     chat.add_argument("--loader", default="", help="one of: " + ", ".join(specs()))
-    chat.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)")
+    chat.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)"
+    )
     for field in describe(Sampling):
         chat.add_argument(
-            f"--{field.name.replace('_', '-')}", dest=f"sampling_{field.name}", metavar="V", help=field.help.replace("%", "%%")
+            f"--{field.name.replace('_', '-')}",
+            dest=f"sampling_{field.name}",
+            metavar="V",
+            help=field.help.replace("%", "%%"),
         )
     for command in (loaders, models, adapters, chat):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -243,7 +252,9 @@ def _load(engine: EngineClient, model: ModelEntry, options: dict[str, Any]) -> N
         line.clear()
 
 
-def _answer(engine: EngineClient, messages: Sequence[Message], sampling: Sampling, *, quiet: bool = False) -> dict[str, Any]:
+def _answer(
+    engine: EngineClient, messages: Sequence[Message], sampling: Sampling, *, quiet: bool = False
+) -> dict[str, Any]:
     """Stream one answer to stdout; Ctrl+C stops it and keeps what came. Returns what `chat --json` prints."""
     started = time.perf_counter()
     first = 0.0

@@ -59,9 +59,13 @@ def choose(model: ModelEntry, *, ready: Callable[[str], bool], cuda: bool = Fals
     if preferred:
         spec = specs().get(preferred)
         if spec is None:
-            raise WeftError(ErrorKind.NOT_FOUND, f"There is no loader {preferred!r}.", f"Loaders are: {', '.join(specs())}.")
+            raise WeftError(
+                ErrorKind.NOT_FOUND, f"There is no loader {preferred!r}.", f"Loaders are: {', '.join(specs())}."
+            )
         if reason := refusal(spec, model, cuda=cuda):
-            raise WeftError(ErrorKind.UNSUPPORTED, f"{model.name}: {reason}", "Choose another loader, or leave it to Weft.")
+            raise WeftError(
+                ErrorKind.UNSUPPORTED, f"{model.name}: {reason}", "Choose another loader, or leave it to Weft."
+            )
         return spec
     able = [spec for spec in specs().values() if not refusal(spec, model, cuda=cuda)]
     if not able:

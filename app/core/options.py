@@ -219,9 +219,16 @@ def parse_value(field: OptionField, text: str) -> OptionValue:
         return None
     try:
         if field.kind == "bool":
-            return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
-                word
-            ]
+            return {
+                "true": True,
+                "1": True,
+                "yes": True,
+                "on": True,
+                "false": False,
+                "0": False,
+                "no": False,
+                "off": False,
+            }[word]
         if field.kind == "int":
             return int(word.replace("_", ""))
         if field.kind == "float":

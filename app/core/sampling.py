@@ -17,7 +17,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     temperature: Annotated[
         float,
-        option("Temperature", "Higher is more varied. 0 always takes the likeliest token.", ge=0, le=5, group="Sampling"),
+        option(
+            "Temperature", "Higher is more varied. 0 always takes the likeliest token.", ge=0, le=5, group="Sampling"
+        ),
     ] = 0.8
     top_k: Annotated[
         int, option("Top-k", "Keep only the k likeliest tokens. 0 keeps all.", ge=0, le=100_000, group="Sampling")
@@ -25,7 +27,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top_p: Annotated[
         float,
         option(
-            "Top-p", "Keep the likeliest tokens that together reach this probability. 1 keeps all.", ge=0, le=1, group="Sampling"
+            "Top-p",
+            "Keep the likeliest tokens that together reach this probability. 1 keeps all.",
+            ge=0,
+            le=1,
+            group="Sampling",
         ),
     ] = 0.95
     min_p: Annotated[
@@ -62,12 +68,22 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     frequency_penalty: Annotated[
         float,
         option(
-            "Frequency penalty", "Lowers a token's logit once for each time it was seen. 0 is off.", ge=-2, le=2, group="Repetition"
+            "Frequency penalty",
+            "Lowers a token's logit once for each time it was seen. 0 is off.",
+            ge=-2,
+            le=2,
+            group="Repetition",
         ),
     ] = 0.0
     presence_penalty: Annotated[
         float,
-        option("Presence penalty", "Lowers the logit of every token seen at all. 0 is off.", ge=-2, le=2, group="Repetition"),
+        option(
+            "Presence penalty",
+            "Lowers the logit of every token seen at all. 0 is off.",
+            ge=-2,
+            le=2,
+            group="Repetition",
+        ),
     ] = 0.0
     penalty_range: Annotated[
         int,
@@ -93,20 +109,49 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 0.0
     dry_base: Annotated[
         float,
-        option("DRY base", "How fast the DRY penalty grows with the length of the repetition.", ge=1, le=8, group="Repetition", advanced=True),
+        option(
+            "DRY base",
+            "How fast the DRY penalty grows with the length of the repetition.",
+            ge=1,
+            le=8,
+            group="Repetition",
+            advanced=True,
+        ),
     ] = 1.75
     dry_allowed_length: Annotated[
         int,
-        option("DRY allowed length", "Repetitions up to this length are free.", ge=1, le=1024, unit="tokens", group="Repetition", advanced=True),
+        option(
+            "DRY allowed length",
+            "Repetitions up to this length are free.",
+            ge=1,
+            le=1024,
+            unit="tokens",
+            group="Repetition",
+            advanced=True,
+        ),
     ] = 2
     dry_range: Annotated[
         int,
-        option("DRY range", "How far back DRY looks. -1 is the whole context.", ge=-1, unit="tokens", group="Repetition", advanced=True),
+        option(
+            "DRY range",
+            "How far back DRY looks. -1 is the whole context.",
+            ge=-1,
+            unit="tokens",
+            group="Repetition",
+            advanced=True,
+        ),
     ] = -1
     seed: (
         Annotated[
             int,
-            option("Seed", "The same seed gives the same answer.", ge=0, le=2**32 - 2, automatic="a new one each time", group="Length and stopping"),
+            option(
+                "Seed",
+                "The same seed gives the same answer.",
+                ge=0,
+                le=2**32 - 2,
+                automatic="a new one each time",
+                group="Length and stopping",
+            ),
         ]
         | None
     ) = None
@@ -114,7 +159,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Annotated[
             int,
             option(
-                "Longest answer", "Stop after this many tokens.", ge=1, unit="tokens", automatic="until the context is full", group="Length and stopping"
+                "Longest answer",
+                "Stop after this many tokens.",
+                ge=1,
+                unit="tokens",
+                automatic="until the context is full",
+                group="Length and stopping",
             ),
         ]
         | None
@@ -130,11 +180,23 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = ""
     grammar: Annotated[
         str,
-        option("Grammar", "A GBNF grammar that the answer must follow.", multiline=True, group="Shape of the answer", advanced=True),
+        option(
+            "Grammar",
+            "A GBNF grammar that the answer must follow.",
+            multiline=True,
+            group="Shape of the answer",
+            advanced=True,
+        ),
     ] = ""
     json_schema: Annotated[
         str,
-        option("JSON schema", "A JSON schema that the answer must follow.", multiline=True, group="Shape of the answer", advanced=True),
+        option(
+            "JSON schema",
+            "A JSON schema that the answer must follow.",
+            multiline=True,
+            group="Shape of the answer",
+            advanced=True,
+        ),
     ] = ""
 
     def stop_strings(self) -> tuple[str, ...]:
