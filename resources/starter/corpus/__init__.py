@@ -1,0 +1,1 @@
+"""What the starter model is taught: questions and answers about Weft, and how they are varied."""

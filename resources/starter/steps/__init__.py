@@ -1,0 +1,1 @@
+"""The steps that make the starter model: tokenizer, base model, voice adapter, GGUF."""
