@@ -1,0 +1,54 @@
+"""`run.py`'s arguments: the window, the tests, the icon in the menu, or the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher import system_libraries, virtual_environment
+from launcher.say import Stop
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the arguments say. Returns the exit status (on POSIX, opening Weft replaces this process)."""
+    try:
+        if arguments[:1] == ["test"]:
+            from launcher import checks
+
+            return checks.main(arguments[1:])
+        if arguments == ["--launcher"]:
+            from launcher import menu
+
+            virtual_environment.ensure()
+            return menu.install()
+        yes = "--yes" in arguments
+        return open_weft([a for a in arguments if a != "--yes"], yes=yes)
+    except Stop as stop:
+        print(f"\n{stop.text}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        print("\nInterrupted. Start again to go on where this stopped.", file=sys.stderr)
+        return 130
+
+
+def open_weft(arguments: list[str], *, yes: bool = False) -> int:
+    """The window when there are no arguments (or only files to open), else the command line."""
+    window = all(a.startswith("weft://") or Path(a).exists() for a in arguments)
+    if window:
+        system_libraries.ensure(yes=yes)
+    module = ["-m", "app"]
+    if arguments[:1] == ["environments"]:
+        module, arguments = ["-m", "app.engine.environment_command"], arguments[1:]
+    return become([str(virtual_environment.ensure()), *module, *arguments])
+
+
+def become(command: list[str]) -> int:
+    """Replace this process by another program; on Windows, where that detaches it, wait for it."""
+    environment = {**os.environ, "PYTHONPATH": str(virtual_environment.ROOT), "PYTHONSAFEPATH": "1"}
+    if os.name == "nt":
+        return subprocess.call(command, env=environment)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, environment)
