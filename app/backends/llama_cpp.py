@@ -1,0 +1,450 @@
+"""llama.cpp: GGUF models through llama-cpp-python's low-level interface.
+
+The library is imported inside methods: the window's process reads SPEC without it. (`import llama_cpp` there is the
+library, not this file.) No torch and no transformers: this loader runs in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app.backends.base import Backend as BaseBackend
+from app.backends.base import Capability, Report, Spec
+from app.core import memory
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat
+from app.core.memory import Estimate, Machine
+from app.core.options import build
+from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
+from app.generation import llama_options
+from app.generation.llama_options import CACHE_BYTES, Options
+from app.generation.llama_sampler import FIELDS
+
+# Architectures that llama.cpp loads, but that do not continue a text.
+_NOT_GENERATING = {
+    "bert": "makes embeddings, it does not write",
+    "clip": "is a vision projector; load the model that it belongs to",
+    "wavtokenizer-dec": "makes sound, it does not write",
+    "t5": "translates a whole text at once, which chat cannot use",
+    "t5encoder": "makes embeddings, it does not write",
+    "dream": "writes by diffusion, which this loader cannot drive",
+    "llada": "writes by diffusion, which this loader cannot drive",
+    "llada-moe": "writes by diffusion, which this loader cannot drive",
+}
+
+
+def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
+    """Bytes that a load through llama.cpp takes. See core.memory for the arithmetic."""
+    return memory.llama_estimate(model, machine, _demand(options))
+
+
+def refuses(model: ModelEntry) -> str:
+    """Why llama.cpp cannot take this very model."""
+    name = model.architecture or model.model_type
+    if reason := _NOT_GENERATING.get(name) or (_NOT_GENERATING["bert"] if name.endswith("-bert") else ""):
+        return f"A model of the architecture {name} {reason}."
+    return ""
+
+
+def _demand(options: Options) -> memory.LlamaDemand:
+    return memory.LlamaDemand(
+        context=options.n_ctx,
+        ubatch=options.ubatch,
+        key_bytes=CACHE_BYTES[options.cache_type_k],
+        value_bytes=CACHE_BYTES[options.cache_type_v],
+        gpu_layers=0 if options.cpu else options.n_gpu_layers,
+        cache_on_gpu=options.offload_kqv,
+        full_window=options.swa_full,
+        flash_attention=options.flash_attention != "off",
+    )
+
+
+SPEC = Spec(
+    id="llama_cpp",
+    title="llama.cpp",
+    summary="Runs GGUF models on the CPU and on most graphics cards, quantized and quick to load.",
+    formats=frozenset({ModelFormat.GGUF}),
+    environment="llamacpp",
+    capabilities=frozenset({Capability.PERPLEXITY}),
+    options=Options,
+    sampling=FIELDS,
+    estimate=estimate,
+    refuses=refuses,
+    rank=10,
+)
+
+
+class _Said(msgspec.Struct):
+    """The text that lies in the cache, so that the next turn's text can be matched against it."""
+
+    text: str = ""
+    tokens: int = 0  # how many of the context's tokens spell it
+
+
+class Backend(BaseBackend):
+    """Holds one GGUF model and one context of it."""
+
+    def __init__(self) -> None:
+        self._library: Any = None
+        self._log: Any = None
+        self._model: Any = None
+        self._context: Any = None
+        self._template: Any = None
+        self._options = Options()
+        self._said = _Said()
+        self._answers = 0
+
+    def libraries(self) -> dict[str, str]:
+        names = ("llama-cpp-python", "numpy")
+        return {name: importlib.metadata.version(name) for name in names}
+
+    # Loading -------------------------------------------------------------------------------
+
+    def load(self, request: Load, report: Report) -> None:
+        from app.generation import llama_machine
+        from app.generation.llama_model import LlamaModel, first_part
+
+        started = time.monotonic()
+        self.unload()
+        options = build(Options, request.options)
+        llama_options.check(options)
+        if request.adapters.adapters:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                "llama.cpp takes no adapters in this version.",
+                "Load the model without adapters.",
+            )
+        path = first_part(Path(request.model.path))
+        _check_file(path)
+        self._prepare(options, report)
+        before, free = llama_machine.resident_memory(), llama_machine.free_memory()
+        self._options = options
+        try:
+            self._model = LlamaModel(self._library, self._log, path, options, lambda done: _advance(report, done))
+            notes = self._open_context(request.model, options, free, report)
+            self._open_template(notes)
+        except BaseException:
+            self.unload()
+            raise
+        report.loaded(
+            Loaded(
+                context=self._context.size,
+                device=self._device(),
+                memory=self._measured(before, llama_machine.resident_memory()),
+                seconds=time.monotonic() - started,
+                has_template=bool(self._model.template),
+                notes=tuple(notes),
+            )
+        )
+
+    def _prepare(self, options: Options, report: Report) -> None:
+        """Import and initialise the library, once in this process."""
+        if self._library is not None:
+            return
+        from app.generation.llama_log import LibraryLog
+
+        report.progress("Starting llama.cpp")
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would otherwise attach a debugger to itself
+        try:
+            import llama_cpp
+        except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
+            raise WeftError(
+                ErrorKind.ENVIRONMENT,
+                f"llama-cpp-python cannot be imported: {error}.",
+                "Repair the llama.cpp environment.",
+            ) from error
+        self._library = llama_cpp
+        self._log = LibraryLog()
+        self._log.attach(llama_cpp)
+        llama_cpp.llama_backend_init()
+        if options.numa != "off":
+            llama_cpp.llama_numa_init(getattr(llama_cpp, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
+
+    def _open_context(self, entry: ModelEntry, options: Options, free: int, report: Report) -> list[str]:
+        from app.generation import llama_machine
+        from app.generation.llama_context import LlamaContext
+        from app.generation.llama_params import context_params
+        from app.generation.llama_threads import fastest_threads
+
+        library, model = self._library, self._model
+        shape = model.shape
+        notes: list[str] = []
+        if not library.llama_supports_gpu_offload() and options.n_gpu_layers:
+            notes.append("This llama.cpp was built without GPU support: all layers run on the CPU.")
+        wanted = options.n_ctx or memory.automatic_context(shape, _demand(options), free, model.bytes)
+        if options.n_ctx is None and shape.context and wanted < shape.context:
+            notes.append(
+                f"The model was trained for {shape.context:,} tokens; {wanted:,} of them were taken, since memory is short. "
+                "Set the context length to have more."
+            )
+        if options.n_ctx and shape.context and options.n_ctx > shape.context:
+            notes.append(f"The model was trained for {shape.context:,} tokens; beyond them it may lose the thread.")
+        report.progress("Making room for the context")
+        cores = llama_machine.physical_cores()
+        params = context_params(library, model, options, context=wanted, cores=cores)
+        pointer = library.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise _context_failure(self._log.reason(), wanted, params.n_ctx)
+        chunk = memory.prompt_chunk(entry.parameters or library.llama_model_n_params(model.pointer), options.n_batch)
+        self._context = LlamaContext(
+            library,
+            pointer,
+            chunk=options.n_batch if self._log.offloaded[0] else chunk,
+            rows=params.n_outputs_max,
+            sliding_window=0 if options.swa_full else shape.sliding_window,
+        )
+        report.on_cancel(self._context.abort.set)
+        report.progress("Warming up")
+        measured = fastest_threads(library, self._context, model, options, cores)
+        self._context.abort.clear()
+        self._context.clear()
+        if report.cancelled:
+            raise WeftError(ErrorKind.CANCELLED, "Loading was stopped.")
+        report.log("info", measured.text)
+        return notes
+
+    def _open_template(self, notes: list[str]) -> None:
+        from app.generation.template import DEFAULT_TEMPLATE, ChatTemplate
+
+        source = self._model.template
+        if not source:
+            notes.append("The file has no chat template; a plain one (ChatML) is used.")
+        bos, eos = self._model.special_text("bos"), self._model.special_text("eos")
+        self._template = ChatTemplate(source or DEFAULT_TEMPLATE, bos, eos)
+        self._template.warm()
+
+    def _device(self) -> str:
+        threads = self._library.llama_n_threads(self._context.pointer)
+        cpu = f"CPU, {threads} thread{'s' if threads != 1 else ''}"
+        layers, of = self._log.offloaded
+        if not layers:
+            return cpu
+        names = ", ".join(dict.fromkeys(self._log.devices.values())) or "GPU"
+        return f"{names}: {layers} of {of} layers" + ("" if layers == of else f"; {cpu}")
+
+    def _measured(self, before: int, after: int) -> int:
+        """What the load added: resident memory of this process (mapped pages of the file included), and GPU buffers."""
+        buffers = self._log.buffers
+        host = sum(size for (place, _), size in buffers.items() if _on_host(place))
+        device = sum(size for (place, _), size in buffers.items() if not _on_host(place))
+        return (max(0, after - before) if before and after else host) + device
+
+    def unload(self) -> None:
+        if self._template is not None:
+            self._template.close()
+            self._template = None
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+        self._said = _Said()
+
+    # Generating ----------------------------------------------------------------------------
+
+    def generate(self, request: Generate, report: Report) -> Generated:
+        from app.generation.llama_grammar import check_grammar, schema_grammar
+        from app.generation.llama_sampler import Sampler
+
+        self._require_model()
+        if request.images:
+            raise WeftError(ErrorKind.UNSUPPORTED, "llama.cpp takes no images in this version.", "Send the text alone.")
+        sampling = request.sampling
+        if sampling.grammar.strip() and sampling.json_schema.strip():
+            raise WeftError(
+                ErrorKind.BAD_INPUT,
+                "The answer cannot follow a grammar and a JSON schema at once.",
+                "Clear one of the two.",
+            )
+        grammar = schema_grammar(sampling.json_schema) if sampling.json_schema.strip() else sampling.grammar
+        if not grammar.strip():
+            grammar = ""
+        elif not sampling.json_schema.strip():
+            check_grammar(grammar)
+        seed = self._seed(sampling.seed)
+        context = self._context
+        context.abort.clear()
+        report.on_cancel(context.abort.set)
+        if report.cancelled:
+            context.abort.set()
+        prompt, text, dropped = self._prompt(request)
+        sampler = Sampler(
+            self._library, self._model.vocab, context=context.size, sampling=sampling, grammar=grammar, seed=seed
+        )
+        try:
+            return self._answer(request, report, sampler, prompt, text, dropped, seed)
+        finally:
+            sampler.close()
+
+    def _answer(
+        self, request: Generate, report: Report, sampler: Any, prompt: list[int], text: str, dropped: int, seed: int
+    ) -> Generated:
+        from app.generation.llama_loop import Loop
+
+        context = self._context
+        started = time.monotonic()
+        self._said = _Said()
+        reused = context.reuse(prompt)
+        new = prompt[reused:]
+
+        def progress(done: int) -> None:
+            if len(new) > done:
+                report.progress("Reading the prompt", reused + done, len(prompt), "tokens")
+
+        whole = context.read(new, progress)
+        read = time.monotonic()
+        numbers = {
+            "prompt_tokens": len(prompt),
+            "reused_tokens": reused,
+            "prompt_seconds": read - started,
+            "dropped_messages": dropped,
+            "seed": seed,
+        }
+        if not whole:
+            return Generated(finish_reason="cancelled", tokens=0, **numbers)
+        self._check_logits()
+        sampler.accept_prompt(prompt)
+        plain = request.prompt is not None or request.continue_last
+        loop = Loop(
+            self._model,
+            context,
+            sampler,
+            stop=request.sampling.stop_strings(),
+            most=min(request.sampling.max_tokens or context.size, context.size - len(prompt)),
+            strip=not plain and self._model.adds_space,
+        )
+        reason = loop.run(report.tokens)
+        if loop.faithful and context.tokens[: len(prompt)] == prompt:
+            # Sampled but not decoded: a last token that ended the answer by its number. It is no part of the cache.
+            self._said = _Said(text + loop.text, len(context.tokens))
+        return Generated(finish_reason=reason, tokens=loop.count, seconds=time.monotonic() - read, **numbers)
+
+    def _check_logits(self) -> None:
+        import numpy
+
+        size = self._library.llama_vocab_n_tokens(self._model.vocab)
+        logits = numpy.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context.pointer, -1), shape=(size,))
+        # One pass that is cheap beside the prompt: the sum is NaN as soon as one of them is.
+        if numpy.isnan(logits.sum(dtype=numpy.float64)):
+            self._context.clear()
+            raise WeftError(
+                ErrorKind.CORRUPT,
+                f"{self._model.path.name} computes values that are no numbers (NaN).",
+                "Download the model again, or choose another quantization; with stretched context, undo the RoPE options.",
+            )
+
+    def _prompt(self, request: Generate) -> tuple[list[int], str, int]:
+        """Tokens of the prompt, the text that they spell, and how many messages were left out."""
+        from app.generation.fit import fit_messages, fit_text
+
+        model, context = self._model, self._context
+        longest = request.sampling.max_tokens
+        reserve = min(request.reserve, longest or request.reserve, context.size // 2)
+        limit = context.size - max(1, reserve)
+        if request.prompt is not None:
+            tokens = self._tokens(request.prompt)
+            if not tokens:
+                raise WeftError(ErrorKind.BAD_INPUT, "There is no text to continue.", "Write a text first.")
+            return fit_text(tokens, context.size - 1), request.prompt, 0
+        texts: dict[int, str] = {}
+
+        def tokenize(messages: Any) -> list[int]:
+            text = self._template.render(messages, continue_last=request.continue_last)
+            tokens = self._tokens(text)
+            texts[id(tokens)] = text
+            kept.append(tokens)
+            return tokens
+
+        kept: list[list[int]] = []  # keeps the lists alive, so that their ids stay theirs
+        tokens, dropped = fit_messages(request.messages, tokenize, limit)
+        return tokens, texts.get(id(tokens), ""), dropped
+
+    def _tokens(self, text: str) -> list[int]:
+        """Tokens of a text; where it begins with what the cache spells, those very tokens.
+
+        An answer is seldom tokenized the way that it was generated. Taking it from the cache as it is saves
+        reading it again.
+        """
+        model, said = self._model, self._said
+        if said.tokens and text.startswith(said.text):
+            rest = model.tokenize(text[len(said.text) :])
+            # A tokenizer that puts a space before a text would put one into the middle here, unless a special token begins.
+            if not rest or not model.adds_space or model.piece(rest[0]) == b"":
+                return [*self._context.tokens[: said.tokens], *rest]
+        return model.with_bos(model.tokenize(text))
+
+    def _seed(self, wanted: int | None) -> int:
+        if wanted is not None:
+            return wanted
+        if self._options.seed is None:
+            return secrets.randbelow(2**32 - 1)
+        seed = (self._options.seed + self._answers) % (2**32 - 1)
+        self._answers += 1
+        return seed
+
+    # Perplexity ----------------------------------------------------------------------------
+
+    def score(self, request: Score, report: Report) -> Scored:
+        from app.generation.llama_score import score
+
+        self._require_model()
+        context = self._context
+        context.abort.clear()
+        report.on_cancel(context.abort.set)
+        self._said = _Said()
+        context.clear()
+        try:
+            return score(self._model, context, request, report.progress)
+        finally:
+            context.clear()
+
+    def _require_model(self) -> None:
+        if self._context is None:
+            raise WeftError(ErrorKind.BAD_INPUT, "No model is loaded.", "Load a model first.")
+
+
+def _advance(report: Report, done: float) -> bool:
+    report.progress("Reading the model", done, 1.0)
+    return not report.cancelled
+
+
+def _on_host(place: str) -> bool:
+    return place.startswith("CPU") or place.endswith("_Host")
+
+
+def _check_file(path: Path) -> None:
+    """Our own bounded look at the header, before the library sees the file.
+
+    Raises:
+        WeftError: CORRUPT or HOSTILE.
+    """
+    from app.core.formats import read_gguf_header
+
+    read_gguf_header(path)
+
+
+def _context_failure(reason: str, wanted: int, tokens: int) -> WeftError:
+    lower = reason.lower()
+    if "flash attention" in lower:
+        return WeftError(
+            ErrorKind.BAD_INPUT,
+            f"llama.cpp refused the options: {reason}.",
+            "Set both cache types to f16, or flash_attention to on.",
+        )
+    if "alloc" in lower or "memory" in lower or not reason:
+        return WeftError(
+            ErrorKind.OUT_OF_MEMORY,
+            f"There is not enough memory for a context of {wanted or tokens:,} tokens.",
+            "Choose a smaller context length, or q8_0 as cache type.",
+        )
+    return WeftError(
+        ErrorKind.UNSUPPORTED, f"llama.cpp refused the context: {reason}.", "Reset the options that you changed."
+    )
