@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from app.core.conversation import AnswerStatistics, Conversation, Role, StoredMessage
 from app.core.errors import ErrorKind, WeftError
+from app.core.transcripts import Transcript
 from app.store.database import Database
 
 BIN_SECONDS = 30 * 24 * 3600.0  # how long a deleted conversation can be restored
 
 _CONVERSATION = "id, title, created, modified, pinned, system, sampling, model, leaf"
 _MESSAGE = "id, conversation, parent, role, content, created, statistics, complete"
+_SUBTREE = (
+    "WITH RECURSIVE below (id) AS (VALUES (?) UNION SELECT messages.id FROM messages JOIN below ON parent = below.id)"
+)
 _ORDER = "ORDER BY pinned DESC, modified DESC, id DESC"
 # Scripts that are written without spaces between words: full-text search by words cannot serve them.
 _UNSPACED = re.compile(
@@ -123,9 +128,9 @@ class ChatStore:
     # Messages ---------------------------------------------------------------------------------------
 
     def messages(self, conversation: int) -> list[StoredMessage]:
-        """The whole tree of a conversation, in the order of writing."""
+        """The whole tree of a conversation, in the order of writing, without what was deleted."""
         rows = self._database.rows(
-            f"SELECT {_MESSAGE} FROM messages WHERE conversation = ? ORDER BY id", (conversation,)
+            f"SELECT {_MESSAGE} FROM messages WHERE conversation = ? AND deleted IS NULL ORDER BY id", (conversation,)
         )
         return [_message(row) for row in rows]
 
@@ -207,6 +212,76 @@ class ChatStore:
             assignments = ", ".join(f"{name} = ?" for name in changes)
             self._database.execute(f"UPDATE messages SET {assignments} WHERE id = ?", (*changes.values(), message))
 
+    def delete_message(self, message: int) -> None:
+        """Put a message and all that follows it into the bin."""
+        self._database.execute(
+            f"{_SUBTREE} UPDATE messages SET deleted = ? WHERE deleted IS NULL AND id IN below", (message, time.time())
+        )
+
+    def restore_message(self, message: int) -> None:
+        """Undo `delete_message`: takes back what was deleted together with it."""
+        self._database.execute(
+            f"{_SUBTREE} UPDATE messages SET deleted = NULL"
+            " WHERE id IN below AND deleted = (SELECT deleted FROM messages WHERE id = ?)",
+            (message, message),
+        )
+
+    def import_transcripts(self, transcripts: Sequence[Transcript]) -> list[Conversation]:
+        """Add whole conversations: all of them, or none when anything fails."""
+        created: list[int] = []
+        with self._database.transaction() as connection:
+            for transcript in transcripts:
+                now = time.time()
+                conversation = connection.execute(
+                    "INSERT INTO conversations (title, created, modified, pinned, system, sampling, model)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        transcript.title,
+                        transcript.created or now,
+                        transcript.modified or transcript.created or now,
+                        int(transcript.pinned),
+                        transcript.system,
+                        transcript.sampling,
+                        transcript.model,
+                    ),
+                ).lastrowid
+                assert conversation is not None
+                created.append(conversation)
+                keys: list[int] = []
+                for message in transcript.messages:
+                    key = connection.execute(
+                        "INSERT INTO messages (conversation, parent, role, content, created, statistics, complete)"
+                        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            conversation,
+                            keys[message.parent] if message.parent >= 0 else 0,
+                            message.role,
+                            message.content,
+                            message.created or transcript.created or now,
+                            _encoded(message.statistics),
+                            int(message.complete),
+                        ),
+                    ).lastrowid
+                    assert key is not None
+                    keys.append(key)
+                leaf = keys[transcript.leaf] if keys and transcript.leaf < len(keys) else 0
+                connection.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (leaf, conversation))
+        return [self.get(conversation) for conversation in created]
+
+    # Drafts -----------------------------------------------------------------------------------------
+
+    def draft(self, conversation: int) -> str:
+        """What was typed and not yet sent; 0 is the chat that is not begun yet."""
+        row = self._database.row("SELECT text FROM drafts WHERE conversation = ?", (conversation,))
+        return "" if row is None else row[0]
+
+    def set_draft(self, conversation: int, text: str) -> None:
+        """Keep what is typed; "" forgets it."""
+        if text:
+            self._database.execute("INSERT OR REPLACE INTO drafts (conversation, text) VALUES (?, ?)", (conversation, text))
+        else:
+            self._database.execute("DELETE FROM drafts WHERE conversation = ?", (conversation,))
+
     # Search -----------------------------------------------------------------------------------------
 
     def _matching(self, text: str) -> tuple[str, list[object]]:
@@ -215,15 +290,15 @@ class ChatStore:
         if not words or _UNSPACED.search(text):
             pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text.strip()) + "%"
             return (
-                r"SELECT conversation FROM messages WHERE content LIKE ? ESCAPE '\' UNION"
+                r"SELECT conversation FROM messages WHERE deleted IS NULL AND content LIKE ? ESCAPE '\' UNION"
                 r" SELECT id FROM conversations WHERE title LIKE ? ESCAPE '\'",
                 [pattern, pattern],
             )
         self._index_new_text()
         query = " ".join(f'"{word}"*' for word in words)
         return (
-            "SELECT coalesce((SELECT conversation FROM messages WHERE messages.id = search.rowid), -search.rowid)"
-            " FROM search WHERE search MATCH ?",
+            "SELECT CASE WHEN search.rowid < 0 THEN -search.rowid ELSE (SELECT conversation FROM messages"
+            " WHERE messages.id = search.rowid AND deleted IS NULL) END FROM search WHERE search MATCH ?",
             [query],
         )
 

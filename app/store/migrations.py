@@ -125,4 +125,15 @@ CREATE TABLE model_choices (
 ) WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+_CHAT_UNDO = """
+ALTER TABLE messages ADD COLUMN deleted REAL;  -- when it and all below it were put into the bin
+CREATE TABLE drafts (
+    conversation INTEGER PRIMARY KEY,  -- 0: the chat that is not begun yet
+    text TEXT NOT NULL
+);
+CREATE TRIGGER conversations_forget_draft AFTER DELETE ON conversations BEGIN
+    DELETE FROM drafts WHERE conversation = old.id;
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO)

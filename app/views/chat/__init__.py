@@ -1,0 +1,1 @@
+"""The Chat page: conversations, a streaming transcript, a composer and a side panel."""

@@ -1,0 +1,394 @@
+"""One message's text: a read-only rich text view that takes Markdown whole or as a stream.
+
+All work happens in slices of a few milliseconds, so that neither a flood of tokens nor a megabyte of text
+holds up the window. It never loads a resource and never opens a link by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from PySide6.QtCore import QEvent, QRectF, QSizeF, Qt, QTimer, QUrl, Signal, Slot
+from PySide6.QtGui import QPainter, QPaintEvent, QResizeEvent, QTextBlock, QTextDocument, QWheelEvent
+from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QWidget
+
+from app.views.chat.blocks import MAX_BLOCK, PIECE, Block, BlockSplitter
+from app.views.chat.code_block import CodeHeader
+from app.views.chat.highlight import CodeHighlighter
+from app.views.chat.style import GRID, ChatStyle
+from app.views.chat.writer import CODE_HEADER, CODE_ID, CODE_PADDING, QUOTE_DEPTH, RULE, DocumentWriter, Mark
+
+SLICE = 0.008  # seconds of work at a time
+FRAME = 33  # milliseconds between renderings of a streaming tail
+CODE_SLICE = 6000  # characters of code inserted at a time
+FOLD = 96_000  # a longer message shows its beginning first
+
+
+class MarkdownView(QTextBrowser):
+    """Shows Markdown at its full height; the transcript scrolls.
+
+    Signals:
+        height_changed: the height needed at the present width is another.
+        link_activated: a link was clicked; its target, already checked to be a web or mail address.
+        finished: all text is rendered.
+    """
+
+    height_changed = Signal()
+    link_activated = Signal(str)
+    finished = Signal()
+
+    def __init__(self, style: ChatStyle, *, markup: bool = True, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._style = style
+        self._markup = markup
+        self.setFrameShape(QFrame.Shape.NoFrame)
+        self.setOpenLinks(False)
+        self.setOpenExternalLinks(False)
+        self.setUndoRedoEnabled(False)
+        self.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAsNeeded)
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextBrowserInteraction)
+        self.viewport().setAutoFillBackground(False)
+        self.setStyleSheet("")
+        self.setFocusPolicy(Qt.FocusPolicy.ClickFocus)
+        document = self.document()
+        document.setDocumentMargin(0)
+        document.setIndentWidth(24)
+        # A document that is first laid out at no width keeps wrong sizes afterwards.
+        self.resize(style.column, GRID)
+        document.setTextWidth(style.column)
+        document.setUndoRedoEnabled(False)
+        self.anchorClicked.connect(self._clicked)
+        document.documentLayout().documentSizeChanged.connect(self._size_changed)
+        self._timer = QTimer(self)
+        self._timer.setSingleShot(True)
+        self._timer.timeout.connect(self._work)
+        self._headers: dict[int, CodeHeader] = {}
+        self._height = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._splitter = BlockSplitter(markup=self._markup)
+        self._writer = DocumentWriter(self.document(), self._style)
+        self._queue: deque[Block] = deque()
+        self._code_rest: str | None = None  # of a long code block that is inserted in slices
+        self._tail_mark: Mark | None = None
+        self._tail_text = ""
+        self._tail_code = False
+        self._tail_cost = 0.0
+        self._tail_due = 0.0
+        self._streaming = False
+        self._highlights: deque[tuple[int, CodeHighlighter]] = deque()
+        self._highlighted: dict[int, int] = {}  # code id: length of the text last coloured
+        for header in self._headers.values():
+            header.deleteLater()
+        self._headers = {}
+
+    # -- text -------------------------------------------------------------------------------------
+
+    def set_markdown(self, text: str) -> None:
+        """Show a whole text. Long ones appear piece by piece."""
+        self._restart()
+        self._splitter.feed(text)
+        self._splitter.finish()
+        self._queue.extend(self._splitter.take())
+        self._work()
+
+    def begin_stream(self, text: str = "") -> None:
+        """Expect text piece by piece, after `text`."""
+        self._restart()
+        self._streaming = True
+        if text:
+            self.feed(text)
+            self._work()
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of a stream."""
+        self._splitter.feed(text)
+        self._queue.extend(self._splitter.take())
+        if not self._timer.isActive():
+            self._timer.start(FRAME // 2)
+
+    def finish(self) -> None:
+        """The stream has ended."""
+        if self._streaming:
+            self._streaming = False
+            self._splitter.finish()
+            self._queue.extend(self._splitter.take())
+            self._work()
+
+    def set_style(self, style: ChatStyle) -> None:
+        """Take other colours or fonts; the text must be set again."""
+        self._style = style
+        self.document().setDefaultFont(style.font)
+
+    @property
+    def busy(self) -> bool:
+        """Whether text or colour is still to come to the screen."""
+        return bool(self._queue or self._highlights or self._code_rest is not None or self._streaming)
+
+    def _restart(self) -> None:
+        self._timer.stop()
+        self.clear()
+        self.document().setDefaultFont(self._style.font)
+        self._reset()
+
+    # -- work in slices ---------------------------------------------------------------------------
+
+    @Slot()
+    def _work(self) -> None:
+        deadline = time.perf_counter() + SLICE
+        self.document().documentLayout().blockSignals(True)  # one size change per slice
+        try:
+            more = self._write_blocks(deadline)
+            if not more and self._streaming:
+                self._write_tail()
+            more = self._highlight(deadline) or more
+        finally:
+            self.document().documentLayout().blockSignals(False)
+        self._size_changed(self.document().size())
+        if more:
+            self._timer.start(0 if not self._streaming else FRAME // 2)
+        elif self._streaming and self._tail_due > time.perf_counter():
+            self._timer.start(FRAME)
+        elif not self._streaming:
+            self.finished.emit()
+
+    def _write_blocks(self, deadline: float) -> bool:
+        """Write finished blocks. Returns whether some are left."""
+        while self._queue or self._code_rest is not None:
+            if self._code_rest is not None:
+                self._write_code_slice()
+            else:
+                self._write_finished(self._queue.popleft())
+            if time.perf_counter() > deadline:
+                break
+        return bool(self._queue or self._code_rest is not None)
+
+    def _write_finished(self, block: Block) -> None:
+        if self._tail_mark is not None and self._tail_code and block.kind == "code":
+            # The open code block was streamed in as it is: add what is missing instead of writing it again.
+            self._code_rest = block.text[len(self._tail_text) :]
+            self._tail_mark, self._tail_code = None, False
+            self._write_code_slice()
+            return
+        self._drop_tail()
+        if block.kind == "code":
+            self._writer.open_code(block.language)
+            self._code_rest = block.text
+            self._write_code_slice()
+        else:
+            self._writer.write(block)
+            self._watch_codes()
+
+    def _write_code_slice(self) -> None:
+        assert self._code_rest is not None
+        piece, self._code_rest = self._code_rest[:CODE_SLICE], self._code_rest[CODE_SLICE:]
+        if self._code_rest and "\n" in piece:
+            cut = piece.rindex("\n") + 1
+            piece, self._code_rest = piece[:cut], piece[cut:] + self._code_rest
+        self._writer.append_code(piece)
+        if not self._code_rest:
+            self._code_rest = None
+            self._writer.close_code()
+            self._watch_codes()
+
+    # -- the unfinished end -----------------------------------------------------------------------
+
+    def _drop_tail(self) -> None:
+        if self._tail_mark is not None:
+            self._writer.rollback(self._tail_mark)
+            for gone in [id for id in self._headers if id > self._tail_mark.codes]:
+                self._headers.pop(gone).deleteLater()
+                self._highlighted.pop(gone, None)
+            self._highlights = deque(entry for entry in self._highlights if entry[0] <= self._tail_mark.codes)
+            self._tail_mark = None
+            self._tail_code = False
+
+    def _write_tail(self) -> None:
+        """Bring the unfinished block to the screen as cheaply as it allows."""
+        tail = self._splitter.tail
+        if tail is None:
+            self._drop_tail()
+            return
+        if tail.kind == "code":
+            self._write_tail_code(tail)
+            return
+        now = time.perf_counter()
+        if self._tail_mark is not None and tail.text.startswith(self._tail_text):
+            if tail.text == self._tail_text:
+                return
+            # Rewriting may take a tenth of the time at most; in between, text is just appended.
+            if now < self._tail_due or len(tail.text) > MAX_BLOCK + PIECE:
+                if not self._tail_code:
+                    self._writer.append_text(tail.text[len(self._tail_text) :])
+                    self._tail_text = tail.text
+                return
+        self._drop_tail()
+        self._tail_mark = self._writer.mark()
+        self._writer.write(tail)
+        self._watch_codes()
+        self._tail_text = tail.text
+        self._tail_due = now + max(FRAME / 1000, 10 * (time.perf_counter() - now))
+
+    def _write_tail_code(self, tail: Block) -> None:
+        if self._tail_mark is None or not self._tail_code:
+            self._drop_tail()
+            self._tail_mark = self._writer.mark()
+            self._tail_code = True
+            self._tail_text = ""
+            self._writer.open_code(tail.language)
+        if len(tail.text) > len(self._tail_text):
+            self._writer.append_code(tail.text[len(self._tail_text) :])
+            self._tail_text = tail.text
+        self._watch_codes()
+
+    # -- code blocks ------------------------------------------------------------------------------
+
+    def _watch_codes(self) -> None:
+        for code in self._writer.codes:
+            if code.id not in self._headers:
+                header = CodeHeader(self._style, code.language, self.viewport())
+                header.copy_requested.connect(self._copy_code)
+                header.code = code
+                self._headers[code.id] = header
+                header.show()
+            if code.highlightable and self._highlighted.get(code.id) != len(code.text):
+                if any(id == code.id for id, _ in self._highlights):
+                    continue  # when that run ends, the next one starts
+                self._highlighted[code.id] = len(code.text)
+                self._highlights.append(
+                    (
+                        code.id,
+                        CodeHighlighter(
+                            self.document(), code.position, code.text, code.language, self._style.syntax()
+                        ),
+                    )
+                )
+
+    def _highlight(self, deadline: float) -> bool:
+        # Layout is the dear part: colour only where the layout has room left in this slice.
+        deadline = max(deadline, time.perf_counter() + 0.002)
+        while self._highlights:
+            if not self._highlights[0][1].step(deadline):
+                return True
+            self._highlights.popleft()
+            self._watch_codes()
+            if time.perf_counter() > deadline:
+                break
+        return bool(self._highlights)
+
+    @Slot(str)
+    def _copy_code(self, text: str) -> None:
+        from PySide6.QtGui import QGuiApplication
+
+        QGuiApplication.clipboard().setText(text)
+
+    def _place_headers(self) -> None:
+        offset = self.horizontalScrollBar().value()
+        for header in self._headers.values():
+            block = self.document().findBlock(header.code.position)
+            rect = self._code_rect(block)
+            header.setGeometry(
+                round(rect.x()) - offset + 1, round(rect.y()) + 1, max(60, round(rect.width()) - 2), CODE_HEADER - 1
+            )
+
+    def _code_rect(self, first: QTextBlock) -> QRectF:
+        """Where the code block that starts here is painted, in document coordinates."""
+        layout = self.document().documentLayout()
+        code_id = first.blockFormat().property(CODE_ID)
+        top = layout.blockBoundingRect(first).top() - CODE_HEADER - CODE_PADDING
+        last = first
+        while (after := last.next()).isValid() and after.blockFormat().property(CODE_ID) == code_id:
+            last = after
+        bottom = layout.blockBoundingRect(last).bottom() + CODE_PADDING
+        left = first.blockFormat().leftMargin() - CODE_PADDING - 2
+        return QRectF(left, top, self.document().textWidth() - left, bottom - top)
+
+    # -- geometry and painting --------------------------------------------------------------------
+
+    def height_for(self, width: int) -> int:
+        """Pixels needed at this width; lays the text out for it."""
+        if round(self.document().textWidth()) != width:
+            self.document().setTextWidth(width)
+        return self._needed_height(self.document().size())
+
+    def _needed_height(self, size: QSizeF) -> int:
+        bar = self.horizontalScrollBar().sizeHint().height() if size.width() > self.document().textWidth() + 1 else 0
+        return max(1, round(size.height()) + bar)
+
+    @Slot(QSizeF)
+    def _size_changed(self, size: QSizeF) -> None:
+        height = self._needed_height(size)
+        if height != self._height:
+            self._height = height
+            self.height_changed.emit()
+        self._place_headers()
+
+    def resizeEvent(self, event: QResizeEvent) -> None:
+        super().resizeEvent(event)
+        self._place_headers()
+
+    def scrollContentsBy(self, dx: int, dy: int) -> None:
+        super().scrollContentsBy(dx, dy)
+        self._place_headers()
+
+    def wheelEvent(self, event: QWheelEvent) -> None:
+        if abs(event.angleDelta().x()) > abs(event.angleDelta().y()):
+            super().wheelEvent(event)
+        else:
+            event.ignore()  # the transcript scrolls
+
+    def paintEvent(self, event: QPaintEvent) -> None:
+        painter = QPainter(self.viewport())
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+        painter.translate(-self.horizontalScrollBar().value(), 0)
+        self._paint_backgrounds(painter, event.rect().top(), event.rect().bottom())
+        painter.end()
+        super().paintEvent(event)
+
+    def _paint_backgrounds(self, painter: QPainter, top: int, bottom: int) -> None:
+        layout = self.document().documentLayout()
+        style = self._style
+        for code in self._writer.codes:
+            rect = self._code_rect(self.document().findBlock(code.position)).adjusted(0.5, 0.5, -0.5, -0.5)
+            if rect.bottom() < top or rect.top() > bottom:
+                continue
+            painter.setPen(style.border)
+            painter.setBrush(style.code_background)
+            painter.drawRoundedRect(rect, 6, 6)
+        if self._writer.decorated:
+            block = self.document().begin()
+            while block.isValid():
+                form = block.blockFormat()
+                if depth := form.property(QUOTE_DEPTH):
+                    rect = layout.blockBoundingRect(block)
+                    joined = block.next().isValid() and block.next().blockFormat().property(QUOTE_DEPTH)
+                    height = rect.height() + (form.bottomMargin() if joined else 0)
+                    for level in range(int(depth)):
+                        painter.fillRect(QRectF(16 * level, rect.top(), 3, height), style.border)
+                elif form.property(RULE):
+                    rect = layout.blockBoundingRect(block)
+                    painter.fillRect(QRectF(0, rect.center().y(), self.document().textWidth(), 1), style.border)
+                block = block.next()
+
+    # -- safety -----------------------------------------------------------------------------------
+
+    def loadResource(self, kind: int, name: QUrl | str) -> Any:
+        """Nothing is ever loaded, from wherever."""
+        return None
+
+    def doSetSource(self, name: QUrl, type: QTextDocument.ResourceType = QTextDocument.ResourceType.UnknownResource) -> None:
+        """Links lead nowhere inside this view."""
+
+    @Slot(QUrl)
+    def _clicked(self, target: QUrl) -> None:
+        self.link_activated.emit(target.toString(QUrl.ComponentFormattingOption.FullyEncoded))
+
+    def changeEvent(self, event: QEvent) -> None:
+        super().changeEvent(event)
+        if event.type() == QEvent.Type.LayoutDirectionChange:
+            self._place_headers()
