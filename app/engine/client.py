@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
+from app.engine.event_queue import EngineEvent, EventQueue, Responsiveness
 from app.engine.exits import EngineExit, describe_exit, oom_kills
 from app.engine.heartbeat import Heartbeat
 from app.engine.log_file import LogFile
@@ -28,23 +26,10 @@ from app.engine.process_tree import ProcessTree
 from app.engine.surroundings import child_environment, empty_folder
 from app.engine.wire import LineSplitter, LineTooLong, encode
 
-__all__ = ["EngineClient", "EngineExit", "Responsiveness"]
+__all__ = ["EngineClient", "EngineEvent", "EngineExit", "Responsiveness", "error_of"]
 
 GRACE = 3.0  # seconds between Cancel and the kill
 _TICK = 1.0
-_UNREAD_LIMIT = 64 * 1024 * 1024  # bytes of events that nobody has taken; then the engine has to wait
-
-
-@dataclass(frozen=True, kw_only=True)
-class Responsiveness:
-    """An engine stopped answering, or answers again. It is only a notice: nothing is killed for it."""
-
-    responsive: bool
-    seconds: float = 0.0  # since something was last heard
-    stopped: bool = False  # the system says that the process stands still
-
-
-EngineEvent = protocol.Event | Responsiveness | EngineExit
 
 
 class EngineClient:
@@ -80,7 +65,7 @@ class EngineClient:
         self._pending: dict[int, protocol.Command] = {}  # sent, without a terminal event
         self._early: list[bytes] = []  # sent before start()
         self._deadlines: dict[int, float] = {}  # of cancelled commands: then the engine is killed
-        self._events = _EventQueue()
+        self._events = EventQueue()
         self._attention = threading.Event()  # wakes the heartbeat thread
         self._exited = threading.Event()
         self._started = False
@@ -96,16 +81,23 @@ class EngineClient:
     def fresh(self) -> EngineClient:
         """Another engine with the same settings, not started."""
         return EngineClient(
-            python=self.python, backend=self.backend, log_path=self.log_path, environment=self._environment, module=self._module
+            python=self.python,
+            backend=self.backend,
+            log_path=self.log_path,
+            environment=self._environment,
+            module=self._module,
         )
 
     def start(self) -> None:
         """Start the child. Its Ready comes as the first event.
 
         Raises:
-            WeftError: ENVIRONMENT when the interpreter cannot be started. `next_event` then gives an EngineExit.
+            WeftError: ENVIRONMENT when the interpreter cannot be started, CANCELLED when it was ended before it
+                began. `next_event` then gives the EngineExit.
         """
         with self._lock:
+            if (exit := self._events.exit) is not None:
+                raise exit.error
             if self._started:
                 raise RuntimeError("an EngineClient is started once; use fresh()")
             self._started = True
@@ -148,7 +140,9 @@ class EngineClient:
             for line in early:
                 writer.put(line)
             killed = self._killed
-        threading.Thread(target=self._wait, args=(tree, folder, reader, log, writer), name=f"{name} death", daemon=True).start()
+        threading.Thread(
+            target=self._wait, args=(tree, folder, reader, log, writer), name=f"{name} death", daemon=True
+        ).start()
         threading.Thread(target=self._beat, args=(tree,), name=f"{name} heartbeat", daemon=True).start()
         if killed:
             tree.kill()
@@ -168,6 +162,12 @@ class EngineClient:
         """The handshake, once it has come."""
         return self._ready
 
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Ids of the commands that have not ended."""
+        with self._lock:
+            return tuple(self._pending)
+
     # Speaking
 
     def send(self, command: protocol.Command) -> int:
@@ -181,7 +181,9 @@ class EngineClient:
         line = encode(command)
         if len(line) > protocol.MAX_LINE:
             raise WeftError(
-                ErrorKind.BAD_INPUT, f"This is too long to send to an engine: {len(line):,} bytes.", "Send a shorter text."
+                ErrorKind.BAD_INPUT,
+                f"This is too long to send to an engine: {len(line):,} bytes.",
+                "Send a shorter text.",
             )
         with self._lock:
             if (exit := self._events.exit) is not None:
@@ -242,10 +244,9 @@ class EngineClient:
         """Ask the engine to end; kill it when it has not after `timeout` seconds. Returns when it is gone."""
         with self._lock:
             self._asked = True
-            busy = list(self._pending)
-            if not self._started or self._exited.is_set():
+            if self._end_unstarted() or self._exited.is_set():
                 return
-            for number in busy:
+            for number in self._pending:
                 self._write(encode(protocol.Cancel(target=number)))
             self._write(encode(protocol.Shutdown(id=next(self._ids))))
         if not self._exited.wait(timeout * 0.6):
@@ -257,11 +258,19 @@ class EngineClient:
         with self._lock:
             self._asked = True
             self._killed = True
-            tree = self._tree
+            tree = None if self._end_unstarted() else self._tree
         if tree is not None:
             tree.kill()
 
     # Inside
+
+    def _end_unstarted(self) -> bool:
+        if self._started:
+            return False
+        if self._events.exit is None:
+            error = WeftError(ErrorKind.CANCELLED, "The engine was ended before it started.")
+            self._close(EngineExit(code=None, asked=True, error=error, pending=self._take_pending()))
+        return True
 
     def _write(self, line: bytes) -> None:
         # With the lock held, so that commands keep their order.
@@ -290,7 +299,9 @@ class EngineClient:
                 self._violation("The engine spoke before its handshake.")
                 return
             elif event.version != protocol.VERSION:
-                self._violation(f"The engine speaks version {event.version} of the protocol, the window version {protocol.VERSION}.")
+                self._violation(
+                    f"The engine speaks version {event.version} of the protocol, the window version {protocol.VERSION}."
+                )
                 return
             else:
                 self._ready = event
@@ -333,7 +344,9 @@ class EngineClient:
                 with self._lock:
                     self._write(encode(protocol.Ping(id=next(pings))))
             if change is not None:
-                self._events.put(Responsiveness(responsive=change, seconds=now - self._heartbeat.heard_at, stopped=stopped))
+                self._events.put(
+                    Responsiveness(responsive=change, seconds=now - self._heartbeat.heard_at, stopped=stopped)
+                )
 
     def _kill_if_deaf(self, now: float) -> None:
         with self._lock:
@@ -375,7 +388,9 @@ class EngineClient:
             self._close(end)
 
     def _take_pending(self) -> tuple[int, ...]:
-        pending = tuple(number for number, command in self._pending.items() if not isinstance(command, protocol.Shutdown))
+        pending = tuple(
+            number for number, command in self._pending.items() if not isinstance(command, protocol.Shutdown)
+        )
         self._pending.clear()
         self._deadlines.clear()
         return pending
@@ -390,53 +405,3 @@ def error_of(event: protocol.Failed) -> WeftError:
     """The WeftError that a Failed event carries."""
     kind = ErrorKind(event.kind) if event.kind in set(ErrorKind) else ErrorKind.INTERNAL
     return WeftError(kind, event.message, event.hint)
-
-
-class _EventQueue:
-    """Events that nobody has taken yet, bounded in bytes, with the exit as its last and lasting entry."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._events: deque[tuple[protocol.Event | Responsiveness, int]] = deque()
-        self._bytes = 0
-        self._bounded = True
-        self._woken = False
-        self.exit: EngineExit | None = None
-
-    def put(self, event: protocol.Event | Responsiveness, size: int = 0) -> None:
-        """Add an event; one with a size waits while too much is unread."""
-        with self._condition:
-            while size and self._bounded and self._bytes > _UNREAD_LIMIT:
-                self._condition.wait()
-            self._events.append((event, size))
-            self._bytes += size
-            self._condition.notify_all()
-
-    def get(self, timeout: float | None) -> EngineEvent | None:
-        with self._condition:
-            self._condition.wait_for(lambda: self._events or self.exit is not None or self._woken, timeout)
-            self._woken = False
-            if self._events:
-                event, size = self._events.popleft()
-                if self._bytes > _UNREAD_LIMIT >= self._bytes - size:
-                    self._condition.notify_all()
-                self._bytes -= size
-                return event
-            return self.exit
-
-    def wake(self) -> None:
-        with self._condition:
-            self._woken = True
-            self._condition.notify_all()
-
-    def release(self) -> None:
-        """The engine is dead: what is left of its words fits, whatever its size."""
-        with self._condition:
-            self._bounded = False
-            self._condition.notify_all()
-
-    def close(self, end: EngineExit) -> None:
-        with self._condition:
-            self.exit = end
-            self._bounded = False
-            self._condition.notify_all()

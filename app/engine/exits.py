@@ -81,8 +81,11 @@ def describe_exit(
         error = WeftError(ErrorKind.CANCELLED, "The engine was ended.")
     elif memory:
         error = WeftError(
-            ErrorKind.OUT_OF_MEMORY, "The engine was ended by the system because memory ran out." if foreign_kill
-            else "The engine ended because memory ran out.", SMALLER_LOAD,
+            ErrorKind.OUT_OF_MEMORY,
+            "The engine was ended by the system because memory ran out."
+            if foreign_kill
+            else "The engine ended because memory ran out.",
+            SMALLER_LOAD,
         )
     elif foreign_kill:
         error = WeftError(
@@ -93,7 +96,9 @@ def describe_exit(
     else:
         how = f"{name}: {_WORDS.get(name, 'a signal')}" if name else f"exit status {status}"
         error = WeftError(
-            ErrorKind.CRASHED, f"The engine crashed ({how}).", f"Send again to start it anew. The log {log_path} says more."
+            ErrorKind.CRASHED,
+            f"The engine crashed ({how}).",
+            f"Send again to start it anew. The log {log_path} says more.",
         )
     return EngineExit(
         code=status if status >= 0 else None,

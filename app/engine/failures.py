@@ -7,7 +7,7 @@ import re
 import traceback
 
 from app.core.errors import ErrorKind, WeftError
-from app.engine.protocol import Command, Failed, Generate, Load, RunTask
+from app.engine.protocol import Command, Failed, Generate, Load, RunTask, Unload
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|bad_alloc|can(?:no|')t allocate|cannot allocate|failed to allocate|unable to allocate"
@@ -29,7 +29,7 @@ def mentions_out_of_memory(text: str) -> bool:
 
 
 def failed(command: Command, error: BaseException, *, cancelled: bool) -> Failed:
-    """The Failed event for an exception that ended a command.
+    """The Failed event for an exception that ended a command (an Unload without an id: the engine's start).
 
     Args:
         cancelled: Cancel had come; whatever a library then raises is the cancellation.
@@ -69,6 +69,8 @@ def _verb(command: Command) -> str:
         return f"The task {command.task}"
     if isinstance(command, Load):
         return f"Loading {command.model.name}"
+    if isinstance(command, Unload) and not command.id:
+        return "Starting the engine"
     return "Generating" if isinstance(command, Generate) else "The command"
 
 
@@ -112,10 +114,16 @@ def _operating_system(error: OSError) -> WeftError | None:
         return WeftError(ErrorKind.DISK_FULL, f"The disk is full: {where}.", "Free some space, then try again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return WeftError(
-            ErrorKind.PERMISSION, f"{where} may not be opened: {error.strerror}.", "Change its permissions, or choose another place."
+            ErrorKind.PERMISSION,
+            f"{where} may not be opened: {error.strerror}.",
+            "Change its permissions, or choose another place.",
         )
     if error.errno == errno.ENOENT and error.filename is not None:
-        return WeftError(ErrorKind.NOT_FOUND, f"{where} does not exist.", "Refresh the library, or choose another file.")
+        return WeftError(
+            ErrorKind.NOT_FOUND, f"{where} does not exist.", "Refresh the library, or choose another file."
+        )
     if error.errno == errno.EIO:
-        return WeftError(ErrorKind.CORRUPT, f"{where} cannot be read: {error.strerror}.", "Check the disk, or fetch the file again.")
+        return WeftError(
+            ErrorKind.CORRUPT, f"{where} cannot be read: {error.strerror}.", "Check the disk, or fetch the file again."
+        )
     return None

@@ -9,6 +9,7 @@ window is gone: the whole process group is killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import math
@@ -17,7 +18,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -76,13 +77,15 @@ def serve(name: str, make_backend: Callable[[], Backend | None]) -> int:
     try:
         backend = make_backend()
         libraries = backend.libraries() if backend is not None else {}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, the parent is told)
         sys.stderr.write(describe(error))
         outbox.send(failed(protocol.Unload(), error, cancelled=False))
         return 1
     host = Host(backend, outbox)
     outbox.send(
-        protocol.Ready(version=protocol.VERSION, backend=name, pid=os.getpid(), python=sys.version.split()[0], libraries=libraries)
+        protocol.Ready(
+            version=protocol.VERSION, backend=name, pid=os.getpid(), python=sys.version.split()[0], libraries=libraries
+        )
     )
     threading.Thread(target=host.read, args=(commands,), name="reader", daemon=True).start()
     status = host.work()
@@ -125,7 +128,7 @@ class Host:
         """Take commands from the pipe until its end, then end the process group."""
         try:
             self._read(commands)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Without this thread nothing can be cancelled: better no engine than a deaf one.
             sys.stderr.write(f"reader: {describe(error)}\n")
             self._outbox.send(failed(protocol.Unload(), error, cancelled=False))
@@ -139,7 +142,9 @@ class Host:
                 lines = splitter.feed(data)
             except LineTooLong as error:
                 raise WeftError(
-                    ErrorKind.PROTOCOL, f"The window sent {error}.", "This is a defect of Weft: report it with the engine's log."
+                    ErrorKind.PROTOCOL,
+                    f"The window sent {error}.",
+                    "This is a defect of Weft: report it with the engine's log.",
                 ) from error
             for line in lines:
                 self._take(line)
@@ -206,7 +211,7 @@ class Host:
         trouble = False
         try:
             terminal = _travelling(protocol.Done(id=command.id, result=self._execute(command, report)))
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it is, the parent is told)
             trouble = True
             terminal = failed(command, error, cancelled=report.cancelled)
             if terminal.detail:
@@ -243,31 +248,27 @@ class Host:
             case protocol.Score():
                 with _only_where_supported("perplexity"):
                     return backend.score(command, report)
-            case _:
-                raise WeftError(ErrorKind.PROTOCOL, f"No engine does {type(command).__name__}.", "Restart Weft.")
+            case protocol.Cancel() | protocol.Ping() | protocol.Shutdown():
+                raise AssertionError(f"{type(command).__name__} is never queued for work")
         return None
 
     def _shut_down(self, report: HostReport, number: int) -> int:
         try:
             if self._backend is not None:
                 self._backend.unload()  # temporary files of a loader go with its model
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the process ends anyway)
             sys.stderr.write(describe(error))
         report.finish(protocol.Done(id=number))
         return 0
 
 
-class _only_where_supported:  # noqa: N801  (reads as a statement)
-    """Turns the base class's NotImplementedError into words."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NotImplementedError):
-            raise WeftError(ErrorKind.UNSUPPORTED, f"This loader does not do {self._what}.", "Choose another loader.") from error
+@contextlib.contextmanager
+def _only_where_supported(what: str) -> Generator[None, None, None]:
+    # The base class raises NotImplementedError for what a loader does not do.
+    try:
+        yield
+    except NotImplementedError as error:
+        raise WeftError(ErrorKind.UNSUPPORTED, f"This loader does not do {what}.", "Choose another loader.") from error
 
 
 def run_task(command: protocol.RunTask, report: HostReport) -> protocol.TaskResult:
@@ -280,23 +281,31 @@ def run_task(command: protocol.RunTask, report: HostReport) -> protocol.TaskResu
     """
     name = command.task
     if not name.isidentifier() or name.startswith("_"):
-        raise WeftError(ErrorKind.BAD_INPUT, f"{name!r} is not the name of a task.", "Choose one of the tasks that Weft lists.")
+        raise WeftError(
+            ErrorKind.BAD_INPUT, f"{name!r} is not the name of a task.", "Choose one of the tasks that Weft lists."
+        )
     try:
         module = importlib.import_module(f"app.tasks.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"app.tasks.{name}":
             raise
-        raise WeftError(ErrorKind.NOT_FOUND, f"There is no task {name!r}.", "Choose one of the tasks that Weft lists.") from error
+        raise WeftError(
+            ErrorKind.NOT_FOUND, f"There is no task {name!r}.", "Choose one of the tasks that Weft lists."
+        ) from error
     try:
         parameters = msgspec.json.decode(command.parameters.encode(), type=getattr(module, "Parameters", Any))
     except (msgspec.MsgspecError, ValueError) as error:
-        raise WeftError(ErrorKind.BAD_INPUT, f"The task {name} cannot take its parameters: {error}.", "Correct them.") from error
+        raise WeftError(
+            ErrorKind.BAD_INPUT, f"The task {name} cannot take its parameters: {error}.", "Correct them."
+        ) from error
     return protocol.TaskResult(json=msgspec.json.encode(module.run(parameters, report)).decode())
 
 
 def _cancelled(command: protocol.Command) -> protocol.Done | protocol.Failed:
     if isinstance(command, protocol.Generate):
-        return protocol.Done(id=command.id, result=protocol.Generated(finish_reason="cancelled", tokens=0, prompt_tokens=0))
+        return protocol.Done(
+            id=command.id, result=protocol.Generated(finish_reason="cancelled", tokens=0, prompt_tokens=0)
+        )
     return protocol.Failed(id=command.id, kind=ErrorKind.CANCELLED.value, message="Cancelled.")
 
 

@@ -30,7 +30,9 @@ def engine_for(loader_id: str, paths: Paths, environment: Mapping[str, str] | No
     )
 
 
-def task_engine(environment_name: str, paths: Paths, log_name: str, environment: Mapping[str, str] | None = None) -> EngineClient:
+def task_engine(
+    environment_name: str, paths: Paths, log_name: str, environment: Mapping[str, str] | None = None
+) -> EngineClient:
     """An engine that runs tasks in the environment of this name, not started. Its log is `<logs>/<log_name>.log`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import threading
@@ -62,7 +63,9 @@ def _memory_limits(mount: Path, membership: Path) -> list[tuple[int, int]]:
         ):
             limit, used = _read(folder / limit_name), _read(folder / used_name)
             if limit.isdigit() and used.isdigit():
-                statistics = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+                statistics = dict(
+                    line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line
+                )
                 cache = statistics.get(cache_name, "0").strip()
                 found.append((int(limit), max(0, int(used) - (int(cache) if cache.isdigit() else 0))))
     return found
@@ -102,14 +105,14 @@ def _read(path: Path) -> str:
 def _nvml() -> Any:
     """The NVIDIA management library, initialised; None where there is no driver or no binding."""
     try:
-        import pynvml
+        nvml = importlib.import_module("pynvml")
     except ImportError:
         return None
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
         return None
-    return pynvml
+    return nvml
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -123,7 +126,11 @@ def _gpus() -> tuple[Gpu, ...]:
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             identity = _text(nvml.nvmlDeviceGetUUID(handle))
-            if wanted is not None and str(index) not in wanted and not any(w and identity.startswith(w) for w in wanted):
+            if (
+                wanted is not None
+                and str(index) not in wanted
+                and not any(w and identity.startswith(w) for w in wanted)
+            ):
                 continue
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             gpus.append(Gpu(name=_text(nvml.nvmlDeviceGetName(handle)), total=int(memory.total), free=int(memory.free)))

@@ -86,7 +86,10 @@ class ProcessTree:
     def stopped(self) -> bool:
         """Whether the child stands still (SIGSTOP, a debugger)."""
         try:
-            return not self._reaped and psutil.Process(self.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            return not self._reaped and psutil.Process(self.pid).status() in (
+                psutil.STATUS_STOPPED,
+                psutil.STATUS_TRACING_STOP,
+            )
         except psutil.Error:
             return False
 

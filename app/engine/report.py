@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import msgspec
+
 from app.core.errors import ErrorKind, WeftError
 from app.engine.failures import describe
 from app.engine.protocol import MAX_LINE, Done, Event, Failed, Loaded, Log, Metric, ProgressEvent, Tokens
@@ -77,7 +79,7 @@ class Flusher:
                 time.sleep(delay)
             try:
                 report.flush()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # Text that cannot be sent must not end the thread that sends all the rest.
                 sys.stderr.write(f"flusher: {describe(error)}\n")
 
@@ -136,7 +138,7 @@ class HostReport:
 
     def loaded(self, event: Loaded) -> None:
         """Say what was loaded."""
-        self._send_now(Loaded(**{name: getattr(event, name) for name in event.__struct_fields__} | {"id": self._command}))
+        self._send_now(msgspec.structs.replace(event, id=self._command))
 
     def log(self, level: Level, text: str) -> None:
         """Write to the engine's log, and tell the window."""
@@ -177,7 +179,7 @@ class HostReport:
         for callback in callbacks:
             try:
                 callback()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (a backend's; the reader thread must live on)
                 self.log("error", f"A cancel callback failed.\n{describe(error)}")
 
     def finish(self, terminal: Done | Failed) -> None:

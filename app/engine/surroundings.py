@@ -14,14 +14,26 @@ from pathlib import Path
 
 import app
 
-_SECRET = re.compile(r"(^|_)(TOKENS?|SECRETS?|PASSWORD|PASSWD|API_?KEYS?|CREDENTIALS?|PRIVATE_KEY|AUTH)(_|$)", re.IGNORECASE)
-_FOREIGN = ("PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONDEVMODE", "PYTHONWARNINGS", "PYTHONBREAKPOINT", "VIRTUAL_ENV")
+_SECRET = re.compile(
+    r"(^|_)(TOKENS?|SECRETS?|PASSWORD|PASSWD|API_?KEYS?|CREDENTIALS?|PRIVATE_KEY|AUTH)(_|$)", re.IGNORECASE
+)
+_FOREIGN = (
+    "PYTHONHOME",
+    "PYTHONSTARTUP",
+    "PYTHONINSPECT",
+    "PYTHONDEVMODE",
+    "PYTHONWARNINGS",
+    "PYTHONBREAKPOINT",
+    "VIRTUAL_ENV",
+)
 _FEW_CPUS = 4
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment variables of a child; `extra` (calibrated settings such as OMP_NUM_THREADS) goes over all."""
-    environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name) and name not in _FOREIGN}
+    environment = {
+        name: value for name, value in os.environ.items() if not _SECRET.search(name) and name not in _FOREIGN
+    }
     if "LD_LIBRARY_PATH_ORIG" in environment:  # a frozen window points this at its own libraries
         environment["LD_LIBRARY_PATH"] = environment.pop("LD_LIBRARY_PATH_ORIG")
     environment.update(

@@ -97,7 +97,9 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     raise_unexpected: bool = False
 
 
-def fake_client(folder: Path, script: Script | None = None, *, environment: dict[str, str] | None = None) -> EngineClient:
+def fake_client(
+    folder: Path, script: Script | None = None, *, environment: dict[str, str] | None = None
+) -> EngineClient:
     """A client, not started, whose engine follows `script`. Its log is `folder/fake.log`."""
     text = msgspec.json.encode(script or Script()).decode()
     return EngineClient(
@@ -111,7 +113,9 @@ def fake_client(folder: Path, script: Script | None = None, *, environment: dict
 
 def fake_model(name: str = "maker/fake-1B") -> ModelEntry:
     """A model entry that the fake engine loads as gladly as any other."""
-    return ModelEntry(id=f"/models/{name}", name=name, path=f"/models/{name}", format=ModelFormat.GGUF, has_chat_template=True)
+    return ModelEntry(
+        id=f"/models/{name}", name=name, path=f"/models/{name}", format=ModelFormat.GGUF, has_chat_template=True
+    )
 
 
 class FakeBackend:
