@@ -1,0 +1,644 @@
+"""Loadout: the one loaded model, its engine, and everything that can happen to them, as one observable object.
+
+Chat and whatever else runs a model talk to this object alone. It picks the loader, starts the engine, loads with the saved
+options, hands requests on, and brings a dead engine back with the next request. Unloading ends the engine's process, so that
+every byte comes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from PySide6.QtCore import QObject, QTimer, Signal, Slot
+
+from app import backends
+from app.backends.base import Spec
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
+from app.core.library import ModelEntry
+from app.core.memory import Estimate, Machine
+from app.core.options import OptionValue, build, describe
+from app.engine.protocol import Generate, Load, Loaded
+from app.engine.restart import RestartPolicy
+from app.store.library import LibraryStore
+from app.store.model_settings import ModelSettings
+from app.store.settings import SettingsStore
+from app.viewmodels.engine_session import EngineSession
+
+IDLE_CHECK_MS = 30_000
+MAX_CODE_BYTES = 4 * 1024 * 1024
+
+
+class LoadoutState(StrEnum):
+    EMPTY = "empty"  # nothing loaded; `model` may be one that waits to be loaded
+    STARTING = "starting"  # the engine starts, or waits for its environment
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+    UNRESPONSIVE = "unresponsive"
+    FAILED = "failed"  # the load failed, or the engine died; `error` says why
+
+
+class EnvironmentsView(Protocol):
+    """What the loadout asks of engine.environments."""
+
+    def is_ready(self, name: str) -> bool: ...
+    def title(self, name: str) -> str: ...
+
+
+class FitQuestion(msgspec.Struct, frozen=True, kw_only=True):
+    """A load that does not fit: asked before it starts. `load(..., anyway=True)` goes on."""
+
+    entry: ModelEntry
+    loader: Spec
+    options: dict[str, OptionValue]
+    estimate: Estimate
+    machine: Machine
+    message: str
+
+
+class CodeQuestion(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that only loads with its own Python code. `allow_code(entry)` remembers a yes for exactly these files."""
+
+    entry: ModelEntry
+    loader: Spec
+    options: dict[str, OptionValue]
+    files: tuple[str, ...]
+    digest: str
+
+
+class Crash(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine died by itself. `again` is false after too many crashes."""
+
+    error: WeftError
+    log: str
+    again: bool
+
+
+class _Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A load that was decided on."""
+
+    entry: ModelEntry
+    spec: Spec
+    options: dict[str, OptionValue]
+    chosen: str = ""  # the loader that somebody asked for, "" when it was left to Weft
+
+
+class Loadout(QObject):
+    """The loaded model.
+
+    Signals:
+        changed: any property below changed.
+        tokens(id, text, count), progress(id, core.jobs.Progress), finished(id, Generated), failed(id, WeftError): of one request.
+        notice(text): a sentence worth a toast.
+        fit_asked(FitQuestion), code_asked(CodeQuestion), crashed(Crash), load_failed(WeftError): the window decides or tells.
+        environment_wanted(name): the load waits for this environment.
+    """
+
+    changed = Signal()
+    tokens = Signal(int, str, int)
+    progress = Signal(int, object)
+    finished = Signal(int, object)
+    failed = Signal(int, object)
+    notice = Signal(str)
+    fit_asked = Signal(object)
+    code_asked = Signal(object)
+    crashed = Signal(object)
+    load_failed = Signal(object)
+    environment_wanted = Signal(str)
+    _later = Signal(int, object)
+
+    def __init__(
+        self,
+        *,
+        make_worker: Callable[[str], Any],
+        library: LibraryStore,
+        model_settings: ModelSettings,
+        settings: SettingsStore,
+        environments: EnvironmentsView,
+        machine: Callable[[], Machine],
+        log_of: Callable[[str], Path],
+        parent: QObject | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._make_worker = make_worker
+        self._library = library
+        self._model_settings = model_settings
+        self._settings = settings
+        self._environments = environments
+        self._machine = machine
+        self._log_of = log_of
+        self._policy = RestartPolicy()
+        self._session: EngineSession | None = None
+        self._ending: list[EngineSession] = []
+        self._plan: _Plan | None = None
+        self._load_id = 0
+        self._ids = itertools.count(1)
+        self._queued: dict[int, Generate] = {}
+        self._running: dict[int, int] = {}  # the engine's id to ours
+        self._last_use = time.monotonic()
+        self._waiting_for = ""
+        self.state = LoadoutState.EMPTY
+        self.model: ModelEntry | None = None
+        self.loader: Spec | None = None
+        self.options: dict[str, OptionValue] = {}
+        self.loaded: Loaded | None = None
+        self.error: WeftError | None = None
+        self.load_progress: Progress | None = None
+        self._later.connect(self.failed)
+        self._idle = QTimer(self)
+        self._idle.setInterval(IDLE_CHECK_MS)
+        self._idle.timeout.connect(self._unload_if_idle)
+
+    # What there is ----------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer share, as loaded; 0 when nothing is."""
+        return self.loaded.context if self.loaded is not None else 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the loaded model takes, measured by its engine; 0 when nothing is loaded or it is not known."""
+        return self.loaded.memory if self.loaded is not None else 0
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.loaded is not None
+
+    @property
+    def waiting_for(self) -> str:
+        """Name of the environment that the load waits for, or ""."""
+        return self._waiting_for
+
+    @property
+    def log_path(self) -> Path | None:
+        return self._log_of(self.loader.id) if self.loader is not None else None
+
+    # Loading ----------------------------------------------------------------------------------------
+
+    def choose_loader(self, entry: ModelEntry, loader_id: str = "") -> Spec:
+        """The loader that `load` would take. Raises WeftError when none takes the model."""
+        saved = loader_id or self._model_settings.get(entry.id)[0] or ""
+        cuda = bool(self._machine().gpus)
+        if not saved:
+            wish = backends.specs().get(self._settings.settings.loaders.get(entry.format.value, ""))
+            if wish is not None and not backends.refusal(wish, entry, cuda=cuda):
+                saved = wish.id
+        if saved and not loader_id and saved not in backends.specs():
+            saved = ""  # saved by a Weft that had this loader
+        return backends.choose(entry, ready=self._environments.is_ready, cuda=cuda, preferred=saved)
+
+    def saved_options(self, entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:
+        """The options saved for this model and loader, without what this version no longer knows or takes."""
+        known = {field.name for field in describe(spec.options)}
+        kept: dict[str, OptionValue] = {}
+        for name, value in self._model_settings.get(entry.id, spec.id)[1].items():
+            if name in known:
+                try:
+                    build(spec.options, {name: value})
+                except WeftError:
+                    continue
+                kept[name] = value
+        return kept
+
+    def select(self, entry: ModelEntry) -> None:
+        """Pick a model: loaded at once with Autoload on, else it waits for Load."""
+        if self._settings.settings.autoload:
+            self.load(entry)
+            return
+        self.unload()
+        self.model = entry
+        self.changed.emit()
+
+    def load(
+        self,
+        entry: ModelEntry,
+        loader_id: str | None = None,
+        options: Mapping[str, OptionValue] | None = None,
+        *,
+        anyway: bool = False,
+    ) -> None:
+        """Load a model in place of the one that is loaded. What goes wrong is told by `load_failed` and `state`.
+
+        Args:
+            loader_id: None takes the saved loader, or the best that is ready.
+            options: changed fields of the loader's options; None takes those saved for this model.
+            anyway: load although the estimate says that it does not fit.
+        """
+        try:
+            spec = self.choose_loader(entry, loader_id or "")
+            values = dict(options) if options is not None else self.saved_options(entry, spec)
+            struct = build(spec.options, values)
+            if not anyway and (question := self._does_not_fit(entry, spec, values, struct)) is not None:
+                self.fit_asked.emit(question)
+                return
+        except WeftError as error:
+            self._drop_engine("Another model is being loaded.")
+            self.model, self.loader = entry, None
+            self._fail_load(error)
+            return
+        plan = _Plan(entry=entry, spec=spec, options=values, chosen=loader_id or "")
+        if self._plan is None or plan != self._plan:
+            self._policy.reset()
+        self._begin(plan)
+
+    def load_again(self) -> None:
+        """Load what was loaded or tried last, with the same options; the user insists, so crashes are forgiven."""
+        if self._plan is not None:
+            self._policy.reset()
+            self._begin(self._plan)
+        elif self.model is not None:
+            self.load(self.model)
+
+    def reload(self, options: Mapping[str, OptionValue] | None = None) -> None:
+        """Load the same model again, with other options."""
+        if self.model is not None:
+            self.load(self.model, self._plan.chosen if self._plan else None, options)
+
+    def unload(self) -> None:
+        """End the engine and forget the model. Also cancels a load."""
+        self._drop_engine("The model was unloaded.")
+        self.model = self.loader = self._plan = None
+        self.options = {}
+        self.error = None
+        self._set(LoadoutState.EMPTY)
+
+    def cancel_load(self) -> None:
+        """Stop a load that is going on. The model stays picked, so that Load can be pressed again."""
+        if self.state in (LoadoutState.STARTING, LoadoutState.LOADING):
+            self._drop_engine("The load was cancelled.")
+            self.loader = None
+            self._set(LoadoutState.EMPTY)
+
+    def end_engine(self) -> None:
+        """End an engine that does not answer. The next request starts it again."""
+        if self._session is not None:
+            self._drop_engine("The engine was ended.")
+            self.error = WeftError(
+                ErrorKind.UNRESPONSIVE, "The engine did not answer and was ended.", "Send again to start it anew."
+            )
+            self._set(LoadoutState.FAILED)
+
+    def environment_ready(self, name: str) -> None:
+        """An environment was installed: a load that waits goes on, with whatever loader is ready now."""
+        if not self._waiting_for or self._plan is None:
+            return
+        plan = self._plan
+        if self._environments.is_ready(plan.spec.environment):
+            self._begin(plan)
+        elif not plan.chosen:
+            self.load(plan.entry)
+
+    def environment_failed(self, name: str, error: WeftError) -> None:
+        """An environment could not be installed: a load that waits for it fails, unless another loader is ready."""
+        if self._waiting_for == name and self._plan is not None:
+            self._fail_load(error)
+
+    # Requests ---------------------------------------------------------------------------------------
+
+    def generate(self, request: Generate) -> int:
+        """Answer. Returns the id that the signals bear; if nothing is loaded any more, the model is loaded first."""
+        made = next(self._ids)
+        self._last_use = time.monotonic()
+        if self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE) and self._session is not None:
+            self._send(made, request)
+        elif self.state in (LoadoutState.STARTING, LoadoutState.LOADING):
+            self._queued[made] = request
+        elif self.model is None:
+            self._fail_later(made, WeftError(ErrorKind.NOT_FOUND, "No model is loaded.", "Choose one with Ctrl+L."))
+        else:
+            try:
+                self._policy.check()
+            except WeftError as error:
+                self._fail_later(made, error)
+                return made
+            self._queued[made] = request
+            if self._plan is not None:
+                self._begin(self._plan, keep_queue=True)
+            else:
+                self.load(self.model)
+                if self.state not in (LoadoutState.STARTING, LoadoutState.LOADING):
+                    # Asked whether it fits, or failed at once: the answer does not wait for a dialog.
+                    if self._queued.pop(made, None) is not None:
+                        why = self.error or WeftError(
+                            ErrorKind.OUT_OF_MEMORY, "The model was not loaded.", "Load it from the bar above, then send again."
+                        )
+                        self._fail_later(made, why)
+        return made
+
+    def cancel(self, request: int) -> None:
+        """Stop a request; it ends with `finished` (what there is of it) or `failed` (CANCELLED)."""
+        if self._queued.pop(request, None) is not None:
+            self._fail_later(request, WeftError(ErrorKind.CANCELLED, "Cancelled."))
+            return
+        for engine_id, ours in self._running.items():
+            if ours == request and self._session is not None:
+                self._session.worker.cancel(engine_id)
+                return
+
+    # Code of a model's own --------------------------------------------------------------------------
+
+    def code_digest(self, entry: ModelEntry) -> str:
+        """A digest over the Python files that a model wants to run; "" when it wants none.
+
+        Raises:
+            WeftError: BAD_INPUT when they cannot be read whole.
+        """
+        if not entry.custom_code:
+            return ""
+        digest = hashlib.sha256()
+        for name in entry.custom_code:
+            path = Path(entry.path, name)
+            try:
+                if path.stat().st_size > MAX_CODE_BYTES:
+                    raise OSError("it is larger than 4 MiB")
+                content = path.read_bytes()
+            except OSError as error:
+                raise WeftError(ErrorKind.BAD_INPUT, f"{path} cannot be read: {error}.", "Download the model again.") from error
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def trusts_code(self, entry: ModelEntry) -> bool:
+        """Whether the user allowed exactly these files."""
+        try:
+            return self._model_settings.trusts_code(entry.id, self.code_digest(entry))
+        except WeftError:
+            return False
+
+    def allow_code(self, entry: ModelEntry, digest: str) -> None:
+        """Remember the yes; "" takes it back."""
+        self._model_settings.trust_code(entry.id, digest)
+
+    # Behind the scenes ------------------------------------------------------------------------------
+
+    def _does_not_fit(
+        self, entry: ModelEntry, spec: Spec, values: dict[str, OptionValue], struct: msgspec.Struct
+    ) -> FitQuestion | None:
+        from app.viewmodels.fitting import shortage
+
+        here = self._machine()
+        estimate = spec.estimate(entry, struct, here)
+        message = shortage(estimate, here, freed=self.memory)
+        if not message:
+            return None
+        return FitQuestion(entry=entry, loader=spec, options=values, estimate=estimate, machine=here, message=message)
+
+    def _begin(self, plan: _Plan, *, keep_queue: bool = False) -> None:
+        self._drop_engine("Another model is being loaded.", keep_queue=keep_queue)
+        self._plan = plan
+        self.model, self.loader, self.options = plan.entry, plan.spec, dict(plan.options)
+        self.error = None
+        try:
+            self._policy.check()
+            if not self._environments.is_ready(plan.spec.environment):
+                self._wait_for_environment(plan.spec)
+                return
+            worker = self._make_worker(plan.spec.id)
+        except WeftError as error:
+            self._fail_load(error)
+            return
+        session = EngineSession(worker, self)
+        session.ready.connect(self._engine_ready)
+        session.loaded.connect(self._model_loaded)
+        session.tokens.connect(self._tokens_came)
+        session.progress.connect(self._progress_came)
+        session.done.connect(self._command_done)
+        session.failed.connect(self._command_failed)
+        session.log.connect(self._log_came)
+        session.responsive.connect(self._responsiveness)
+        session.exited.connect(self._engine_exited)
+        session.gone.connect(self._session_gone)
+        self._session = session
+        self._load_id = 0
+        self.load_progress = Progress(phase=f"Starting {plan.spec.title}")
+        self._set(LoadoutState.STARTING)
+        session.start()
+
+    def _wait_for_environment(self, spec: Spec) -> None:
+        self._waiting_for = spec.environment
+        self.load_progress = Progress(phase=f"Waiting for {self._environments.title(spec.environment)} to be installed")
+        self._set(LoadoutState.STARTING)
+        self.environment_wanted.emit(spec.environment)
+
+    def _drop_engine(self, why: str, *, keep_queue: bool = False) -> None:
+        """End the engine without waiting for it; whatever it was asked fails with `why`."""
+        session, self._session = self._session, None
+        self._waiting_for = ""
+        self.loaded = None
+        self.load_progress = None
+        self._idle.stop()
+        lost = list(self._running.values())
+        self._running.clear()
+        if not keep_queue:
+            lost += self._queued
+            self._queued.clear()
+        if session is not None:
+            self._ending.append(session)
+            session.drop()
+        for request in lost:
+            self._fail_later(request, WeftError(ErrorKind.CANCELLED, why))
+
+    def _fail_later(self, request: int, error: WeftError) -> None:
+        # Never from within generate() or cancel(): the caller does not know the id yet.
+        QTimer.singleShot(0, self, lambda: self._later.emit(request, error))
+
+    def _send(self, ours: int, request: Generate) -> None:
+        assert self._session is not None
+        try:
+            engine_id = self._session.worker.send(request)
+        except WeftError as error:
+            self._fail_later(ours, error)
+            return
+        self._running[engine_id] = ours
+        if self.state is LoadoutState.READY:
+            self._set(LoadoutState.BUSY)
+
+    def _set(self, state: LoadoutState) -> None:
+        self.state = state
+        if state is not LoadoutState.LOADING and state is not LoadoutState.STARTING:
+            self.load_progress = None
+        self.changed.emit()
+
+    def _fail_load(self, error: WeftError) -> None:
+        self._waiting_for = ""
+        self.error = error
+        queued, self._queued = self._queued, {}
+        self._set(LoadoutState.FAILED)
+        for request in queued:
+            self._fail_later(request, error)
+        if error.kind is not ErrorKind.CANCELLED:
+            self.load_failed.emit(error)
+
+    @Slot(object)
+    def _engine_ready(self, _ready: object) -> None:
+        if self._session is None or self._plan is None:
+            return
+        plan = self._plan
+        self.load_progress = Progress(phase=f"Loading {plan.entry.name}")
+        request = Load(model=plan.entry, options=plan.options, trust_remote_code=self.trusts_code(plan.entry))
+        try:
+            self._load_id = self._session.worker.send(request)
+        except WeftError as error:
+            self._drop_engine("The engine did not take the load.", keep_queue=True)
+            self._fail_load(error)
+            return
+        self._set(LoadoutState.LOADING)
+
+    @Slot(object)
+    def _model_loaded(self, event: Loaded) -> None:
+        self.loaded = event
+
+    @Slot(int, str, int)
+    def _tokens_came(self, engine_id: int, text: str, count: int) -> None:
+        if engine_id in self._running:
+            self.tokens.emit(self._running[engine_id], text, count)
+
+    @Slot(int, object)
+    def _progress_came(self, engine_id: int, event: Progress) -> None:
+        if engine_id == self._load_id:
+            self.load_progress = event
+            self.changed.emit()
+        elif engine_id in self._running:
+            self.progress.emit(self._running[engine_id], event)
+
+    @Slot(int, object)
+    def _command_done(self, engine_id: int, result: object) -> None:
+        if engine_id == self._load_id:
+            self._load_id = 0
+            self._load_finished()
+            return
+        ours = self._running.pop(engine_id, 0)
+        if ours:
+            self._rest()
+            self.finished.emit(ours, result)
+
+    def _load_finished(self) -> None:
+        assert self.model is not None
+        self._last_use = time.monotonic()
+        self._set(LoadoutState.READY)
+        self._idle.start()
+        for note in self.loaded.notes if self.loaded is not None else ():
+            self.notice.emit(note)
+        queued, self._queued = self._queued, {}
+        for ours, request in queued.items():
+            self._send(ours, request)
+        try:
+            self._library.touch(self.model.id)
+            if self._settings.settings.last_model != self.model.id:
+                self._settings.update(last_model=self.model.id)
+        except WeftError as error:
+            self.notice.emit(str(error))  # the model runs; only the memory of it could not be written
+
+    @Slot(int, object)
+    def _command_failed(self, engine_id: int, error: WeftError) -> None:
+        dead = self._session is None or not self._session.worker.client.alive  # then `exited` follows, and says more
+        if engine_id == self._load_id:
+            if not dead:
+                self._load_id = 0
+                self._load_refused(error)
+            return
+        ours = self._running.pop(engine_id, 0)
+        if ours:
+            if not dead:
+                self._rest()
+            self.failed.emit(ours, error)
+
+    def _load_refused(self, error: WeftError) -> None:
+        plan = self._plan
+        self._drop_engine("The model could not be loaded.", keep_queue=True)
+        if (
+            plan is not None
+            and plan.entry.custom_code
+            and error.kind in (ErrorKind.HOSTILE, ErrorKind.UNSUPPORTED, ErrorKind.PERMISSION)
+            and not self.trusts_code(plan.entry)
+        ):
+            try:
+                digest = self.code_digest(plan.entry)
+            except WeftError as unreadable:
+                self._fail_load(unreadable)
+                return
+            self.error = error
+            queued, self._queued = self._queued, {}
+            self._set(LoadoutState.FAILED)
+            for request in queued:
+                self._fail_later(request, error)
+            self.code_asked.emit(
+                CodeQuestion(
+                    entry=plan.entry, loader=plan.spec, options=plan.options, files=plan.entry.custom_code, digest=digest
+                )
+            )
+            return
+        self._fail_load(error)
+
+    def _rest(self) -> None:
+        self._last_use = time.monotonic()
+        if not self._running and self.state is LoadoutState.BUSY:
+            self._set(LoadoutState.READY)
+
+    @Slot(str, str)
+    def _log_came(self, level: str, text: str) -> None:
+        if level in ("warning", "error"):
+            self.notice.emit(text)
+
+    @Slot(bool)
+    def _responsiveness(self, answers: bool) -> None:
+        if not answers:
+            self._set(LoadoutState.UNRESPONSIVE)
+        elif self.state is LoadoutState.UNRESPONSIVE:
+            if self._load_id:
+                self._set(LoadoutState.LOADING)
+            elif self.loaded is None:
+                self._set(LoadoutState.STARTING)
+            else:
+                self._set(LoadoutState.BUSY if self._running else LoadoutState.READY)
+
+    @Slot(object)
+    def _engine_exited(self, end: Any) -> None:
+        log = self.log_path
+        lost = [*self._running.values(), *self._queued]
+        self._running.clear()
+        self._queued.clear()
+        self._drop_engine("The engine ended.")
+        error: WeftError = end.error
+        self._policy.crashed(error.message)
+        try:
+            self._policy.check()
+        except WeftError as stopped:
+            error = stopped
+        self.error = error
+        self._set(LoadoutState.FAILED)
+        for request in lost:
+            self._fail_later(request, error)
+        if error.kind is ErrorKind.ENVIRONMENT:
+            self.load_failed.emit(error)
+        else:
+            self.crashed.emit(Crash(error=error, log=str(log or ""), again=self._policy.allowed))
+
+    @Slot(object)
+    def _session_gone(self, session: EngineSession) -> None:
+        if session in self._ending:
+            self._ending.remove(session)
+            session.deleteLater()
+
+    @Slot()
+    def _unload_if_idle(self) -> None:
+        minutes = self._settings.settings.unload_idle_minutes
+        if minutes and self.state is LoadoutState.READY and time.monotonic() - self._last_use > 60 * minutes:
+            self._drop_engine("The model was unloaded.")
+            self._set(LoadoutState.EMPTY)
+            self.notice.emit("The model was unloaded after a while without use. The next message loads it again.")
+
+    def close(self) -> None:
+        """End every engine and wait for it: the window is going."""
+        self._drop_engine("Weft is closing.")
+        for session in list(self._ending):
+            session.wait()
