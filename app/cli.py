@@ -25,6 +25,8 @@ from app.core.sampling import Sampling
 from app.engine import launch, machine, protocol
 from app.engine.client import EngineClient
 from app.engine.environments import Environments, EnvironmentState
+from app.store.database import Database
+from app.store.library import LibraryStore
 from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -185,7 +187,11 @@ def _library(roots: Sequence[Path]) -> list[ModelEntry | AdapterEntry]:
 
 
 def _find_model(name: str) -> ModelEntry:
-    raise NotImplementedError
+    database = Database(default_paths().database)
+    try:
+        return LibraryStore(database).find(name)
+    finally:
+        database.close()
 
 
 # Chat ------------------------------------------------------------------------------------------
