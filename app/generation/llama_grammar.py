@@ -149,9 +149,9 @@ class GrammarCheck:
             name = self._name()
             self.named.setdefault(name, place)
             return 1, [name], False
-        if character in "<!":
-            self._fail("tokens such as <name> are not supported")
-        self._fail(f"{character!r} has no place here")
+        raise self._error(
+            "tokens such as <name> are not supported" if character in "<!" else f"{character!r} has no place here"
+        )
 
     def _set(self) -> int:
         self.at += 1
@@ -275,9 +275,12 @@ class GrammarCheck:
                         self._fail("rules refer to one another in a chain of more than 500")
 
     def _fail(self, what: str) -> NoReturn:
+        raise self._error(what)
+
+    def _error(self, what: str) -> WeftError:
         line = self.text.count("\n", 0, self.at) + 1
         column = self.at - (self.text.rfind("\n", 0, self.at) + 1) + 1
-        raise WeftError(
+        return WeftError(
             ErrorKind.BAD_INPUT,
             f"The grammar cannot be used: {what} (line {line}, column {column}).",
             'Write it in GBNF, such as: root ::= "yes" | "no"',

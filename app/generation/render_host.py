@@ -112,7 +112,9 @@ def environment() -> Sandbox:
     """The surroundings of a template."""
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters["tojson"] = tojson
-    env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=DictMaker(), namespace=Namespace)
+    env.globals.update(
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=DictMaker(), namespace=Namespace
+    )
     return env
 
 

@@ -173,7 +173,9 @@ def _failure(kind: str, error: str) -> WeftError:
         return WeftError(ErrorKind.CORRUPT, f"The model's chat template is damaged: {error}.", TEMPLATE_HINT)
     if kind == "security":
         return WeftError(
-            ErrorKind.HOSTILE, f"The model's chat template tries what it must not ({error}) and was stopped.", TEMPLATE_HINT
+            ErrorKind.HOSTILE,
+            f"The model's chat template tries what it must not ({error}) and was stopped.",
+            TEMPLATE_HINT,
         )
     if kind == "memory":
         return WeftError(ErrorKind.HOSTILE, f"The model's chat template was stopped: {error}.", TEMPLATE_HINT)

@@ -43,16 +43,28 @@ class ChatTemplate:
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "", **variables: Any) -> None:
         if len(source) > LARGEST_SOURCE:
             raise WeftError(
-                ErrorKind.HOSTILE, f"The model's chat template has {len(source):,} characters; that is none.", TEMPLATE_HINT
+                ErrorKind.HOSTILE,
+                f"The model's chat template has {len(source):,} characters; that is none.",
+                TEMPLATE_HINT,
             )
         self.source = source
         self.note = ""
-        self._variables = {"tools": None, "documents": None, **variables, "bos_token": bos_token, "eos_token": eos_token}
+        self._variables = {
+            "tools": None,
+            "documents": None,
+            **variables,
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+        }
         self._renderer = Renderer(source)
 
     def warm(self) -> None:
         """Start the child and have it compile the template, without waiting for either."""
         self._renderer.start()
+
+    def set_variables(self, **variables: Any) -> None:
+        """Add or change names that the template sees."""
+        self._variables.update(variables)
 
     def close(self) -> None:
         """End the child. The next `render` starts another."""

@@ -100,7 +100,12 @@ def test_fit_leaves_a_conversation_that_fits() -> None:
 
 def test_fit_drops_the_oldest_turns_and_keeps_the_system_prompt() -> None:
     chat = _chat(
-        ("system", "s s"), ("user", "a a a"), ("assistant", "b b b"), ("user", "c c"), ("assistant", "d"), ("user", "e e")
+        ("system", "s s"),
+        ("user", "a a a"),
+        ("assistant", "b b b"),
+        ("user", "c c"),
+        ("assistant", "d"),
+        ("user", "e e"),
     )
     tokens, dropped = fit_messages(chat, _words, 8)
     assert (len(tokens), dropped) == (7, 2)
@@ -108,7 +113,10 @@ def test_fit_drops_the_oldest_turns_and_keeps_the_system_prompt() -> None:
     assert (len(tokens), dropped) == (4, 4)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.integers(0, 6)), min_size=1, max_size=14), st.integers(0, 40))
+@given(
+    st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.integers(0, 6)), min_size=1, max_size=14),
+    st.integers(0, 40),
+)
 def test_fit_drops_as_little_as_it_can(turns: list[tuple[str, int]], limit: int) -> None:
     chat = _chat(("system", "s"), *((role, "w " * n) for role, n in turns), ("user", "last"))
     starts = [i for i, m in enumerate(chat) if m.role == "user" and i > 1]
