@@ -200,5 +200,7 @@ def write_error(error: OSError, path: Path) -> WeftError:
             "Free some space or choose another folder, then resume: what has arrived is kept.",
         )
     return WeftError(
-        ErrorKind.PERMISSION, f"{path} could not be written: {error.strerror}.", "Check the folder's permissions, or choose another one."
+        ErrorKind.PERMISSION,
+        f"{path} could not be written: {error.strerror}.",
+        "Check the folder's permissions, or choose another one.",
     )

@@ -112,5 +112,7 @@ def check_file_path(path: str) -> None:
     )
     if bad:
         raise WeftError(
-            ErrorKind.HOSTILE, f"The hub names a file {path!r}, which is not a path inside a model's folder.", "Do not use this model."
+            ErrorKind.HOSTILE,
+            f"The hub names a file {path!r}, which is not a path inside a model's folder.",
+            "Do not use this model.",
         )

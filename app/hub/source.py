@@ -149,10 +149,16 @@ class HttpSource:
         target = urljoin(here, location)
         old, new = urlsplit(here), urlsplit(target)
         if not location or new.scheme not in ("http", "https"):
-            raise WeftError(ErrorKind.HOSTILE, "The hub redirects to something that is not a web address.", "Check the hub endpoint in Settings.")
+            raise WeftError(
+                ErrorKind.HOSTILE,
+                "The hub redirects to something that is not a web address.",
+                "Check the hub endpoint in Settings.",
+            )
         if old.scheme == "https" and new.scheme == "http":
             raise WeftError(
-                ErrorKind.HOSTILE, f"The hub redirects from https to plain http ({new.netloc}).", "Check the hub endpoint in Settings; nothing was fetched."
+                ErrorKind.HOSTILE,
+                f"The hub redirects from https to plain http ({new.netloc}).",
+                "Check the hub endpoint in Settings; nothing was fetched.",
             )
         return target, with_token and (old.scheme, old.netloc) == (new.scheme, new.netloc)
 
