@@ -41,7 +41,10 @@ def open_weft(arguments: list[str], *, yes: bool = False) -> int:
     module = ["-m", "app"]
     if arguments[:1] == ["environments"]:
         module, arguments = ["-m", "app.engine.environment_command"], arguments[1:]
-    return become([str(virtual_environment.ensure()), *module, *arguments])
+    python = virtual_environment.ensure()
+    if os.name == "nt" and Path(sys.executable).name.lower() == "pythonw.exe":
+        python = python.with_name("pythonw.exe")  # started from the menu: no console
+    return become([str(python), *module, *arguments])
 
 
 def become(command: list[str]) -> int:
@@ -51,4 +54,4 @@ def become(command: list[str]) -> int:
         return subprocess.call(command, env=environment)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command[0], command, environment)
+    return os.execve(command[0], command, environment)
