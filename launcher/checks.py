@@ -116,16 +116,16 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 def engine_python(python: Path) -> Path:
     """The interpreter of the environment `tests`, installed first where it is not."""
-    module = [str(python), "-m", "app.engine.environment_command"]
-    definitions = ["--definitions", str(ROOT / "tests" / "environments"), "tests"]
+    command = [str(python), "-m", "app.engine.environment_command"]
+    command += ["--definitions", str(ROOT / "tests" / "environments")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Overrides name the engines' interpreter for Weft; here it is being made.
     environment.pop("WEFT_PYTHON_TESTS", None)
-    status = subprocess.run([*module, "install", *definitions], cwd=ROOT, env=environment, check=False).returncode
+    status = subprocess.run([*command, "install", "tests"], cwd=ROOT, env=environment, check=False).returncode
     if status:
         raise Stop("The engines' test environment could not be installed; the reason stands above.", status)
     answer = subprocess.run(
-        [*module, "python", *definitions], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        [*command, "python", "tests"], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )
     return Path(answer.stdout.strip())
 
