@@ -86,6 +86,10 @@ class JobStore:
             raise WeftError(ErrorKind.BUSY, f"Job {job} has not ended.", "Cancel it first.")
         self._database.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
+    def release(self) -> None:
+        """Close this thread's connection; a thread that ends calls it last."""
+        self._database.release()
+
     def mark_interrupted(self) -> list[Job]:
         """At start: jobs whose process is gone without ending them become CRASHED. Returns these."""
         open_states = tuple(state.value for state in JobState if not state.ended)
