@@ -50,12 +50,12 @@ def main(arguments: list[str]) -> int:
     python = virtual_environment.ensure("dev")
     environment = _environment(options)
     interpreters = {WINDOW: python}
-    if ENGINES in plan or options.bench or not rest:
+    if ENGINES in plan or "tests/e2e" in str(plan) or options.bench:
         interpreters[ENGINES] = engine_python(python)
         for name in ("WEFT_PYTHON_CORE", "WEFT_PYTHON_LLAMACPP"):
             environment.setdefault(name, str(interpreters[ENGINES]))
     outcomes: list[Outcome] = []
-    if not rest and not options.bench:
+    if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
     for group, paths in plan.items():
         outcomes.append(_pytest(group, interpreters[group], paths, [*tier, *_options(rest)], environment))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -48,12 +49,15 @@ def default_paths() -> Paths:
         base = Path(home).expanduser().absolute()
         return Paths(data=base, config=base, cache=base / "cache", logs=base / "logs", runtime=base / "run")
     dirs = platformdirs.PlatformDirs("weft", appauthor=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # platformdirs warns where no session manager made a runtime folder; its choice will do
+        runtime = dirs.user_runtime_path
     return Paths(
         data=dirs.user_data_path,
         config=dirs.user_config_path,
         cache=dirs.user_cache_path,
         logs=dirs.user_log_path,
-        runtime=dirs.user_runtime_path,
+        runtime=runtime,
     )
 
 

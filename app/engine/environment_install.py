@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 
@@ -19,7 +18,7 @@ from app.core.paths import resources
 from app.engine import compiler
 from app.engine.environments import Environments, Layer, Stamp, discard, folder_bytes
 from app.engine.package_sources import Sources, cached_wheels, local_wheels, package_sources
-from app.engine.uv_process import UvRun, find_uv
+from app.engine.uv_process import LogFile, UvRun, find_uv
 
 _FREE_RESERVE = 500_000_000  # bytes of disk that an installation leaves alone
 
@@ -32,7 +31,7 @@ class Installation:
         environments: Environments,
         name: str,
         report: Callable[[Progress], None],
-        log: TextIO,
+        log: LogFile,
         cancelled: Callable[[], bool],
     ) -> None:
         self._environments = environments

@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Callable, Generator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,6 +28,9 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
 from app.terminal import ProgressLine
+
+if TYPE_CHECKING:
+    from app.engine.uv_process import LogFile
 
 
 class EnvironmentState(StrEnum):
@@ -171,7 +174,7 @@ class Environments:
         self,
         name: str,
         report: Callable[[Progress], None],
-        log: TextIO,
+        log: LogFile,
         cancelled: Callable[[], bool],
         *,
         repair: bool = False,

@@ -12,12 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 import psutil
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
+
+
+class LogFile(Protocol):
+    """Where an installation's words go: an open text file, or what passes them on."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> None: ...
+
 
 Report = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
@@ -51,7 +59,7 @@ class UvRun:
         variables: added to the environment of uv.
         report, cancelled: how far it is; whether to stop. `cancelled` is asked several times a second.
         log: gets every line that uv prints, and the commands.
-        sizes: bytes that this installation has brought so far (None: not measured), and about how many it will.
+        measure: bytes that this installation has brought so far; expected: about how many it will.
     """
 
     def __init__(
@@ -60,7 +68,7 @@ class UvRun:
         variables: Mapping[str, str],
         report: Report,
         cancelled: Cancelled,
-        log: TextIO,
+        log: LogFile,
         measure: Callable[[], int],
         expected: int,
     ) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 import msgspec
 from PySide6.QtCore import QObject, QThread, Signal
@@ -85,7 +85,7 @@ class EnvironmentWorker(QThread):
             error = WeftError(
                 ErrorKind.PERMISSION, f"{failure.filename}: {failure.strerror}", "Check that the folder can be written, then retry."
             )
-        except Exception as failure:  # a defect of ours must reach the window, not end a thread in silence
+        except Exception as failure:  # noqa: BLE001  a defect of ours must reach the window, not end a thread in silence
             error = WeftError(ErrorKind.INTERNAL, f"The installation failed: {failure!r}", "Please report this, with its log.")
         with contextlib.suppress(WeftError):  # a full disk fails the installation and this; the signal still says so
             self._record(error)
@@ -106,10 +106,10 @@ class EnvironmentWorker(QThread):
             self._jobs.update(self.job.id, progress=progress)
 
 
-class _Log(io.TextIOBase):
+class _Log:
     """Writes to the log file and hands on every whole line."""
 
-    def __init__(self, file: io.TextIOBase | io.TextIOWrapper, line: Callable[[str], None]) -> None:
+    def __init__(self, file: TextIO, line: Callable[[str], None]) -> None:
         self._file = file
         self._line = line
         self._rest = ""
