@@ -278,7 +278,9 @@ class ChatStore:
     def set_draft(self, conversation: int, text: str) -> None:
         """Keep what is typed; "" forgets it."""
         if text:
-            self._database.execute("INSERT OR REPLACE INTO drafts (conversation, text) VALUES (?, ?)", (conversation, text))
+            self._database.execute(
+                "INSERT OR REPLACE INTO drafts (conversation, text) VALUES (?, ?)", (conversation, text)
+            )
         else:
             self._database.execute("DELETE FROM drafts WHERE conversation = ?", (conversation,))
 
