@@ -344,7 +344,7 @@ class _Reader:
         position, data, done = self.position, self._data, 0
         while done < count:
             try:
-                for done in range(done, count):  # noqa: B007  (it goes on where it stopped)
+                for done in range(done, count):  # noqa: B007, B020  (it goes on where it stopped)
                     position += unpack(data, position)[0] + width
                 done = count
             except (struct.error, OverflowError):

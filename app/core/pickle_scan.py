@@ -27,13 +27,13 @@ _DTYPES = (
     "chalf complex64 cfloat complex128 cdouble quint8 qint8 qint32 quint4x2 quint2x4 bits1x8 bits2x4 bits4x2 bits8 "
     "bits16 uint1 uint2 uint3 uint4 uint5 uint6 uint7 int1 int2 int3 int4 int5 int6 int7 per_tensor_affine "
     "per_tensor_symmetric per_channel_affine per_channel_symmetric per_channel_affine_float_qparams"
-).split()
-_KINDS = "Double Float Half BFloat16 Byte Char Short Int Long Bool".split()
+)
+_KINDS = ["Double", "Float", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"]
 _STORAGES = [*_KINDS, "ComplexDouble", "ComplexFloat", "QUInt8", "QInt8", "QInt32", "QUInt4x2", "QUInt2x4"]
 _REBUILDERS = (
     "parameter parameter_with_state qtensor tensor tensor_v2 tensor_v3 sparse_tensor meta_tensor_no_storage nested_tensor "
     "wrapper_subclass device_tensor_from_numpy device_tensor_from_cpu_tensor"
-).split()
+)
 
 ALLOWED: frozenset[str] = frozenset(
     [
@@ -55,12 +55,12 @@ ALLOWED: frozenset[str] = frozenset(
         "__builtin__.bytearray",
         "__builtin__.set",
         "__builtin__.complex",
-        *(f"torch.{name}" for name in _DTYPES),
+        *(f"torch.{name}" for name in _DTYPES.split()),
         *(f"torch.{name}Storage" for name in _STORAGES),
         *(f"torch.cuda.{name}Storage" for name in [*_KINDS, "ComplexDouble", "ComplexFloat"]),
         *(f"torch.{name}Tensor" for name in _KINDS),
         *(f"torch.cuda.{name}Tensor" for name in _KINDS),
-        *(f"torch._utils._rebuild_{name}" for name in _REBUILDERS),
+        *(f"torch._utils._rebuild_{name}" for name in _REBUILDERS.split()),
     ]
 )
 

@@ -124,7 +124,7 @@ def find_weights(folder: Path, names: frozenset[str]) -> Weights | None:
         if index in names:
             found = _by_index(folder / index, names, safetensors)
             # An index may be left over from a conversion whose shards were deleted.
-            if found.files or found.problem and not _others(names, ".safetensors" if not safetensors else ".bin"):
+            if found.files or (found.problem and not _others(names, ".bin" if safetensors else ".safetensors")):
                 return found
     for ending in (".safetensors", ".bin", ".pt"):
         others = _others(names, ending)

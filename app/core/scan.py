@@ -67,6 +67,9 @@ class Scan:
     Args:
         problem: told of every folder that could not be read, and of every bound that was hit.
         cancelled: asked often; a scan that is cancelled ends early.
+
+    Attributes:
+        folders: every folder that was looked into, outer ones first; what a watcher has to watch.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Scan:
     ) -> None:
         self._problem = problem
         self._cancelled = cancelled
+        self.folders: list[str] = []
         self._visited: set[tuple[int, int]] = set()
         self._ids: set[str] = set()
 
@@ -111,6 +115,8 @@ class Scan:
     def _candidates(self, root: Root) -> Iterator[Candidate]:
         if root.kind is RootKind.OLLAMA:
             for name, manifest, signature, read in ollama_candidates(Path(root.path), self._problem):
+                if str(manifest.parent) not in self.folders[-1:]:
+                    self.folders.append(str(manifest.parent))
                 yield Candidate(str(manifest), read, f"{VERSION}-{signature}", name)
             return
         for start in _starts(Path(root.path)):
@@ -150,6 +156,7 @@ class Scan:
         if snapshot is None:
             return
         name = cache_name(folder.name)
+        self.folders.extend((str(folder), str(folder / "refs"), str(snapshot.parent)))
         stack = [snapshot]
         while stack:
             place = stack.pop()
@@ -157,7 +164,7 @@ class Scan:
             for candidate in _in_folder(place, files, snapshot, Root(path=str(snapshot), kind=RootKind.HUGGING_FACE)):
                 inside = Path(candidate.id).relative_to(snapshot)
                 # The id leaves the revision out, so that settings survive an update.
-                single = inside == Path(".")
+                single = inside == Path()
                 prefix = (
                     f"{name}/{inside.parent.as_posix()}/".replace("/./", "/")
                     if inside.suffix != ".gguf"
@@ -172,10 +179,11 @@ class Scan:
         files: dict[str, os.stat_result] = {}
         below: list[str] = []
         try:
-            status = os.stat(folder)
+            status = folder.stat()
             if (status.st_dev, status.st_ino) in self._visited:  # a link to a folder above, or a second way here
                 return files, below
             self._visited.add((status.st_dev, status.st_ino))
+            self.folders.append(str(folder))
             with os.scandir(folder) as entries:
                 for entry in entries:
                     try:
@@ -202,7 +210,7 @@ def scan(
     """Every model and adapter under these roots, each read now."""
     one = Scan(problem, cancelled)
     for root in roots:
-        for found in one.root(root if isinstance(root, Root) else Root(path=os.path.abspath(root))):
+        for found in one.root(root if isinstance(root, Root) else Root(path=str(Path(root).absolute()))):
             yield found.entry
 
 

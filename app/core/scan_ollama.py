@@ -21,7 +21,7 @@ _MODEL, _PROJECTOR = "application/vnd.ollama.image.model", "application/vnd.olla
 
 
 class _Layer(msgspec.Struct):
-    mediaType: str = ""  # noqa: N815  (as the file spells it)
+    mediaType: str = ""  # as the file spells it
     digest: str = ""
 
 

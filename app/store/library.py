@@ -174,11 +174,11 @@ class LibraryStore:
         found = self._by_id_or_path("models", name_or_path)
         if found:
             return _model((found[0], self._last_used(name_or_path)))
-        if os.path.exists(name_or_path):
+        if Path(name_or_path).exists():
             entry = recognise_model(Path(name_or_path).absolute())
             if entry is not None:
                 return entry
-            if os.sep in name_or_path or os.path.isfile(name_or_path):
+            if os.sep in name_or_path or Path(name_or_path).is_file():
                 raise WeftError(
                     ErrorKind.NOT_FOUND,
                     f"No model was found at {name_or_path}.",
@@ -192,11 +192,11 @@ class LibraryStore:
         found = self._by_id_or_path("adapters", name_or_path)
         if found:
             return msgspec.msgpack.decode(found[0], type=AdapterEntry)
-        if os.path.exists(name_or_path):
+        if Path(name_or_path).exists():
             entry = recognise_adapter(Path(name_or_path).absolute())
             if entry is not None:
                 return entry
-            if os.sep in name_or_path or os.path.isfile(name_or_path):
+            if os.sep in name_or_path or Path(name_or_path).is_file():
                 raise WeftError(
                     ErrorKind.NOT_FOUND,
                     f"No adapter was found at {name_or_path}.",
@@ -206,7 +206,7 @@ class LibraryStore:
         return self.adapter(self._only("adapter", name_or_path, rows, "adapters"))
 
     def _by_id_or_path(self, table: str, text: str) -> Any:
-        path = os.path.abspath(os.path.expanduser(text))
+        path = str(Path(text).expanduser().absolute())
         return self._database.row(
             f"SELECT entry FROM {table} WHERE id IN (?, ?) OR path = ? ORDER BY id = ? DESC LIMIT 1",
             (text, path, path, text),
@@ -241,6 +241,17 @@ class LibraryStore:
     def _last_used(self, model: str) -> float:
         row = self._database.row("SELECT last_used FROM usage WHERE id = ?", (model,))
         return row[0] if row else 0.0
+
+    def incomplete_files(self, limit: int) -> list[str]:
+        """Weight files of models that have a problem: another program may still be writing them."""
+        rows = self._database.rows(
+            "SELECT entry FROM models WHERE problem != '' ORDER BY modified DESC LIMIT ?", (limit,)
+        )
+        return [path for (blob,) in rows for path in msgspec.msgpack.decode(blob, type=ModelEntry).files][:limit]
+
+    def release(self) -> None:
+        """Close the calling thread's connection to the database; call it when the thread ends."""
+        self._database.release()
 
     # Upkeep -----------------------------------------------------------------------------------------
 
@@ -345,7 +356,7 @@ def _sort_name(name: str) -> str:
 
 
 def _model_row(entry: ModelEntry, signature: str) -> tuple[object, ...]:
-    folder = os.path.basename(os.path.dirname(entry.path))
+    folder = Path(entry.path).parent.name
     words = (entry.name, entry.format.value, entry.quantization, entry.architecture, entry.model_type, folder)
     return (
         entry.id,
@@ -368,7 +379,7 @@ def _model_row(entry: ModelEntry, signature: str) -> tuple[object, ...]:
 
 
 def _adapter_row(entry: AdapterEntry, signature: str) -> tuple[object, ...]:
-    words = (entry.name, entry.format.value, entry.kind, entry.base, os.path.basename(os.path.dirname(entry.path)))
+    words = (entry.name, entry.format.value, entry.kind, entry.base, Path(entry.path).parent.name)
     return (
         entry.id,
         entry.root,

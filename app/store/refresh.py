@@ -39,12 +39,14 @@ def refresh(
     problem: Callable[[WeftError], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
     changed: Callable[[], None] = lambda: None,
+    folders: Callable[[list[str]], None] = lambda _: None,
 ) -> int:
     """Index these roots and drop what lies under no root any more.
 
     Args:
         problem: told of what could not be read. cancelled: asked often; what was found until then is kept.
         changed: called after each batch that changed the index.
+        folders: called once at the end with every folder that was looked into.
 
     Returns:
         How many entries were added, changed or removed.
@@ -87,4 +89,5 @@ def refresh(
                 changes += len(gone)
                 if gone:
                     changed()
+    folders(scan.folders)
     return changes

@@ -163,7 +163,7 @@ class SettingsStore:
         except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             aside = self.path.with_name(f"{self.path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
             try:
-                os.replace(self.path, aside)
+                self.path.replace(aside)
                 kept = f"It was kept as {aside.name}"
             except OSError:
                 kept = "It could not be moved out of the way"
@@ -179,16 +179,17 @@ class SettingsStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # mkstemp makes it readable for the user alone: a proxy address may hold a password.
-            handle, part = tempfile.mkstemp(prefix=".settings-", suffix=".part", dir=self.path.parent)
+            handle, name = tempfile.mkstemp(prefix=".settings-", suffix=".part", dir=self.path.parent)
+            part = Path(name)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, self.path)
+            part.replace(self.path)
         except OSError as error:
             if part is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(part)
+                    part.unlink()
             full = error.errno in (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
             raise WeftError(
                 ErrorKind.DISK_FULL if full else ErrorKind.PERMISSION,
