@@ -70,6 +70,7 @@ class EngineClient:
         self._exited = threading.Event()
         self._started = False
         self._asked = False  # we wanted it to end
+        self._shutdown = 0  # id of the Shutdown that shutdown() sent: nobody else waits for its Done
         self._killed = False
         self._cause: WeftError | None = None  # why we ended it, or why it says that it could not start
         self._ready: protocol.Ready | None = None
@@ -188,6 +189,7 @@ class EngineClient:
         with self._lock:
             if (exit := self._events.exit) is not None:
                 raise exit.error
+            self._asked = self._asked or isinstance(command, protocol.Shutdown)
             if not isinstance(command, protocol.Cancel):  # it is answered by the end of its target
                 self._pending[number] = command
             self._write(line)
@@ -248,7 +250,8 @@ class EngineClient:
                 return
             for number in self._pending:
                 self._write(encode(protocol.Cancel(target=number)))
-            self._write(encode(protocol.Shutdown(id=next(self._ids))))
+            self._shutdown = next(self._ids)
+            self._write(encode(protocol.Shutdown(id=self._shutdown)))
         if not self._exited.wait(timeout * 0.6):
             self.kill()
             self._exited.wait(max(1.0, timeout * 0.4))
@@ -311,6 +314,8 @@ class EngineClient:
             with self._lock:
                 self._pending.pop(event.id, None)
                 self._deadlines.pop(event.id, None)
+            if event.id == self._shutdown != 0:
+                return
         self._events.put(event, size)
 
     def _violation(self, message: str) -> None:

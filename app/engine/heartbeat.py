@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PING_EVERY = 2.0  # seconds
 SILENCE = 5.0  # seconds without an answer until it counts as unresponsive
+_ASLEEP = 2.5  # seconds between two looks, where one is usual: then it was we who stood still
 
 
 class Heartbeat:
@@ -28,7 +29,7 @@ class Heartbeat:
         Returns:
             whether to ping now, and the new state where it changed (True: it answers again).
         """
-        asleep = now - self._tick_at > SILENCE / 2
+        asleep = now - self._tick_at > _ASLEEP
         self._tick_at = now
         if self._asked_at is not None and self.heard_at >= self._asked_at:
             self._asked_at = None

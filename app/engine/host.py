@@ -156,7 +156,9 @@ class Host:
             self._refuse(line, error)
             return
         if isinstance(command, protocol.Ping):
-            self._outbox.send(protocol.Pong(id=command.id, busy=self._busy))
+            with self._lock:
+                busy = self._busy or next(iter(self._waiting), 0)
+            self._outbox.send(protocol.Pong(id=command.id, busy=busy))
         elif isinstance(command, protocol.Cancel):
             self._cancel(command.target)
         else:

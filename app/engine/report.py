@@ -61,14 +61,14 @@ class Outbox:
 
 
 class Flusher:
-    """Calls a report's `flush` at the time that it asked for, in one sleeping thread."""
+    """Calls a report's `flush_due` at the time that it asked for, in one sleeping thread."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[float, HostReport]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="flusher", daemon=True).start()
 
     def at(self, when: float, report: HostReport) -> None:
-        """Have `report.flush()` run at `when` (time.monotonic)."""
+        """Have `report.flush_due()` run at `when` (time.monotonic)."""
         self._queue.put((when, report))
 
     def _run(self) -> None:
@@ -78,7 +78,7 @@ class Flusher:
             if delay > 0:
                 time.sleep(delay)
             try:
-                report.flush()
+                report.flush_due()
             except Exception as error:  # noqa: BLE001
                 # Text that cannot be sent must not end the thread that sends all the rest.
                 sys.stderr.write(f"flusher: {describe(error)}\n")
@@ -195,12 +195,31 @@ class HostReport:
     def flush(self) -> None:
         """Send what is held back."""
         with self._lock:
+            if not self._closed:
+                now = time.monotonic()
+                self._send_progress(now)
+                self._send_tokens(now)
+
+    def flush_due(self) -> None:
+        """Send what has been held back for long enough, and ask to be called again for the rest."""
+        with self._lock:
             self._armed = False
             if self._closed:
                 return
             now = time.monotonic()
-            self._send_progress(now)
-            self._send_tokens(now)
+            due = [
+                when
+                for held, when in (
+                    (bool(self._rows), self._tokens_sent + TOKENS_INTERVAL),
+                    (self._progress is not None, self._progress_sent + PROGRESS_INTERVAL),
+                )
+                if held
+            ]
+            if due and min(due) > now:
+                self._arm(min(due))
+            elif due:
+                self._send_progress(now)  # before the text that may come after it
+                self._send_tokens(now)
 
     # Both with the lock held.
 
