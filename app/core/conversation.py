@@ -23,8 +23,9 @@ class AnswerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         model, loader, stack: what answered.
         tokens: tokens generated; prompt_tokens: tokens of the prompt; reused_tokens: of those, not read again.
         tokens_per_second: of the generation alone; seconds_to_first_token: from send to the first text.
-        finish_reason: `stop`, `length`, `cancelled`, `crashed`.
+        finish_reason: `stop`, `length`, `cancelled`, `crashed`, `failed`.
         dropped_messages: how many of the oldest messages no longer fitted into the context.
+        reasoning_seconds: how long it thought before it answered; 0 when it did not, or not visibly.
     """
 
     model: str = ""
@@ -38,6 +39,7 @@ class AnswerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str = ""
     dropped_messages: int = 0
     seed: int = 0
+    reasoning_seconds: float = 0.0
 
 
 class StoredMessage(msgspec.Struct, frozen=True, kw_only=True):

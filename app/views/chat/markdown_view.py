@@ -52,7 +52,7 @@ class MarkdownView(QTextBrowser):
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
         self.setTextInteractionFlags(Qt.TextInteractionFlag.TextBrowserInteraction)
         self.viewport().setAutoFillBackground(False)
-        self.setStyleSheet("")
+        self.setObjectName("messageText")
         self.setFocusPolicy(Qt.FocusPolicy.ClickFocus)
         document = self.document()
         document.setDocumentMargin(0)
@@ -129,6 +129,11 @@ class MarkdownView(QTextBrowser):
     def busy(self) -> bool:
         """Whether text or colour is still to come to the screen."""
         return bool(self._queue or self._highlights or self._code_rest is not None or self._streaming)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether there is a code block, which takes the whole width."""
+        return bool(self._writer.codes)
 
     def _restart(self) -> None:
         self._timer.stop()
@@ -318,7 +323,9 @@ class MarkdownView(QTextBrowser):
 
     def _needed_height(self, size: QSizeF) -> int:
         bar = self.horizontalScrollBar().sizeHint().height() if size.width() > self.document().textWidth() + 1 else 0
-        return max(1, round(size.height()) + bar)
+        # The last block's margin does not count in a document's size.
+        end = CODE_PADDING + 2 if self.document().lastBlock().blockFormat().hasProperty(CODE_ID) else 2
+        return max(1, round(size.height()) + end + bar)
 
     @Slot(QSizeF)
     def _size_changed(self, size: QSizeF) -> None:
