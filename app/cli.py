@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,20 +14,23 @@ from typing import Any
 import msgspec
 
 from app import __version__
-from app.backends import choose, refusal, specs
+from app.backends import choose, specs
 from app.backends.base import Capability, Spec
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
-from app.core.library import AdapterEntry, ModelEntry
+from app.core.library import ModelEntry
 from app.core.options import build, describe, parse_assignments, parse_value
 from app.core.paths import Paths, default_paths
+from app.core.roots import Root
 from app.core.sampling import Sampling
 from app.engine import launch, machine, protocol
 from app.engine.client import EngineClient
 from app.engine.environments import Environments, EnvironmentState
 from app.store.database import Database
 from app.store.library import LibraryStore
+from app.store.refresh import library_roots, refresh
+from app.store.settings import SettingsStore
 from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -135,7 +139,8 @@ def _loaders(parsed: argparse.Namespace) -> int:
 
 
 def _models(parsed: argparse.Namespace) -> int:
-    entries = [entry for entry in _library(parsed.root) if isinstance(entry, ModelEntry)]
+    with _library(parsed.root) as library:
+        entries = library.models()
     if parsed.json:
         _print_json(entries)
         return DONE
@@ -159,7 +164,8 @@ def _models(parsed: argparse.Namespace) -> int:
 
 
 def _adapters(parsed: argparse.Namespace) -> int:
-    entries = [entry for entry in _library(parsed.root) if isinstance(entry, AdapterEntry)]
+    with _library(parsed.root) as library:
+        entries = library.adapters()
     if parsed.json:
         _print_json(entries)
         return DONE
@@ -182,14 +188,47 @@ def _adapters(parsed: argparse.Namespace) -> int:
     return DONE
 
 
-def _library(roots: Sequence[Path]) -> list[ModelEntry | AdapterEntry]:
-    raise NotImplementedError
+@contextlib.contextmanager
+def _library(roots: Sequence[Path]) -> Iterator[LibraryStore]:
+    """The library, brought up to date; with roots, one of these alone that is forgotten afterwards."""
+    paths = default_paths()
+    with contextlib.ExitStack() as stack:
+        if roots:
+            where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weft-")))
+            wanted = [_root(path) for path in roots]
+            database = Database(where / "library.sqlite")
+        else:
+            wanted = library_roots(SettingsStore(paths.settings).settings, paths)
+            database = Database(paths.database)
+        stack.callback(database.close)
+        library = LibraryStore(database)
+        refresh(library, wanted, problem=_print_problem)
+        yield library
+
+
+def _root(path: Path) -> Root:
+    if not path.is_dir():
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no folder {path}.", "Name an existing folder after --root.")
+    return Root(path=str(path.absolute()))
+
+
+def _print_problem(problem: WeftError) -> None:
+    print(f"note: {problem.message}", file=sys.stderr)
 
 
 def _find_model(name: str) -> ModelEntry:
-    database = Database(default_paths().database)
+    paths = default_paths()
+    database = Database(paths.database)
     try:
-        return LibraryStore(database).find(name)
+        library = LibraryStore(database)
+        try:
+            return library.find(name)
+        except WeftError as error:
+            if error.kind is not ErrorKind.NOT_FOUND or Path(name).exists():
+                raise
+        # It may have come since the library was last read.
+        refresh(library, library_roots(SettingsStore(paths.settings).settings, paths))
+        return library.find(name)
     finally:
         database.close()
 
