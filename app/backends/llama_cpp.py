@@ -82,10 +82,13 @@ SPEC = Spec(
 
 
 class _Said(msgspec.Struct):
-    """The text that lies in the cache, so that the next turn's text can be matched against it."""
+    """The text of the last prompt and its answer, and the tokens that spelt it then.
 
-    text: str = ""
-    tokens: int = 0  # how many of the context's tokens spell it
+    Two texts, where a space was dropped before the answer: templates put it back or do not.
+    """
+
+    texts: tuple[str, ...] = ()
+    tokens: list[int] = []
 
 
 class Backend(BaseBackend):
@@ -148,7 +151,7 @@ class Backend(BaseBackend):
         """Import and initialise the library, once in this process."""
         if self._library is not None:
             return
-        from app.generation.llama_log import LibraryLog
+        from app.generation.llama_log import library_log
 
         report.progress("Starting llama.cpp")
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would otherwise attach a debugger to itself
@@ -161,8 +164,7 @@ class Backend(BaseBackend):
                 "Repair the llama.cpp environment.",
             ) from error
         self._library = llama_cpp
-        self._log = LibraryLog()
-        self._log.attach(llama_cpp)
+        self._log = library_log(llama_cpp)
         llama_cpp.llama_backend_init()
         if options.numa != "off":
             llama_cpp.llama_numa_init(getattr(llama_cpp, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
@@ -322,9 +324,7 @@ class Backend(BaseBackend):
             strip=not plain and self._model.adds_space,
         )
         reason = loop.run(report.tokens)
-        if loop.faithful and context.tokens[: len(prompt)] == prompt:
-            # Sampled but not decoded: a last token that ended the answer by its number. It is no part of the cache.
-            self._said = _Said(text + loop.text, len(context.tokens))
+        self._said = _Said((text + loop.text, text + loop.stripped + loop.text), prompt + loop.tokens)
         return Generated(finish_reason=reason, tokens=loop.count, seconds=time.monotonic() - read, **numbers)
 
     def _check_logits(self) -> None:
@@ -345,7 +345,7 @@ class Backend(BaseBackend):
         """Tokens of the prompt, the text that they spell, and how many messages were left out."""
         from app.generation.fit import fit_messages, fit_text
 
-        model, context = self._model, self._context
+        context = self._context
         longest = request.sampling.max_tokens
         reserve = min(request.reserve, longest or request.reserve, context.size // 2)
         limit = context.size - max(1, reserve)
@@ -368,17 +368,17 @@ class Backend(BaseBackend):
         return tokens, texts.get(id(tokens), ""), dropped
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokens of a text; where it begins with what the cache spells, those very tokens.
+        """Tokens of a text; where it begins with the last prompt and its answer, those very tokens.
 
-        An answer is seldom tokenized the way that it was generated. Taking it from the cache as it is saves
-        reading it again.
+        An answer is not always tokenized the way that it was generated. Taking it as it was saves reading it again.
         """
         model, said = self._model, self._said
-        if said.tokens and text.startswith(said.text):
-            rest = model.tokenize(text[len(said.text) :])
+        known = next((known for known in said.texts if known and text.startswith(known)), "")
+        if known:
+            rest = model.tokenize(text[len(known) :])
             # A tokenizer that puts a space before a text would put one into the middle here, unless a special token begins.
             if not rest or not model.adds_space or model.piece(rest[0]) == b"":
-                return [*self._context.tokens[: said.tokens], *rest]
+                return said.tokens + rest
         return model.with_bos(model.tokenize(text))
 
     def _seed(self, wanted: int | None) -> int:

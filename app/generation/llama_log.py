@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from typing import Any
 
@@ -39,8 +40,8 @@ class LibraryLog:
         self.devices.clear()
 
     def attach(self, library: Any) -> None:
-        """Become the library's log, in place of its printing to stderr."""
-        self._callback = library.llama_log_callback(self._take)  # kept alive by this object
+        """Become the library's log, in place of its printing to stderr. This object must then live for ever."""
+        self._callback = library.llama_log_callback(self._take)
         library.llama_log_set(self._callback, None)
 
     def _take(self, level: int, text: bytes, _: object) -> None:
@@ -65,3 +66,11 @@ class LibraryLog:
             if line.startswith("error loading model: "):
                 return line.removeprefix("error loading model: ").removeprefix("error loading model hyperparameters: ")
         return next((line for line in self.lines if "fail" in line or "error" in line), next(iter(self.lines), ""))
+
+
+@functools.cache
+def library_log(library: Any) -> LibraryLog:
+    """The log of the library in this process. There is one, as the library has one, and it is never freed."""
+    log = LibraryLog()
+    log.attach(library)
+    return log

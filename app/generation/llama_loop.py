@@ -21,8 +21,8 @@ class Loop:
         strip: drop the space that SentencePiece puts before the first word.
 
     Attributes:
-        count: tokens generated. text: all of it, what a stop string held back included.
-        faithful: whether `text` says everything that was generated (no special token, no broken character).
+        tokens: those generated, the last of which may not have been decoded. count: how many.
+        text: what they spell, the stop string included. stripped: the space that was dropped before it, or "".
     """
 
     def __init__(
@@ -40,8 +40,12 @@ class Loop:
         self._most = most
         self._strip = strip
         self._parts: list[str] = []
-        self.count = 0
-        self.faithful = True
+        self.stripped = ""
+        self.tokens: list[int] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens)
 
     @property
     def text(self) -> str:
@@ -56,8 +60,7 @@ class Loop:
         stream = Utf8Stream()
         reason = self._run(stream, hand_on)
         rest = stream.flush()
-        if rest:
-            self.faithful = False
+        self._parts.append(rest)
         if self._scanner is not None and reason != "stop_string":
             fed, _ = self._scanner.feed(rest)
             rest = fed + self._scanner.flush()
@@ -69,29 +72,27 @@ class Loop:
         context, sampler, scanner = self._context, self._sampler, self._scanner
         pointer, piece_of, is_end = context.pointer, self._model.piece, self._model.eog
         sample, step, feed, keep = sampler.sample, context.step, stream.feed, self._parts.append
-        aborted, most = context.abort, self._most
+        aborted, most, tokens = context.abort, self._most, self.tokens
         while True:
             token = sample(pointer)
             if token < 0 or is_end(token):
                 return "stop"
             if self._strip:
                 self._strip = False
-                piece = piece_of(token, 1)
-                self.faithful = piece == piece_of(token)
+                piece, whole = piece_of(token, 1), piece_of(token)
+                self.stripped = " " if len(whole) > len(piece) else ""
             else:
                 piece = piece_of(token)
-            if not piece:
-                self.faithful = False
             text = feed(piece)
             keep(text)
-            self.count += 1
+            tokens.append(token)
             if scanner is not None:
                 text, stopped = scanner.feed(text)
                 if stopped:
                     hand_on(text, 1)
                     return "stop_string"
             hand_on(text, 1)
-            if self.count >= most:
+            if len(tokens) >= most:
                 return "length"
             if aborted.is_set or not step(token):
                 return "cancelled"
