@@ -82,6 +82,7 @@ class Installation:
             log=self._log,
             measure=lambda: max(cache.growth(), folder_bytes(self._folder)),
             expected=self._spec.bytes,
+            folder=self._environments.root,
         )
         if not self._python_runs():
             discard(self._folder, self._spec.title)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -16,8 +16,10 @@ from typing import Protocol
 
 import psutil
 
+import app
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
+from app.engine.process_tree import ProcessTree
 
 
 class LogFile(Protocol):
@@ -30,6 +32,8 @@ class LogFile(Protocol):
 Report = Callable[[Progress], None]
 Cancelled = Callable[[], bool]
 
+# A frozen program has no `-m`; there uv is started as it is.
+_WATCHED = () if getattr(sys, "frozen", False) else (sys.executable, "-m", "app.engine.run_watched")
 _POLL = 0.2  # seconds between looks at cancellation
 _MEASURE = 1.0  # seconds between looks at sizes
 _GRACE = 3.0  # seconds between asking a tree to end and killing it
@@ -60,6 +64,7 @@ class UvRun:
         report, cancelled: how far it is; whether to stop. `cancelled` is asked several times a second.
         log: gets every line that uv prints, and the commands.
         measure: bytes that this installation has brought so far; expected: about how many it will.
+        folder: where uv runs; no configuration file lies in it.
     """
 
     def __init__(
@@ -71,11 +76,14 @@ class UvRun:
         log: LogFile,
         measure: Callable[[], int],
         expected: int,
+        folder: Path,
     ) -> None:
         self._environment = {**os.environ, **variables, "NO_COLOR": "1", "UV_NO_PROGRESS": "1"}
         # What Weft's own start set would leak into the builds' Pythons.
-        for name in ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT"):
+        for name in ("PYTHONHOME", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT"):
             self._environment.pop(name, None)
+        self._environment |= {"PYTHONPATH": str(Path(app.__file__).resolve().parents[1]), "PYTHONSAFEPATH": "1"}
+        self._folder = folder
         self._report = report
         self._cancelled = cancelled
         self._log = log
@@ -95,46 +103,42 @@ class UvRun:
         if self._cancelled():
             raise cancelled_error()
         lines: list[str] = []
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env={**self._environment, **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=os.name != "nt",
+        tree = ProcessTree(
+            [*_WATCHED, *(str(part) for part in command)], environment=self._environment | dict(variables or {}), folder=self._folder
         )
-        _be_nice(process.pid)
-        reader = threading.Thread(target=self._read, args=(process, lines), name="uv output", daemon=True)
+        _be_nice(tree.pid)
+        status: list[int] = []
+        waiter = threading.Thread(target=lambda: status.append(tree.wait()), name="uv", daemon=True)
+        reader = threading.Thread(target=self._read, args=(tree, lines), name="uv output", daemon=True)
+        waiter.start()
         reader.start()
         try:
-            self._watch(process, lines, phase)
+            self._watch(waiter, lines, phase)
         finally:
-            if process.poll() is None:
-                kill_tree(process)
+            if waiter.is_alive():
+                _end(tree, waiter)
             reader.join(_GRACE)
-            assert process.stdout is not None
-            if not reader.is_alive():
-                process.stdout.close()
-        if process.returncode:
-            raise failure(lines, process.returncode)
+            for pipe in (tree.process.stdin, tree.process.stdout, None if reader.is_alive() else tree.process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        if status != [0]:
+            raise failure(lines, status[0] if status else -1)
         return lines
 
-    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+    def _read(self, tree: ProcessTree, lines: list[str]) -> None:
+        assert tree.process.stderr is not None
+        for raw in tree.process.stderr:
+            line = raw.decode("utf-8", errors="replace")
             lines.append(line.rstrip())
             with contextlib.suppress(ValueError):  # the log was closed: the installation has been given up
                 self._log.write(line)
                 self._log.flush()
 
-    def _watch(self, process: subprocess.Popen[str], lines: list[str], phase: str) -> None:
+    def _watch(self, waiter: threading.Thread, lines: list[str], phase: str) -> None:
         started = measured = time.monotonic()
         size = 0
         shown = ""
-        while process.poll() is None:
+        while waiter.is_alive():
             if self._cancelled():
                 self._log.write("cancelled\n")
                 raise cancelled_error()
@@ -143,8 +147,7 @@ class UvRun:
             if now - measured >= _MEASURE or words != shown:
                 size, measured, shown = max(size, self._measure()), now, words
                 self._report(Progress(phase=words, done=size, total=max(size, self._expected), unit="bytes"))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL)
+            waiter.join(_POLL)
 
 
 def phase_in_words(lines: Iterable[str], phase: str, seconds: float) -> str:
@@ -209,27 +212,17 @@ def failure(lines: Sequence[str], status: int) -> WeftError:
 
 
 def _be_nice(pid: int) -> None:
-    """Let the rest of the machine go first: a compiler takes every core for ten minutes."""
-    with contextlib.suppress(psutil.Error, OSError):
-        psutil.Process(pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 10)
+    """On Windows, let the rest of the machine go first; elsewhere run_watched does it before it starts anything."""
+    if sys.platform == "win32":
+        with contextlib.suppress(psutil.Error, OSError):
+            psutil.Process(pid).nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """End a process and everything it started: asked first, killed after a grace."""
-    try:
-        parent = psutil.Process(process.pid)
-        tree = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        tree = []
-    for one in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=_GRACE)
-    for one in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            more = one.children(recursive=True)
-            one.kill()
-            for child in more:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-    process.wait(_GRACE)
+def _end(tree: ProcessTree, waiter: threading.Thread) -> None:
+    """End a process and everything it started: asked first, so that it tidies up; killed after a grace."""
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(tree.pid, signal.SIGTERM)
+        waiter.join(_GRACE)
+    tree.kill()
+    waiter.join(_GRACE)

@@ -1,0 +1,432 @@
+"""Engine environments: what is installed when, what an interruption leaves, and what a failure says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
+from app.core.paths import resources
+from app.engine import compiler
+from app.engine.environments import Environments, EnvironmentState
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake uv is a POSIX script")
+
+TWO_LAYERS = """
+title = "Thing"
+summary = "For tests."
+bytes = 1000
+minutes = 1
+python = ["3.11", "3.99"]
+probe = "PROBE"
+
+[[layers]]
+name = "base"
+title = "the base"
+requirements = ["one==1", "two==2"]
+
+[[layers]]
+name = "native"
+title = "the native part"
+compiles = "native"
+requirements = ["native==3"]
+
+[[layers]]
+name = "extra"
+title = "something more"
+optional = true
+requirements = ["extra==4"]
+"""
+
+
+class World:
+    """A root, one definition `thing`, and a fake uv with a plan."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.definitions = folder / "definitions"
+        self.definitions.mkdir()
+        self.define()
+        self.environments = Environments(folder / "environments", (self.definitions,))
+        self.log = io.StringIO()
+        self.seen: list[Progress] = []
+        uv = folder / "uv"
+        fake = ROOT / "tests" / "fakes" / "fake_uv.py"
+        uv.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(fake))} {shlex.quote(str(folder))} "$@"\n')
+        uv.chmod(0o755)
+
+    def define(self, text: str = TWO_LAYERS, probe: str = "pass") -> None:
+        (self.definitions / "thing.toml").write_text(text.replace("PROBE", probe), encoding="utf-8")
+
+    def plan(self, **plans: dict[str, object]) -> None:
+        names = {"base": "one==1", "native": "native==3", "extra": "extra==4"}
+        (self.folder / "plan.json").write_text(json.dumps({names[name]: plan for name, plan in plans.items()}))
+
+    def install(self, cancelled: Callable[[], bool] = lambda: False, *, repair: bool = False) -> None:
+        self.environments.install("thing", self.seen.append, self.log, cancelled, repair=repair)
+
+    @property
+    def state(self) -> EnvironmentState:
+        return Environments(self.environments.root, (self.definitions,)).state("thing")
+
+    @property
+    def calls(self) -> list[dict]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def installed(self) -> list[str]:
+        """Requirements that uv was asked for, in order."""
+        return [part for call in self.calls if call["arguments"][0] == "pip" for part in call["arguments"] if "==" in part]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(tmp_path)
+    monkeypatch.setenv("WEFT_UV", str(tmp_path / "uv"))
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    monkeypatch.setattr("app.engine.environment_install.package_sources", lambda: _sources())
+    monkeypatch.setattr("app.engine.environment_install._FREE_RESERVE", 0)
+    monkeypatch.setattr(compiler, "has_compiler", lambda: True)
+    return made
+
+
+def _sources(**fields: object) -> object:
+    from app.engine.package_sources import Sources
+
+    return Sources(**{"variables": {}, **fields})
+
+
+# From nothing to ready --------------------------------------------------------------------------
+
+
+def test_an_environment_is_installed_layer_by_layer_and_then_ready(world: World) -> None:
+    assert world.state is EnvironmentState.MISSING
+    with pytest.raises(WeftError) as missing:
+        world.environments.python("thing")
+    assert missing.value.kind is ErrorKind.ENVIRONMENT
+    assert "environments install thing" in missing.value.hint
+    world.install()
+    assert world.state is EnvironmentState.READY
+    assert world.installed() == ["one==1", "two==2", "native==3", "extra==4"]
+    python = world.environments.python("thing")
+    assert subprocess.run([python, "-c", "print(6 * 7)"], capture_output=True, text=True).stdout == "42\n"
+    assert not world.environments.marker("thing").exists()
+    assert "native==3" in world.log.getvalue()
+    assert {"Making the environment", "Installing the base", "Installing the native part", "Trying it out"} <= {p.phase for p in world.seen}
+
+
+def test_installing_again_does_nothing(world: World) -> None:
+    world.install()
+    before = len(world.calls)
+    world.install()
+    assert len(world.calls) == before
+
+
+def test_what_uv_says_becomes_the_phase(world: World) -> None:
+    said = ["Resolved 2 packages in 3ms", "Downloading torch (180.1MiB)", "Downloading numpy (15.9MiB)", " Downloaded numpy"]
+    world.plan(base={"say": said, "sleep": 1.0}, native={"say": ["   Building native==3"], "sleep": 1.0})
+    world.install()
+    phases = [p.phase for p in world.seen]
+    assert "Downloading torch (180.1MiB)" in phases
+    assert "Compiling native" in phases
+
+
+def test_an_installation_that_does_not_run_is_not_ready(world: World) -> None:
+    world.define(probe="raise SystemError('illegal instruction')")
+    with pytest.raises(WeftError, match=r"does not run.*illegal instruction"):
+        world.install()
+    assert world.state is EnvironmentState.INCOMPLETE
+
+
+# Interruptions and failures ---------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_an_installation_that_failed_goes_on_where_it_stopped(world: World) -> None:
+    world.plan(native={"fail": "error: Failed to fetch: `native`\n  Caused by: dns error"})
+    with pytest.raises(WeftError) as failed:
+        world.install()
+    assert failed.value.kind is ErrorKind.NETWORK
+    assert "install again" in failed.value.hint
+    assert world.state is EnvironmentState.INCOMPLETE
+    assert world.environments.marker("thing").exists()
+    world.plan()
+    done = len(world.installed())
+    world.install()
+    assert world.installed()[done:] == ["native==3", "extra==4"]
+    assert world.state is EnvironmentState.READY
+
+
+@pytest.mark.fault
+def test_a_failed_optional_layer_leaves_the_rest_usable_and_is_tried_again(world: World) -> None:
+    world.plan(extra={"fail": "error: no wheel of extra for this system"})
+    world.install()
+    assert world.state is EnvironmentState.READY
+    assert world.environments.python("thing").exists()
+    assert "no wheel of extra" in world.environments.failed_layers("thing")["something more"]
+    world.plan()
+    world.install()
+    assert world.environments.failed_layers("thing") == {}
+    assert world.installed()[-1] == "extra==4"
+
+
+@pytest.mark.fault
+def test_cancelling_ends_the_whole_tree_at_once(world: World) -> None:
+    world.plan(native={"child": True, "sleep": 60})
+    cancel = threading.Event()
+    pid_file = world.folder / "child.pid"
+
+    def cancelled() -> bool:
+        if pid_file.exists() and pid_file.read_text():
+            cancel.set()
+        return cancel.is_set()
+
+    started = time.monotonic()
+    with pytest.raises(WeftError) as stopped:
+        world.install(cancelled)
+    assert stopped.value.kind is ErrorKind.CANCELLED
+    assert time.monotonic() - started < 20
+    assert not _runs(int(pid_file.read_text()))
+    assert world.state is EnvironmentState.INCOMPLETE
+
+
+@pytest.mark.fault
+def test_a_killed_installer_leaves_something_that_can_be_completed(world: World) -> None:
+    world.plan(native={"sleep": 60})
+    program = (
+        "import sys; from pathlib import Path; from app.engine.environments import Environments\n"
+        "Environments(Path(sys.argv[1]), (Path(sys.argv[2]),)).install('thing', lambda p: None, sys.stderr, lambda: False)"
+    )
+    command = [sys.executable, "-c", program, str(world.environments.root), str(world.definitions)]
+    installer = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    try:
+        _wait(lambda: "native==3" in world.installed())
+        with pytest.raises(WeftError) as busy:
+            world.install()
+        assert busy.value.kind is ErrorKind.BUSY
+    finally:
+        tree = psutil.Process(installer.pid).children(recursive=True)
+        installer.send_signal(signal.SIGKILL)
+        installer.wait()
+    _wait(lambda: not any(_runs(process.pid) for process in tree))
+    assert world.state is EnvironmentState.INCOMPLETE
+    world.plan()
+    done = len(world.installed())
+    world.install()
+    assert world.installed()[done:] == ["native==3", "extra==4"]
+    assert world.state is EnvironmentState.READY
+
+
+@pytest.mark.parametrize(
+    ("last_words", "kind", "hint"),
+    [
+        ("error: Failed to write\n  Caused by: No space left on device (os error 28)", ErrorKind.DISK_FULL, "Make room"),
+        ("error: Failed to fetch x\n  Caused by: tcp connect error: Connection refused", ErrorKind.NETWORK, "connection"),
+        ("  × Failed to build\n  CMake Error: CMAKE_CXX_COMPILER not set", ErrorKind.ENVIRONMENT, "Transformers"),
+        ("error: failed to create\n  Caused by: Permission denied (os error 13)", ErrorKind.PERMISSION, "owns the folder"),
+        ("error: something new", ErrorKind.ENVIRONMENT, "log"),
+    ],
+)
+@pytest.mark.fault
+def test_a_failure_says_what_to_do_next(world: World, last_words: str, kind: ErrorKind, hint: str) -> None:
+    world.plan(base={"fail": last_words})
+    with pytest.raises(WeftError) as failed:
+        world.install()
+    assert failed.value.kind is kind
+    assert hint in failed.value.hint
+    assert failed.value.message
+
+
+@pytest.mark.fault
+def test_a_disk_without_room_is_refused_before_anything_is_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.environment_install._FREE_RESERVE", 10**18)
+    with pytest.raises(WeftError) as full:
+        world.install()
+    assert full.value.kind is ErrorKind.DISK_FULL
+    assert world.calls == []
+
+
+# Changes of pins, damage, repair, removal -------------------------------------------------------
+
+
+def test_changed_pins_make_it_outdated_but_usable_and_only_they_are_installed(world: World) -> None:
+    world.install()
+    world.define(TWO_LAYERS.replace("native==3", "native==3.1"))
+    later = Environments(world.environments.root, (world.definitions,))
+    assert later.state("thing") is EnvironmentState.OUTDATED
+    assert later.python("thing").exists()
+    done = len(world.installed())
+    later.install("thing", world.seen.append, world.log, lambda: False)
+    assert world.installed()[done:] == ["native==3.1"]
+    assert later.state("thing") is EnvironmentState.READY
+
+
+@pytest.mark.fault
+def test_a_python_that_has_gone_is_told_and_made_anew(world: World) -> None:
+    world.install()
+    world.environments.interpreter("thing").unlink()
+    assert world.state is EnvironmentState.BROKEN
+    with pytest.raises(WeftError, match="its Python is gone"):
+        world.environments.python("thing")
+    world.install()
+    assert world.state is EnvironmentState.READY
+
+
+@pytest.mark.fault
+def test_a_repair_that_fails_gives_back_what_was_there(world: World) -> None:
+    world.install()
+    (world.environments.folder("thing") / "mine").touch()
+    world.plan(native={"fail": "error: Connection refused"})
+    with pytest.raises(WeftError):
+        world.install(repair=True)
+    assert world.state is EnvironmentState.READY
+    assert (world.environments.folder("thing") / "mine").exists()
+    world.plan()
+    world.install(repair=True)
+    assert world.state is EnvironmentState.READY
+    assert not (world.environments.folder("thing") / "mine").exists()
+    assert [path.name for path in world.environments.root.iterdir() if path.is_dir()] == ["thing"]
+
+
+def test_removing_leaves_nothing_but_the_lock(world: World) -> None:
+    world.environments.remove("thing")  # nothing there: nothing happens
+    world.install()
+    assert world.environments.size("thing") > 0
+    world.environments.remove("thing")
+    assert world.state is EnvironmentState.MISSING
+    assert [path.name for path in world.environments.root.iterdir()] == ["thing.lock"]
+
+
+@pytest.mark.fault
+def test_a_damaged_stamp_counts_as_incomplete(world: World) -> None:
+    world.install()
+    (world.environments.folder("thing") / "weft-stamp.json").write_bytes(b"\xff{")
+    assert world.state is EnvironmentState.INCOMPLETE
+    world.install()
+    assert world.state is EnvironmentState.READY
+
+
+def test_a_variable_names_another_interpreter(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_PYTHON_THING", sys.executable)
+    assert world.environments.state("thing") is EnvironmentState.READY
+    assert world.environments.python("thing") == Path(sys.executable)
+    monkeypatch.setenv("WEFT_PYTHON_THING", "/nowhere/python")
+    with pytest.raises(WeftError, match="WEFT_PYTHON_THING"):
+        world.environments.python("thing")
+
+
+def test_the_command_line_shows_progress_and_waits(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.environments.install_for_command_line("thing")
+    assert world.state is EnvironmentState.READY
+    shown = capsys.readouterr()
+    assert "Installing the base" in shown.err
+    assert shown.out == ""
+
+
+# Compiling --------------------------------------------------------------------------------------
+
+
+def _native_call(world: World) -> dict:
+    return next(call for call in world.calls if "native==3" in call["arguments"])
+
+
+def test_without_a_compiler_only_a_ready_made_build_is_tried_and_the_command_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
+    monkeypatch.setattr(compiler.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(compiler.sys, "platform", "linux")
+    world.plan(native={"fail": "error: native has no wheels with a matching platform tag"})
+    with pytest.raises(WeftError) as refused:
+        world.install()
+    assert "--no-build-package" in _native_call(world)["arguments"]
+    assert "sudo apt-get install -y build-essential cmake" in refused.value.hint
+    assert "Transformers" in refused.value.hint
+
+
+def test_a_wheel_that_pip_built_before_is_used(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "pip" / "wheels" / "a7" / "aa" / "8f" / "76"
+    folder.mkdir(parents=True)
+    (folder / "native-3-py3-none-linux_x86_64.whl").touch()
+    monkeypatch.setattr("app.engine.environment_install.package_sources", lambda: _sources(pip_cache=tmp_path / "pip"))
+    monkeypatch.setattr(compiler, "has_compiler", lambda: False)
+    world.install()
+    arguments = _native_call(world)["arguments"]
+    assert arguments[arguments.index("--find-links") + 1] == str(folder)
+    assert "--no-build-package" not in arguments
+
+
+def test_cmake_arguments_of_the_user_decide_the_build(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on -DX='a b'")
+    world.install()
+    call = _native_call(world)
+    assert "native:cmake.args=-DGGML_CUDA=on;-DX=a b" in call["arguments"]
+    assert call["environment"]["CMAKE_ARGS"] == "-DGGML_CUDA=on -DX='a b'"
+    assert int(call["environment"]["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
+
+
+# The lists --------------------------------------------------------------------------------------
+
+
+def test_the_lists_and_the_extras_are_equal() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    specs = Environments(Path("nowhere")).specs()
+    assert set(specs) == {"core", "llamacpp"}
+    for name, spec in specs.items():
+        assert [r for layer in spec.layers for r in layer.requirements] == extras[name]
+
+
+def test_every_pin_agrees_with_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (resources() / "environments" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    extras = project["optional-dependencies"]
+    pins = {*project["dependencies"], *extras["core"], *extras["llamacpp"], *extras["dev"]}
+    for pin in pins:
+        name, _, version = pin.partition("==")
+        key = name.split("[")[0].lower().replace("_", "-")
+        assert version, f"{pin} is not pinned"
+        if key in constraints:
+            assert constraints[key] == version
+
+
+def test_the_tests_own_environment_extends_both() -> None:
+    specs = Environments(Path("nowhere"), (resources() / "environments", ROOT / "tests" / "environments")).specs()
+    requirements = [r for layer in specs["tests"].layers for r in layer.requirements]
+    assert {"torch==2.13.0", "llama-cpp-python==0.3.36", "pytest==9.2.0"} <= set(requirements)
+
+
+def test_an_unknown_environment_is_named_with_those_there_are() -> None:
+    with pytest.raises(WeftError, match="nonsense") as unknown:
+        Environments(Path("nowhere")).state("nonsense")
+    assert "core" in unknown.value.hint
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,78 @@
+"""The window's process never holds a machine-learning library, and starts without waiting for one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {
+    "accelerate", "bitsandbytes", "datasets", "gguf", "llama_cpp", "matplotlib", "numpy", "peft", "pyqtgraph", "safetensors",
+    "scipy", "sentencepiece", "tokenizers", "torch", "transformers",
+}  # fmt: skip
+# Rooms whose every module the window's process may import. `app.generation` and the engine's host run in children.
+ROOMS = ("app.core", "app.store", "app.engine", "app.workers", "app.viewmodels", "app.views", "app.backends")
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+wanted = sys.argv[1:]
+names = []
+for name in wanted:
+    module = importlib.import_module(name)
+    names.append(name)
+    if hasattr(module, "__path__"):
+        names += [m.name for m in pkgutil.walk_packages(module.__path__, name + ".") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps([names, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def _modules_after(*names: str) -> tuple[list[str], set[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QT_QPA_PLATFORM": "offscreen"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT_ALL, *names], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    imported, modules = json.loads(ran.stdout)
+    return imported, set(modules)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_of_the_window_imports_nothing_heavy(room: str) -> None:
+    imported, modules = _modules_after(room)
+    assert imported
+    assert not modules & HEAVY
+
+
+def test_the_window_as_it_starts_imports_nothing_heavy() -> None:
+    if not (ROOT / "app" / "bootstrap.py").exists():
+        pytest.skip("there is no window yet")
+    _, modules = _modules_after("app.bootstrap", "app.__main__")
+    assert "PySide6" in modules
+    assert not modules & HEAVY
+
+
+def test_the_command_line_needs_no_window() -> None:
+    _, modules = _modules_after("app.cli")
+    assert not modules & (HEAVY | {"PySide6", "shiboken6", "qasync"})
+
+
+@pytest.mark.parametrize("room", ["app.core", "app.store", "app.engine", "app.backends"])
+def test_rooms_below_the_workers_know_no_qt(room: str) -> None:
+    assert not _modules_after(room)[1] & {"PySide6", "shiboken6", "qasync"}
+
+
+def test_workers_and_viewmodels_know_no_widgets() -> None:
+    program = IMPORT_ALL.replace('{name.partition(".")[0] for name in sys.modules}', "sys.modules")
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "app.workers", "app.viewmodels"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "PySide6.QtWidgets" not in json.loads(ran.stdout)[1]
