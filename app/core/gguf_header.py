@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -48,7 +49,8 @@ _U64 = struct.Struct("<Q")
 Number = int | float | bool
 
 
-class GgufArray(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class GgufArray:
     """An array that was stepped over: `count` elements of `type` begin at byte `offset` of the file."""
 
     type: int
@@ -79,7 +81,8 @@ class GgufTensor(NamedTuple):
         return count
 
 
-class GgufHeader(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
     """What stands before a GGUF file's tensors.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -112,6 +112,7 @@ def _alpha(value: object) -> float:
 
 def lone_adapter(path: Path) -> AdapterEntry | None:
     """The adapter in a lone `.safetensors`, `.bin` or `.pt` file; None when it holds anything else."""
+    metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         header, problem = _header(path)
         if header is None:
@@ -122,7 +123,7 @@ def lone_adapter(path: Path) -> AdapterEntry | None:
     else:
         names = pickled_names(path)
         modules = _modules(names)
-        rank, metadata, kind, problem = 0, {}, AdapterFormat.TORCH_BIN, ""
+        rank, kind, problem = 0, AdapterFormat.TORCH_BIN, ""
     # Full models hold other tensors too; adapters of image generators are of no use here.
     strange = sum(1 for name in names if not _PARTS.match(name))
     if not modules or strange > len(names) // 2 or any(_IMAGE_KEYS.match(name) for name in names[:50]):
@@ -173,9 +174,8 @@ def _header_rank(header: SafetensorsHeader) -> int:
     return rank
 
 
-def _first(metadata: object, *keys: str) -> str:
-    values = cast("dict[str, str]", metadata)
-    return next((values[key] for key in keys if values.get(key)), "")
+def _first(metadata: Mapping[str, str], *keys: str) -> str:
+    return next((metadata[key] for key in keys if metadata.get(key)), "")
 
 
 def _text_number(value: str) -> float:

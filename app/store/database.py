@@ -18,7 +18,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class Database:
             return self._connection().execute(statement, parameters).fetchone()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Generator[sqlite3.Connection]:
         """All or nothing. Inside another transaction of the same thread it simply takes part in that one.
 
         Raises:
@@ -282,7 +282,7 @@ def _statements(script: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(path: Path) -> Generator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
