@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -395,6 +396,7 @@ class Backend(base.Backend):
         self._context = 0
         self._constraint_tokenizer: Any = None
         self._breakers: frozenset[int] | None = None
+        self._said: tuple[str, list[int]] = ("", [])  # the text of the last prompt with its answer, and their tokens
 
     def libraries(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -701,10 +703,13 @@ class Backend(base.Backend):
     def unload(self) -> None:
         if self._template is not None:
             self._template.close()
+        if self._decoder is not None:
+            self._decoder.close()
         had_model = self._model is not None
         self._model = self._tokenizer = self._decoder = self._template = None
         self._constraint_tokenizer = self._breakers = None
         self._own_template = False
+        self._said = ("", [])
         for folder in (self._stage, self._offload):
             if folder is not None:
                 folder.close() if isinstance(folder, hf_files.Stage) else folder.cleanup()
@@ -726,7 +731,7 @@ class Backend(base.Backend):
             )
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4)) % (2**32 - 1)
-        tokens, dropped = self._prompt_tokens(request)
+        prompt, tokens, dropped = self._prompt_tokens(request)
         constraint = self._constraint(sampling)
         started = time.perf_counter()
         reused = self._decoder.begin(tokens)
@@ -746,7 +751,7 @@ class Backend(base.Backend):
                 dropped_messages=dropped,
                 seed=seed,
             )
-        reason, count, seconds = self._answer(request, tokens, logits, seed, constraint, report)
+        reason, count, seconds = self._answer(request, prompt, tokens, logits, seed, constraint, report)
         return Generated(
             finish_reason=reason,
             tokens=count,
@@ -759,7 +764,7 @@ class Backend(base.Backend):
         )
 
     def _answer(
-        self, request: Generate, tokens: list[int], logits: Any, seed: int, constraint: Any, report: Report
+        self, request: Generate, prompt: str, tokens: list[int], logits: Any, seed: int, constraint: Any, report: Report
     ) -> tuple[FinishReason, int, float]:
         """Decode until something ends it. Returns why, how many tokens, and the seconds after the first."""
         from app.generation.hf_sampling import Sampler
@@ -774,6 +779,8 @@ class Backend(base.Backend):
         budget = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
         reason: FinishReason = "length"
         count = unsaid = 0
+        answer: list[int] = []
+        said: list[str] = []
         first = time.perf_counter()
         while count < budget:
             if report.cancelled:
@@ -786,10 +793,12 @@ class Backend(base.Backend):
                 reason = "stop"
                 break
             sampler.accept(token)
+            answer.append(token)
             count += 1
             unsaid += 1
             shown, stopped = scanner.feed(text.feed(token))
             if shown:
+                said.append(shown)
                 report.tokens(shown, unsaid)
                 unsaid = 0
             if stopped or (constraint is not None and constraint.finished):
@@ -804,12 +813,16 @@ class Backend(base.Backend):
             rest += scanner.flush()
         if rest or unsaid:
             report.tokens(rest, unsaid)
+        # What was said can be found again in the next prompt only if its text is all that its tokens are.
+        hidden = scanner.matched or not set(answer).isdisjoint(self._tokenizer.all_special_ids)
+        self._said = ("", []) if hidden else (prompt + "".join(said) + rest, tokens + answer)
         return reason, count, seconds
 
-    def _prompt_tokens(self, request: Generate) -> tuple[list[int], int]:
+    def _prompt_tokens(self, request: Generate) -> tuple[str, list[int], int]:
+        """The prompt as text and tokens, and how many messages had to be left out."""
         if request.prompt is not None:
             tokens = self._encode(request.prompt, True)
-            return fit_text(tokens or self._start_token(), self._context - 1), 0
+            return request.prompt, fit_text(tokens or self._start_token(), self._context - 1), 0
         reserve = request.reserve
         if request.sampling.max_tokens is not None:
             reserve = min(reserve, request.sampling.max_tokens)
@@ -818,12 +831,31 @@ class Backend(base.Backend):
         template = self._template
         assert template is not None
 
-        def tokenize(messages: Any) -> list[int]:
-            shown: list[Message] = list(messages)
-            text = template.render(shown, continue_last=request.continue_last)
-            return self._encode(text, not self._own_template)
+        texts: dict[int, str] = {}
 
-        return fit_messages(request.messages, tokenize, limit)
+        def tokenize(messages: Sequence[Message]) -> list[int]:
+            text = template.render(messages, continue_last=request.continue_last)
+            texts[len(messages)] = text
+            return self._encode_after_said(text)
+
+        tokens, dropped = fit_messages(request.messages, tokenize, limit)
+        return texts[len(request.messages) - dropped], tokens, dropped
+
+    def _encode_after_said(self, text: str) -> list[int]:
+        """Tokens of a rendered conversation, keeping those that the last answer was really made of.
+
+        A model may write a word with other tokens than the tokenizer would. Tokenizing its answer anew would then
+        change the history, and everything after the change would have to be read again. Sure to be the same only
+        where the rest is nothing, or begins with a token of its own.
+        """
+        said, tokens = self._said
+        if said and text.startswith(said):
+            rest = text[len(said) :]
+            if not rest:
+                return list(tokens)
+            if rest.startswith(tuple(self._tokenizer.get_added_vocab())):
+                return tokens + self._encode(rest, False)
+        return self._encode(text, not self._own_template)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]

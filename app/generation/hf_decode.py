@@ -14,9 +14,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from app.generation.prefix import common_prefix
 
 FIRST_CHUNK = 128  # tokens of a prompt read in one pass, to begin with
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK = 64
 LARGEST_CHUNK = 512
-QUICK, SLOW = 0.04, 0.15  # seconds a pass should take: long enough to be efficient, short enough for Cancel
+QUICK, SLOW = 0.05, 0.5  # seconds that a pass should take, so that progress shows
+SINGLE_PASS_COST = 8  # a pass over one token costs about as much as this many tokens of a long pass
+
+
+class _CancelledError(Exception):
+    """Cancel came in the middle of a pass."""
 
 
 class Decoder:
@@ -29,7 +34,8 @@ class Decoder:
 
     Attributes:
         forwarded: tokens sent through the model so far, over all generations.
-        croppable: whether the cache can go back to an earlier token (recurrent states cannot).
+        croppable: whether the cache can go back to an earlier token. Recurrent states cannot; then a prompt is read
+            again unless the old one is its beginning.
     """
 
     def __init__(self, model: Any, device: torch.device, slow_weights: bool = False) -> None:
@@ -39,7 +45,11 @@ class Decoder:
         self._adapt = not slow_weights
         self._cache: DynamicCache | None = None
         self._tokens: list[int] = []  # what the cache holds
-        self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in names else "past_key_values"
+        self._keep_last = "logits_to_keep" in names
+        self._cancelled: Callable[[], bool] = lambda: False
+        self._hooks = [layer.register_forward_pre_hook(self._look) for layer in _layers(model)]
         self.forwarded = 0
         self.croppable = True
 
@@ -59,13 +69,10 @@ class Decoder:
             How many of the tokens need not be read again. Always less than all: the last one's logits are wanted.
         """
         shared = min(common_prefix(self._tokens, tokens), len(tokens) - 1)
-        surplus = len(self._tokens) - shared
-        if surplus and self._cache is not None:
-            if self._can_crop():
-                self._cache.crop(-surplus)
-                del self._tokens[shared:]
-            else:
-                self.reset()
+        if self.croppable:
+            self._crop(shared)
+        elif shared < len(self._tokens) or (len(tokens) - shared) * SINGLE_PASS_COST > len(tokens):
+            self.reset()
         return len(self._tokens)
 
     def read(
@@ -80,55 +87,102 @@ class Decoder:
             Logits [vocabulary] after the last token; None when cancelled (what was read stays in the cache).
         """
         logits: torch.Tensor | None = None
-        while len(self._tokens) < len(tokens):
-            if cancelled():
-                return None
-            at = len(self._tokens)
-            start = time.perf_counter()
-            logits = self._forward(tokens[at : at + self._chunk])
-            self._tune(time.perf_counter() - start, len(self._tokens) - at)
-            progress(len(self._tokens), len(tokens))
+        self._cancelled = cancelled
+        try:
+            while len(self._tokens) < len(tokens):
+                if cancelled():
+                    return None
+                at = len(self._tokens)
+                size = self._chunk_at(at, len(tokens))
+                start = time.perf_counter()
+                logits = self._forward(tokens[at : at + size])
+                self._tune(time.perf_counter() - start, size)
+                progress(len(self._tokens), len(tokens))
+        except _CancelledError:
+            return None
+        finally:
+            self._cancelled = lambda: False
         return logits
 
     def step(self, token: int) -> torch.Tensor:
         """Logits [vocabulary] after one more token."""
         return self._forward([token])
 
+    def close(self) -> None:
+        """Let go of the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self.reset()
+        self._model = None
+
+    def _look(self, _module: Any, _inputs: Any) -> None:
+        if self._cancelled():
+            raise _CancelledError
+
     def _forward(self, tokens: list[int]) -> torch.Tensor:
         if self._cache is None:
             self._cache = self._new_cache()
         arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keep_last else {}
+        arguments[self._cache_name] = self._cache
+        held = len(self._tokens)
         try:
             with torch.inference_mode():
                 output = self._model(
-                    input_ids=torch.tensor([tokens], dtype=torch.long, device=self._device),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    **arguments,
+                    input_ids=torch.tensor([tokens], dtype=torch.long, device=self._device), use_cache=True, **arguments
                 )
         except BaseException:
-            self.reset()  # some layers may have taken the tokens, others not
+            self._undo(held)
             raise
         self._tokens += tokens
         self.forwarded += len(tokens)
         return output.logits[0, -1]
+
+    def _undo(self, held: int) -> None:
+        """After a pass that broke off: some layers took its tokens, others did not."""
+        if not self.croppable or self._cache is None:
+            self.reset()
+            return
+        try:
+            for layer in self._cache.layers:
+                surplus = layer.get_seq_length() - held if isinstance(layer, DynamicLayer) else 0
+                if surplus > 0:
+                    layer.crop(-surplus)
+        except (RuntimeError, AttributeError):
+            self.reset()
+
+    def _crop(self, size: int) -> None:
+        surplus = len(self._tokens) - size
+        if surplus > 0 and self._cache is not None:
+            self._cache.crop(-surplus)
+            del self._tokens[size:]
 
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self._model.config)
         # A sliding layer forgets what falls out of its window and cannot go back. Kept whole, its mask still hides what
         # is outside the window: the answers are the same, and the next turn need not read the history again.
         cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
-        self.croppable = all(type(layer) is DynamicLayer or layer.is_croppable for layer in cache.layers)
+        self.croppable = all(layer.is_croppable for layer in cache.layers)
         return cache
 
-    def _can_crop(self) -> bool:
-        assert self._cache is not None
-        return all(type(layer) is not DynamicSlidingWindowLayer and layer.is_croppable for layer in self._cache.layers)
+    def _chunk_at(self, at: int, total: int) -> int:
+        """How many tokens to read in the next pass."""
+        if self._cache is None:
+            self._cache = self._new_cache()
+        if self.croppable:
+            return self._chunk
+        # Recurrent layers are sure to take a whole text at once, or one token more, but not several more.
+        return total if at == 0 else 1
 
     def _tune(self, seconds: float, size: int) -> None:
-        if not self._adapt or size < self._chunk:
+        if not self._adapt or size != self._chunk:
             return
         if seconds > SLOW:
             self._chunk = max(SMALLEST_CHUNK, self._chunk // 2)
         elif seconds < QUICK:
             self._chunk = min(LARGEST_CHUNK, self._chunk * 2)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The blocks of a model, which a pass goes through one after another."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda found: sum(1 for _ in found.modules()), default=[]))
