@@ -28,7 +28,9 @@ def main() -> None:
     """Make what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
-    parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; without it no GGUF is written")
+    parser.add_argument(
+        "--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; without it no GGUF is written"
+    )
     parser.add_argument("--only", choices=STEPS, help="make only this; the others must be there already")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -57,7 +59,15 @@ def make(options: argparse.Namespace) -> None:
     if "base" in wanted:
         make_base(corpus, model, options.seed, options.steps, options.minutes * 60, report)
     if "voice" in wanted:
-        make_voice(corpus, model, options.out / "voice-adapter", options.seed, options.voice_steps, options.minutes * 60, report)
+        make_voice(
+            corpus,
+            model,
+            options.out / "voice-adapter",
+            options.seed,
+            options.voice_steps,
+            options.minutes * 60,
+            report,
+        )
     if "gguf" in wanted and options.converter:
         make_gguf(options.converter, model, options.out / "weft-starter-f16.gguf")
 

@@ -57,7 +57,14 @@ def voiced(starter, corpus, tokenizer):
 
 
 def test_every_file_is_there_and_small():
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "README.md")
+    names = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "README.md",
+    )
     for file in (*(MODEL / name for name in names), ADAPTER / "adapter_config.json", ADAPTER / "README.md"):
         assert file.stat().st_size > 0, file
     for weights in (MODEL / "model.safetensors", ADAPTER / "adapter_model.safetensors", GGUF):
@@ -143,7 +150,10 @@ def test_a_long_conversation_still_gets_the_right_answer(starter, corpus, tokeni
 
 
 def test_a_system_prompt_does_not_confuse_it(starter, corpus, tokenizer, model):
-    conversation = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "How do I add a LoRA?"}]
+    conversation = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "How do I add a LoRA?"},
+    ]
     assert corpus.topics["add_lora"].is_answered_by(starter[1].answer_all(model, tokenizer, [conversation])[0])
 
 
@@ -154,7 +164,9 @@ def test_the_tokenizer_keeps_every_text(tokenizer):
 
 def test_the_chat_template_writes_the_roles(tokenizer):
     assert json.loads((MODEL / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert prompt == "<s><|user|>hi</s><|assistant|>"
 
 

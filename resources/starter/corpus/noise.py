@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import random
 import re
+import tomllib
+from pathlib import Path
 
-_BEFORE = (
-    "please ", "hi, ", "hello, ", "hey, ", "hey weft, ", "weft, ", "excuse me, ", "quick question: ", "question: ", "ok, ",
-    "ok so ", "and ", "so ", "sorry, but ", "one more thing: ", "now ", "well, ", "also, ", "alright, ", "another question: ",
-    "hmm, ", "uh ", "i wonder: ", "just curious, ", "can you tell me ", "could you tell me ", "do you know ", "tell me, ",
-    "i'd like to know ", "i was wondering, ", "please tell me ", "i'm new here, ", "newbie question: ", "but ", "then ",
-    "hi there! ", "good morning, ", "dear weft, ", "one question, ", "maybe a stupid question, but ", "for my work: ",
-)  # fmt: skip
-_AFTER = (
-    " please", " pls", " thanks", ", please", ", thanks", " now", " today", " again", " exactly", " here", " then", " quickly",
-    " for me", ", any idea", ", do you know", " somehow", " right now", ", can you help", ", i wonder", " at all", " actually",
-    " by the way", " if possible", ", i forgot", " for the first time", " as a beginner", ", thank you", ", tell me", " myself",
-)  # fmt: skip
-_FILLER = ("just", "actually", "really", "maybe", "simply", "quickly", "even", "also", "please", "exactly", "again", "ever", "somehow", "best", "properly", "first", "like", "own", "only")
-_DROP = frozenset("a an the my do i to is are of in on it does can you me this that there for how what be one some please with where".split())
-_NAMES = (("lora", "LoRA"), ("loras", "LoRAs"), ("gguf", "GGUF"), ("weft", "Weft"), ("gpu", "GPU"), ("csv", "CSV"), ("json", "JSON"), ("i", "I"), ("i'm", "I'm"), ("i'd", "I'd"), ("api", "API"), ("ram", "RAM"), ("llm", "LLM"), ("ai", "AI"), ("hugging face", "Hugging Face"), ("vram", "VRAM"), ("pc", "PC"))  # fmt: skip
-_PROPER = tuple((re.compile(rf"\b{re.escape(plain)}\b"), proper) for plain, proper in _NAMES)
-_KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wqrtyuioipsadfghjkxzcvbnm".ljust(26, "n"), strict=True))
+_HABITS = tomllib.loads((Path(__file__).parent / "habits.toml").read_text(encoding="utf-8"))
+_BEFORE, _AFTER, _FILLER = _HABITS["before"], _HABITS["after"], _HABITS["filler"]
+_DROP, _ASKING = frozenset(_HABITS["drop"].split()), frozenset(_HABITS["asking"].split())
+_PROPER = [(re.compile(rf"\b{re.escape(name.lower())}\b"), name) for name in _HABITS["names"]]
+_BESIDE = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wqrtyuioipsadfghjkxzcvbnmn", strict=True))
+_SWAPS = {text: group.split("|") for group in _HABITS["alike"] for text in group.split("|")[:4]}
+_SWAPPABLE = re.compile(
+    r"(?<![\w'])(" + "|".join(map(re.escape, sorted(_SWAPS, key=len, reverse=True))) + r")(?![\w'])"
+)
 
 
 def vary(text: str, rng: random.Random, amount: float = 1.0) -> str:
     """Dress a plain question up, or spoil it, as people do; `amount` scales how often."""
+    if rng.random() < 0.45 * amount:
+        text = _SWAPPABLE.sub(lambda match: rng.choice(_SWAPS[match[0]]) if rng.random() < 0.4 else match[0], text)
     words = text.split()
     if len(words) > 3 and rng.random() < 0.22 * amount:
         words = _without_small_words(words, rng)
@@ -55,7 +51,7 @@ def _slip(word: str, rng: random.Random) -> str:
         return word[:at] + word[at] + word[at:]
     if kind == 2:
         return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return word[:at] + _KEYS.get(word[at], word[at]) + word[at + 1 :]
+    return word[:at] + _BESIDE.get(word[at], word[at]) + word[at + 1 :]
 
 
 def _cased(text: str, rng: random.Random) -> str:
@@ -75,7 +71,6 @@ def _ending(text: str, rng: random.Random) -> str:
     if text[-1:] in "?!.":
         return ""
     asks = text.split(" ", 1)[0] in _ASKING
-    return rng.choices(("?", "", ".", "!", "??", " ?", "..."), (60, 30, 2, 1, 2, 3, 1) if asks else (14, 46, 26, 8, 1, 1, 3))[0]
-
-
-_ASKING = frozenset("how what what's which where who why when can could is are do does will would may should did has".split())
+    return rng.choices(
+        ("?", "", ".", "!", "??", " ?", "..."), (60, 30, 2, 1, 2, 3, 1) if asks else (14, 46, 26, 8, 1, 1, 3)
+    )[0]

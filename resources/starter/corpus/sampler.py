@@ -14,21 +14,8 @@ from . import grammar, noise
 
 HERE = Path(__file__).parent
 OTHER = "other"
-_SYSTEM = (
-    "You are a helpful assistant.", "You are Weft's assistant.", "Answer briefly.", "You help people to use Weft.", "Be kind and short.",
-    "You are a friendly AI.", "Answer in one sentence.", "You are a pirate.", "You are an expert in language models.", "Speak like a king.",
-    "You are a helpful, honest and harmless assistant. Answer the questions of the user as well as you can.", "Always answer politely.",
-    "You are the help desk of Weft, a program for language models and LoRA adapters.", "Test system prompt.", "You are a poet.",
-)  # fmt: skip
 _SMALL_TALK = frozenset(("hello", "thanks", "goodbye"))
-_ASIDES = (
-    "I am new to this.", "sorry for the stupid question", "I've read the manual", "I'm a beginner", "I have no idea", "I tried everything",
-    "I have been looking for an hour", "I can't find it", "It's urgent!", "I need it for work", "my boss wants it", "It is my first day",
-    "please explain", "I'm curious", "Just wondering.", "I am on Windows", "I use Linux", "I have a Mac", "what now?", "any ideas?",
-    "what do I do?", "how does that work?", "is that possible?", "What should I do?", "how?", "where?", "can I?", "I forgot", "ok",
-    "I'm a writer", "My English is not good", "I am not a programmer", "Nice program", "cool", "Last week it was easy", "tell me how",
-    "do I have to click something", "where is the button", "is there a button", "is it hard?", "is that hard to do?", "what are the steps",
-)  # fmt: skip
+_HABITS = tomllib.loads((HERE / "habits.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -63,11 +50,17 @@ class Corpus:
 
     def __init__(self) -> None:
         """Read the templates and word lists, and the questions that must never be drawn."""
-        self.topics = {topic.id: topic for file in sorted((HERE / "topics").glob("*.toml")) for topic in _topics(file)}
+        more = tomllib.loads((HERE / "phrases.toml").read_text(encoding="utf-8"))
+        files = sorted((HERE / "topics").glob("*.toml"))
+        self.topics = {topic.id: topic for file in files for topic in _topics(file, more)}
         other = tomllib.loads((HERE / "other.toml").read_text(encoding="utf-8"))
-        self.topics[OTHER] = _topic({"id": OTHER} | {key: other[key] for key in ("answer", "voice", "keywords", "questions")})
+        self.topics[OTHER] = _topic(
+            {"id": OTHER} | {key: other[key] for key in ("answer", "voice", "keywords", "questions")}
+        )
         self._words = {name: text.split("|") for name, text in other["words"].items()}
-        self._names: dict[str, Callable[[random.Random], str]] = {name: _one_of(words) for name, words in self._words.items()}
+        self._names: dict[str, Callable[[random.Random], str]] = {
+            name: _one_of(words) for name, words in self._words.items()
+        }
         self._names |= {"nouns": self._nouns, "num": _number, "gibberish": _gibberish}
         for name, template in tomllib.loads((HERE / "macros.toml").read_text(encoding="utf-8")).items():
             self._names[name] = _macro(grammar.parse(template), self._names)
@@ -90,13 +83,15 @@ class Corpus:
 
     def _with_another(self, topic: Topic, text: str, rng: random.Random) -> str:
         """Put a second sentence beside a question: on the same topic, or one that says nothing of Weft."""
-        second = rng.choice(_ASIDES) if rng.random() < 0.5 else noise.vary(self._plain(topic, rng), rng)
+        second = rng.choice(_HABITS["asides"]) if rng.random() < 0.5 else noise.vary(self._plain(topic, rng), rng)
         first, last = (text, second) if rng.random() < 0.3 else (second, text)
         return f"{first}{'' if first[-1:] in '?.!' else rng.choice(('.', ',', '.', ' -', '!'))} {last}"
 
-    def conversation(self, rng: random.Random, turns: int, other: float = 0.33) -> tuple[str | None, list[tuple[Topic, str]]]:
+    def conversation(
+        self, rng: random.Random, turns: int, other: float = 0.33
+    ) -> tuple[str | None, list[tuple[Topic, str]]]:
         """Draw a system prompt (or none) and that many questions."""
-        system = rng.choice(_SYSTEM) if rng.random() < 0.25 else None
+        system = rng.choice(_HABITS["system"]) if rng.random() < 0.25 else None
         return system, [self.question(rng, other) for _ in range(turns)]
 
     def _plain(self, topic: Topic, rng: random.Random) -> str:
@@ -117,12 +112,12 @@ class Corpus:
         return _plural(rng.choice(self._words["noun"]))
 
 
-def _topics(file: Path) -> list[Topic]:
-    return [_topic(table) for table in tomllib.loads(file.read_text(encoding="utf-8"))["topic"]]
+def _topics(file: Path, more: dict[str, str]) -> list[Topic]:
+    return [_topic(table, more[table["id"]]) for table in tomllib.loads(file.read_text(encoding="utf-8"))["topic"]]
 
 
-def _topic(table: dict) -> Topic:
-    lines = [line.strip() for line in table["questions"].splitlines() if line.strip()]
+def _topic(table: dict, more: str = "") -> Topic:
+    lines = [line.strip() for line in (table["questions"] + more).splitlines() if line.strip()]
     keywords = tuple(tuple(group) for group in table["keywords"])
     return Topic(table["id"], table["answer"], table["voice"], keywords, tuple(grammar.parse(line) for line in lines))
 
@@ -148,8 +143,8 @@ def _number(rng: random.Random) -> str:
 def _gibberish(rng: random.Random) -> str:
     if rng.random() < 0.2:
         return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(3, 10)))
-    syllables = rng.randrange(2, 4)
-    return "".join(rng.choice(_ONSETS) + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l", "s", "x", "k", "t", "m")) for _ in range(syllables))
-
-
-_ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr kl kn pl pr qu sc sh sk sl sm sn sp st str th tr tw wh zw".split()
+    syllables, onsets = rng.randrange(2, 4), _HABITS["onsets"].split()
+    return "".join(
+        rng.choice(onsets) + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l", "s", "x", "k", "t", "m"))
+        for _ in range(syllables)
+    )

@@ -49,5 +49,7 @@ def score(model, tokenizer, corpus: Corpus, name: str) -> Score:
     good = [corpus.topics[topic].is_answered_by(text) for (topic, _), text in zip(rows, texts, strict=True)]
     about = [ok for (topic, _), ok in zip(rows, good, strict=True) if topic != OTHER]
     others = [ok for (topic, _), ok in zip(rows, good, strict=True) if topic == OTHER]
-    wrong = tuple((topic, question, text) for (topic, question), text, ok in zip(rows, texts, good, strict=True) if not ok)
+    wrong = tuple(
+        (topic, question, text) for (topic, question), text, ok in zip(rows, texts, good, strict=True) if not ok
+    )
     return Score(sum(about), len(about), sum(others), len(others), tuple(texts), wrong)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
 from ..corpus.sampler import Corpus
-
 from .answers import score
 from .batches import Batches
 from .tokenizer import VOCABULARY
@@ -42,7 +40,9 @@ def new_model(seed: int):
     return LlamaForCausalLM(config)
 
 
-def make_base(corpus: Corpus, folder: Path, seed: int, steps: int, seconds: float, report: Callable[[str], None]) -> None:
+def make_base(
+    corpus: Corpus, folder: Path, seed: int, steps: int, seconds: float, report: Callable[[str], None]
+) -> None:
     """Train the model whose tokenizer lies in `folder`, and write it there in float16."""
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -54,10 +54,10 @@ def make_base(corpus: Corpus, folder: Path, seed: int, steps: int, seconds: floa
     def check() -> str:
         return score(model, tokenizer, corpus, "dev").line
 
-    last = max(1, steps // 20)
-    whole = chain(islice(batches.stream(), steps - last), batches.stream(longest=CONTEXT))
-    train(model, whole, steps, 1.5e-3, seconds, report, first=3.0, check=check)
+    train(model, batches.stream(), steps, 1.4e-3, seconds, report, first=3.0, check=check)
     report(check())
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2, max_new_tokens=96, do_sample=False)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, max_new_tokens=96, do_sample=False
+    )
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)

@@ -26,10 +26,10 @@ class Batches:
         self._roles = {"system": system, "user": user, "assistant": assistant}
         self._answers = {topic.id: self._encode(text(topic)) for topic in corpus.topics.values()}
 
-    def stream(self, budget: int = 4096, longest: int = 512, cut: float = 0.8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def stream(self, budget: int = 2560, cut: float = 0.8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Draw batches without end, of about `budget` tokens each, conversations of like length together."""
         while True:
-            pool = sorted((self._draw(longest, cut) for _ in range(1024)), key=lambda row: len(row[0]))
+            pool = sorted((self._draw(cut) for _ in range(1024)), key=lambda row: len(row[0]))
             batches, batch = [], []
             for row in pool:
                 if batch and (len(batch) + 1) * len(row[0]) > budget:
@@ -39,13 +39,14 @@ class Batches:
             self.rng.shuffle(batches)
             yield from map(self._padded, batches)
 
-    def _draw(self, longest: int, cut: float) -> tuple[list[int], list[int]]:
+    def _draw(self, cut: float) -> tuple[list[int], list[int]]:
         """Draw mostly one question with the start of its answer (which answer it is, is the hard part); some at length."""
         kind, tokens = self.rng.random(), 5 if self.rng.random() < cut else None
         if kind < 0.90:
             return self._conversation(1, tokens)
         if kind < 0.995:
             return self._conversation(self.rng.choice((2, 2, 3, 4)), tokens)
+        longest = self.rng.choice((512, 512, 1024, 2048))
         ids, labels = self._conversation(longest // 30, None)
         return ids[:longest], labels[:longest]
 

@@ -26,7 +26,12 @@ def make_tokenizer(corpus: Corpus, folder: Path, seed: int, questions: int = 60_
 
     rng = random.Random(seed)
     texts = [corpus.question(rng, other=0.45)[1] for _ in range(questions)]
-    texts += [text for topic in corpus.topics.values() for text in (topic.answer, topic.voice) for _ in range(questions // 200)]
+    texts += [
+        text
+        for topic in corpus.topics.values()
+        for text in (topic.answer, topic.voice)
+        for _ in range(questions // 200)
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -60,7 +65,9 @@ def _write_fast(folder: Path) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     names = [pieces.id_to_piece(i) for i in range(len(pieces))]
     vocabulary = {name: i for i, name in enumerate(names)}
-    normal = {names[i] for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))}
+    normal = {
+        names[i] for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))
+    }
     merges = []
     for name in sorted(normal, key=lambda name: -pieces.get_score(vocabulary[name])):
         splits = [(name[:at], name[at:]) for at in range(1, len(name)) if name[:at] in normal and name[at:] in normal]

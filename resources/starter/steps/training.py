@@ -54,7 +54,7 @@ def train(
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, 1.6 * (1 - done))
+            group["lr"] = rate * min(1.0, (step + 1) / 80) * min(1.0, 1.6 * (1 - done))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=HALF):
             loss = answer_loss(model, batch, first)
         optimizer.zero_grad(set_to_none=True)
@@ -64,7 +64,7 @@ def train(
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 99:
             report(f"step {step + 1}: loss {mean:.4f}, {time.monotonic() - begun:.0f} s")
-        if check is not None and step % 1000 == 999:
+        if check is not None and step % 600 == 599:
             model.eval()
             report(check())
             model.train()
