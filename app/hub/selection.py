@@ -1,0 +1,111 @@
+"""Which files of a repository to fetch: what belongs together, what one quantization is, what a repository has twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from app.hub.source import RemoteFile
+
+_QUANTIZATION = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:IQ[1-4]_(?:XXS|XS|NL|S|M)|Q[2-8]_(?:K(?:_(?:XL|L|M|S))?|[01])|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?=[-_./]|$)",
+    re.IGNORECASE,
+)
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_PROJECTOR = re.compile(r"(?:^|/)[^/]*mmproj[^/]*\.gguf$", re.IGNORECASE)
+_PLAIN = (".json", ".txt", ".jinja", ".model", ".md", ".tiktoken", ".spm", ".vocab")
+_LEFT_OUT = ("original/", "onnx/", "openvino/", "coreml/", ".git", "flax_model", "tf_model", "rust_model", "training_args.bin", "optimizer.")
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """Files that are of use only together: one quantization with all its parts, or the repository's usual files.
+
+    Attributes:
+        title: what a list shows: the file's name, without a split's numbering.
+        quantization: read from a GGUF's name, upper case, or "".
+        files: in order. projector: the mmproj that goes with it, so that the model can see; None when there is none.
+    """
+
+    title: str
+    quantization: str = ""
+    files: tuple[RemoteFile, ...]
+    projector: RemoteFile | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.all_files)
+
+    @property
+    def all_files(self) -> tuple[RemoteFile, ...]:
+        return (*self.files, self.projector) if self.projector else self.files
+
+
+def quantization(path: str) -> str:
+    """The quantization that a GGUF's name tells, such as `Q4_K_M`; "" when it tells none."""
+    found = _QUANTIZATION.findall(path)
+    return found[-1].upper() if found else ""
+
+
+def gguf_choices(files: Sequence[RemoteFile]) -> list[Choice]:
+    """The GGUF models of a repository, split ones and their projector as one choice each, smallest first."""
+    projectors = [file for file in files if _PROJECTOR.search(file.path)]
+    groups: dict[str, list[RemoteFile]] = {}
+    for file in files:
+        if file.path.lower().endswith(".gguf") and file not in projectors:
+            groups.setdefault(_SPLIT.sub(".gguf", file.path), []).append(file)
+    # A 16-bit projector is what programs take when a repository offers several.
+    projector = min(projectors, key=lambda f: (quantization(f.path) not in ("F16", "FP16"), f.size), default=None)
+    choices = [
+        Choice(
+            title=title,
+            quantization=quantization(title),
+            files=tuple(sorted(parts, key=lambda f: f.path)),
+            projector=projector,
+        )
+        for title, parts in groups.items()
+    ]
+    return sorted(choices, key=lambda c: (c.bytes, c.title))
+
+
+def repository_choice(files: Sequence[RemoteFile]) -> Choice:
+    """What to fetch when somebody wants the whole model: everything that loading needs, nothing twice.
+
+    `.bin` weights stay away when there are safetensors, and copies in other frameworks' formats always.
+    """
+    usable = [file for file in files if not _left_out(file.path)]
+    has_safetensors = any(file.path.endswith(".safetensors") for file in usable)
+    kept = [file for file in usable if not (has_safetensors and _is_torch_weight(file.path))]
+    if any(_SPLIT.search(file.path) or file.path.endswith(".gguf") for file in kept) and not has_safetensors:
+        wanted = [file for file in kept if file.path.endswith((*_PLAIN, ".gguf"))]
+    else:
+        wanted = [file for file in kept if not file.path.endswith(".gguf")]
+    return Choice(title="", files=tuple(sorted(wanted, key=lambda f: (f.size, f.path))))
+
+
+def is_adapter(files: Sequence[RemoteFile]) -> bool:
+    """Whether a repository holds an adapter rather than a model."""
+    names = {file.path for file in files}
+    return "adapter_config.json" in names and "config.json" not in names
+
+
+def missing_parts(choice: Choice) -> list[str]:
+    """Names of a split model's parts that the repository lacks."""
+    for file in choice.files:
+        if found := _SPLIT.search(file.path):
+            base, total = file.path[: found.start()], int(found[2])
+            wanted = {f"{base}-{n:05d}-of-{total:05d}.gguf" for n in range(1, total + 1)}
+            return sorted(wanted - {f.path for f in choice.files})
+    return []
+
+
+def _left_out(path: str) -> bool:
+    lower = path.lower()
+    return any(lower.startswith(part) or f"/{part}" in lower for part in _LEFT_OUT) or lower.endswith(
+        (".msgpack", ".h5", ".ot", ".onnx", ".tflite", ".mlmodel", ".png", ".jpg", ".jpeg", ".gif", ".pdf", ".ipynb")
+    )
+
+
+def _is_torch_weight(path: str) -> bool:
+    return path.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))
