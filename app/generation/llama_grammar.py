@@ -63,7 +63,7 @@ class GrammarCheck:
         self.rules[name] = []
         if len(self.rules) > MOST_RULES:
             self._fail(f"there are more than {MOST_RULES:,} rules")
-        _, starts, _ = self._alternatives(depth=0)
+        _, starts = self._alternatives(depth=0)
         self.rules[name] = starts
         if self.text.startswith("\r\n", self.at):
             self.at += 2
@@ -73,26 +73,26 @@ class GrammarCheck:
             self._fail("expected the end of the line")
         self._space(newline=True)
 
-    def _alternatives(self, depth: int) -> tuple[bool, list[list[str]], int]:
-        """Whether it can be empty, what each alternative can begin with, and its size written out."""
+    def _alternatives(self, depth: int) -> tuple[bool, list[list[str]]]:
+        """Whether it can be empty, and what each alternative can begin with."""
         if depth > DEEPEST:
             self._fail(f"brackets are nested deeper than {DEEPEST}")
-        empty, starts, size = self._sequence(depth)
+        empty, starts = self._sequence(depth)
         found = [starts]
         while self._peek() == "|":
             self.at += 1
             self._space(newline=True)
-            other_empty, starts, other_size = self._sequence(depth)
+            other_empty, starts = self._sequence(depth)
             found.append(starts)
-            empty, size = empty or other_empty, size + other_size
-        return empty, found, size
+            empty = empty or other_empty
+        return empty, found
 
-    def _sequence(self, depth: int) -> tuple[bool, list[str], int]:
+    def _sequence(self, depth: int) -> tuple[bool, list[str]]:
         # `starts`: rules that this sequence could begin with. A rule may turn out to be possibly empty, so everything
         # up to and with the first symbol that surely takes a character counts; "" marks such a rule for the closure.
         starts: list[str] = []
         open_end = True  # nothing so far surely takes a character
-        total, last, factor = 0, 0, 1
+        last, factor = 0, 1
         last_empty = False
         while (character := self._peek()) and character not in "|)\r\n":
             if character in "*+?{":
@@ -102,8 +102,10 @@ class GrammarCheck:
                 factor *= max(least, most or 0, 1)
                 if factor > LARGEST_REPETITION:
                     self._fail(f"the repetitions multiply to more than {LARGEST_REPETITION}")
-                self._count(last * max(least, most or 1))
-                total += last * max(least, most or 1)
+                # As the library writes it out: the symbol `least` times, and a rule of its own for each further one.
+                optional = 1 if most is None else most - least
+                self._count(last * max(0, least - 1) + (last + 2) * optional)
+                last = last * least + 1
                 if least == 0:
                     last_empty = True
                     open_end = open_end or self._was_open
@@ -111,13 +113,12 @@ class GrammarCheck:
                 self._was_open = open_end
                 last, begins, last_empty = self._symbol(character, depth)
                 factor = 1
-                total += last
                 self._count(last)
                 if open_end:
                     starts += begins
                     open_end = last_empty or any(begins)
                 self._space(newline=depth > 0)
-        return open_end, starts, max(total, 1)
+        return open_end, starts
 
     _was_open = True
 
@@ -139,11 +140,11 @@ class GrammarCheck:
         if character == "(":
             self.at += 1
             self._space(newline=True)
-            empty, starts, size = self._alternatives(depth + 1)
+            empty, starts = self._alternatives(depth + 1)
             if self._peek() != ")":
                 self._fail("a bracket is not closed")
             self.at += 1
-            return size + 1, [name for group in starts for name in group], empty
+            return 1, [name for group in starts for name in group], empty
         if _NAME.match(character):
             place = self.at
             name = self._name()

@@ -7,7 +7,7 @@ import functools
 import re
 from typing import Any
 
-_WARN, _ERROR, _CONTINUE = 2, 3, 5
+_WARN, _ERROR, _CONTINUE = 3, 4, 5  # enum ggml_log_level
 _BUFFER = re.compile(r":\s+(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _DEVICE = re.compile(r"using device (\S+) \((.*?)\)")

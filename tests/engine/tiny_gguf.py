@@ -17,7 +17,7 @@ from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.generation.llama_log import library_log
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 LETTERS = "▁etaoinshr"
