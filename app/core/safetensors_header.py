@@ -117,7 +117,7 @@ def read_safetensors_header(path: Path, *, complete: bool = True) -> Safetensors
     try:
         if "__metadata__" in items:
             metadata = _METADATA.decode(items.pop("__metadata__"))
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _corrupt(path, f"its metadata cannot be read: {error}") from error
     tensors = sorted(
         (_tensor(path, name, raw, 8 + length) for name, raw in items.items()), key=lambda t: (t.offset, t.bytes)
@@ -155,7 +155,7 @@ def _items(path: Path, text: bytes) -> dict[str, msgspec.Raw]:
 def _tensor(path: Path, name: str, raw: msgspec.Raw, data_offset: int) -> SafetensorsTensor:
     try:
         info = _INFO.decode(raw)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise _corrupt(path, f"the tensor {name[:80]!r} cannot be read: {error}") from error
     if info.dtype not in DTYPES:
         raise WeftError(

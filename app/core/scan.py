@@ -20,7 +20,7 @@ from app.core.library import AdapterEntry, ModelEntry
 from app.core.recognise import cache_name, cache_snapshot
 from app.core.recognise_adapter import lone_adapter, peft_adapter
 from app.core.recognise_folder import folder_model
-from app.core.recognise_gguf import gguf_adapter, gguf_model, is_projector_name, split_position
+from app.core.recognise_gguf import gguf_adapter, gguf_model, is_projector_name, parts_of, split_position
 from app.core.roots import Root, RootKind
 from app.core.scan_ollama import ollama_candidates
 
@@ -119,8 +119,19 @@ class Scan:
                     self.folders.append(str(manifest.parent))
                 yield Candidate(str(manifest), read, f"{VERSION}-{signature}", name)
             return
-        for start in _starts(Path(root.path)):
+        place = Path(root.path)
+        if place.suffix.lower() in (".gguf", ".safetensors") and place.is_file():
+            yield from self._lone(place, root)
+            return
+        for start in _starts(place):
             yield from self._walk(start, root)
+
+    def _lone(self, path: Path, root: Root) -> Iterator[Candidate]:
+        """A file that was added by itself: with the other parts of its set, and nothing else of its folder."""
+        parts = parts_of(path)[0] if path.suffix.lower() == ".gguf" else [path]
+        files = {part.name: part.stat() for part in parts if part.is_file()}
+        self.folders.append(str(path))
+        yield from _in_folder(path.parent, files, path.parent, root)
 
     def _walk(self, start: Path, root: Root) -> Iterator[Candidate]:
         stack: list[tuple[Path, int]] = [(start, 0)]

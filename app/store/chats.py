@@ -31,6 +31,8 @@ _ORDER = "ORDER BY pinned DESC, modified DESC, id DESC"
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
+# What words leave out but somebody means (C++, p->next, 100%): searched for as it stands.
+_SYMBOLS = re.compile(r"[+#@$%&=<>{}\[\]|\\/~^*]")
 _WORD = re.compile(r"\w+")
 
 
@@ -289,7 +291,7 @@ class ChatStore:
     def _matching(self, text: str) -> tuple[str, list[object]]:
         """SQL that yields the ids of the conversations in which `text` is found, with its parameters."""
         words = _WORD.findall(text)
-        if not words or _UNSPACED.search(text):
+        if not words or _UNSPACED.search(text) or _SYMBOLS.search(text):
             pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text.strip()) + "%"
             return (
                 r"SELECT conversation FROM messages WHERE deleted IS NULL AND content LIKE ? ESCAPE '\' UNION"

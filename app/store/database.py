@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -137,8 +138,9 @@ class Database:
                 f"The database {self.path} was written by a newer Weft (version {found}; this one knows {newest}).",
                 "Update Weft, or set WEFT_HOME to another folder to start afresh beside it.",
             )
+        fresh = found == 0
         while found < newest:
-            if found:
+            if not fresh:
                 self._back_up(found)
             with self.transaction() as connection:
                 # Another process may have done it while this one waited for the lock.
@@ -182,7 +184,6 @@ class Database:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute("PRAGMA trusted_schema = OFF")
         self._local.connection = connection
         self._local.generation = self._generation
         with self._lock:
@@ -274,9 +275,9 @@ def _writable(path: Path) -> bool:
 def _statements(script: str) -> Iterator[str]:
     """The single statements of a script. (`executescript` would end the transaction around it.)"""
     statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
+    for piece in re.split("(;)", script):
+        statement += piece
+        if piece == ";" and sqlite3.complete_statement(statement):
             yield statement
             statement = ""
 

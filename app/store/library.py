@@ -81,7 +81,7 @@ class LibraryStore:
         """
         tail, parameters = _query(_MODEL_SORTS, text, sort, descending, limit, offset)
         rows = self._database.rows(
-            f"SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id) FROM models {tail}", parameters
+            f"SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id), name FROM models {tail}", parameters
         )
         return [_model(row) for row in rows]
 
@@ -110,7 +110,7 @@ class LibraryStore:
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
             rows = self._database.rows(
-                "SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id) FROM models"
+                "SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id), name FROM models"
                 f" WHERE id IN ({', '.join('?' * len(part))})",
                 part,
             )
@@ -125,6 +125,29 @@ class LibraryStore:
     def touch(self, model: str) -> None:
         """Remember that a model was used now."""
         self._database.execute("INSERT OR REPLACE INTO usage (id, last_used) VALUES (?, ?)", (model, time.time()))
+
+    def rename_model(self, model: str, name: str) -> None:
+        """Show a model under a name of the user's own; its file keeps its name, and `find` knows the new one.
+
+        Args:
+            name: "" or the file's own name goes back to that.
+
+        Raises:
+            WeftError: NOT_FOUND.
+        """
+        name = " ".join(name.split())[:255]
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT entry, signature FROM models WHERE id = ?", (model,)).fetchone()
+            if row is None:
+                raise WeftError(ErrorKind.NOT_FOUND, f"{model} is not in the library.", "Refresh the library.")
+            entry = msgspec.msgpack.decode(row[0], type=ModelEntry)
+            connection.execute("DELETE FROM names WHERE id = ?", (model,))
+            if name and name != entry.name:
+                values = (model, name, _sort_name(name), name.casefold())
+                connection.execute("INSERT INTO names (id, name, sort_name, haystack) VALUES (?, ?, ?, ?)", values)
+            # Written anew from what was read from disk; the trigger `models_own_name` puts the user's name over it.
+            places = ", ".join("?" * 16)
+            connection.execute(f"INSERT OR REPLACE INTO models VALUES ({places})", _model_row(entry, row[1]))
 
     # Adapters ---------------------------------------------------------------------------------------
 
@@ -173,7 +196,8 @@ class LibraryStore:
             return starter(word)
         found = self._by_id_or_path("models", name_or_path)
         if found:
-            return _model((found[0], self._last_used(name_or_path)))
+            entry = _model((found[0], None, found[1]))
+            return msgspec.structs.replace(entry, last_used=self._last_used(entry.id))
         if Path(name_or_path).exists():
             entry = recognise_model(Path(name_or_path).absolute())
             if entry is not None:
@@ -208,7 +232,7 @@ class LibraryStore:
     def _by_id_or_path(self, table: str, text: str) -> Any:
         path = str(Path(text).expanduser().absolute())
         return self._database.row(
-            f"SELECT entry FROM {table} WHERE id IN (?, ?) OR path = ? ORDER BY id = ? DESC LIMIT 1",
+            f"SELECT entry, name FROM {table} WHERE id IN (?, ?) OR path = ? ORDER BY id = ? DESC LIMIT 1",
             (text, path, path, text),
         )
 
@@ -347,7 +371,9 @@ def _query(
 
 def _model(row: Any) -> ModelEntry:
     entry = msgspec.msgpack.decode(row[0], type=ModelEntry)
-    return msgspec.structs.replace(entry, last_used=row[1]) if row[1] else entry
+    if row[1] or row[2] != entry.name:
+        entry = msgspec.structs.replace(entry, last_used=row[1] or 0.0, name=row[2])
+    return entry
 
 
 def _sort_name(name: str) -> str:

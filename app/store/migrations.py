@@ -136,4 +136,20 @@ CREATE TRIGGER conversations_forget_draft AFTER DELETE ON conversations BEGIN
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO)
+_NAMES = """
+CREATE TABLE names (  -- the user's own names of models; apart from the index, which every scan writes anew
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    sort_name TEXT NOT NULL,
+    haystack TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TRIGGER models_own_name AFTER INSERT ON models WHEN EXISTS (SELECT 1 FROM names WHERE id = new.id) BEGIN
+    UPDATE models SET
+        name = (SELECT name FROM names WHERE id = new.id),
+        sort_name = (SELECT sort_name FROM names WHERE id = new.id),
+        haystack = haystack || ' ' || (SELECT haystack FROM names WHERE id = new.id)
+    WHERE id = new.id;
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES)
