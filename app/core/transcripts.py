@@ -287,7 +287,9 @@ def _from_markdown(text: str, name: str) -> list[Transcript]:
     for number, line in enumerate(source):
         mark = _MARK.match(line)
         following = source[number + 1 : number + 4]
-        new_file = line.startswith("# ") and following[:1] == [""] and len(following) > 1 and bool(_MARK.match(following[1]))
+        new_file = (
+            line.startswith("# ") and following[:1] == [""] and len(following) > 1 and bool(_MARK.match(following[1]))
+        )
         if mark:
             end_turn()
             role = cast("Role", mark[1])

@@ -128,6 +128,11 @@ class ChatController(QObject):
         return generation.message if generation is not None and generation.conversation == self.conversation_id else 0
 
     @property
+    def received(self) -> bool:
+        """Whether the answer being written has begun to come."""
+        return self._generation is not None and self._generation.received
+
+    @property
     def writing_conversation(self) -> int:
         """The conversation, in view or not, that an answer is being written into; 0 for none."""
         return self._generation.conversation if self._generation else 0
@@ -358,14 +363,11 @@ class ChatController(QObject):
             return f"The model is answering in “{self._store.get(self._generation.conversation).title}”."
         loadout = self._loadout
         match loadout.state.name:
-            case "READY":
-                return ""
-            case "FAILED":
-                # The engine is started again with the next message, where there is a model to load.
-                return "" if loadout.model is not None else "The model could not be loaded."
-            case "STARTING" | "LOADING":
-                name = loadout.model.name if loadout.model else "The model"
-                return f"{name} is loading."
+            case "READY" | "STARTING" | "LOADING":
+                return ""  # what is sent while a model loads is answered as soon as it is there
+            case "EMPTY" | "FAILED":
+                # The next message loads the model, and starts an engine that died again.
+                return "" if loadout.model is not None else "No model is loaded."
             case "BUSY":
                 return "The model is busy."
             case "UNRESPONSIVE":
@@ -444,6 +446,8 @@ class ChatController(QObject):
         generation = self._generation
         if generation is None or id != generation.id:
             return
+        if not generation.received:
+            self.activity_changed.emit()
         generation.take(text, count)
         if not self._timer.isActive():
             self._timer.start()

@@ -17,7 +17,15 @@ class Generation:
         cancelled: the user asked to stop it.
     """
 
-    def __init__(self, *, conversation: int, message: int, before: str, statistics: AnswerStatistics | None, base: AnswerStatistics) -> None:
+    def __init__(
+        self,
+        *,
+        conversation: int,
+        message: int,
+        before: str,
+        statistics: AnswerStatistics | None,
+        base: AnswerStatistics,
+    ) -> None:
         self.id = 0
         self.conversation = conversation
         self.message = message
@@ -95,7 +103,9 @@ class Generation:
             prompt_tokens=result.prompt_tokens if result else 0,
             reused_tokens=result.reused_tokens if result else 0,
             tokens_per_second=rate,
-            seconds_to_first_token=earlier.seconds_to_first_token if earlier and earlier.seconds_to_first_token else first,
+            seconds_to_first_token=earlier.seconds_to_first_token
+            if earlier and earlier.seconds_to_first_token
+            else first,
             finish_reason=finish_reason,
             dropped_messages=result.dropped_messages if result else 0,
             seed=result.seed if result else 0,

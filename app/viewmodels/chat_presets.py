@@ -60,7 +60,9 @@ class Presets:
         if not name or len(name) > 60:
             raise WeftError(ErrorKind.BAD_INPUT, "A preset needs a name of 1 to 60 characters.", "Type a name.")
         if name.casefold() in (built_in.casefold() for built_in in BUILT_IN):
-            raise WeftError(ErrorKind.BAD_INPUT, f"{name!r} comes with Weft and stays as it is.", "Choose another name.")
+            raise WeftError(
+                ErrorKind.BAD_INPUT, f"{name!r} comes with Weft and stays as it is.", "Choose another name."
+            )
         return name
 
     def _own(self) -> dict[str, Values]:

@@ -26,7 +26,9 @@ _ORPHANS = ("</think>", "</thinking>", "[/THINK]", "</seed:think>", "‚óÅ/think‚ñ
 _NOISE = re.compile(
     r"^\s*(?:<\|start\|>assistant)?(?:<\|begin_of_solution\|>|<\|START_RESPONSE\|>|<\|channel\|>final<\|message\|>)\s*"
 )
-_TRAILING_NOISE = re.compile(r"(?:<\|end\|>(?:<\|start\|>assistant)?|<\|return\|>|<\|end_of_solution\|>|<\|END_RESPONSE\|>)\s*$")
+_TRAILING_NOISE = re.compile(
+    r"(?:<\|end\|>(?:<\|start\|>assistant)?|<\|return\|>|<\|end_of_solution\|>|<\|END_RESPONSE\|>)\s*$"
+)
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):

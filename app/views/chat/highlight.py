@@ -54,7 +54,9 @@ def _kind(token: _TokenType) -> str:
 class CodeHighlighter:
     """Colours one code block of a document, a slice at a time; start again when its text has grown."""
 
-    def __init__(self, document: QTextDocument, position: int, text: str, language: str, colors: dict[str, QColor]) -> None:
+    def __init__(
+        self, document: QTextDocument, position: int, text: str, language: str, colors: dict[str, QColor]
+    ) -> None:
         self._document = document
         self._position = position
         lexer = lexer_for(language) if len(text) <= MAX_HIGHLIGHTED else None
@@ -112,7 +114,9 @@ class CodeHighlighter:
         self._ranges = []
 
     def _dirty(self, start: int) -> None:
-        end = self._block.position() + self._block.length() if self._block.isValid() else self._document.characterCount()
+        end = (
+            self._block.position() + self._block.length() if self._block.isValid() else self._document.characterCount()
+        )
         self._document.markContentsDirty(start, max(1, end - start - 1))
 
 

@@ -11,8 +11,17 @@ from collections import deque
 from typing import Any
 
 from PySide6.QtCore import QEvent, QRectF, QSizeF, Qt, QTimer, QUrl, Signal, Slot
-from PySide6.QtGui import QPainter, QPaintEvent, QResizeEvent, QTextBlock, QTextDocument, QWheelEvent
-from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QWidget
+from PySide6.QtGui import (
+    QGuiApplication,
+    QPainter,
+    QPaintEvent,
+    QResizeEvent,
+    QTextBlock,
+    QTextCursor,
+    QTextDocument,
+    QWheelEvent,
+)
+from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QTextEdit, QWidget
 
 from app.views.chat.blocks import MAX_BLOCK, PIECE, Block, BlockSplitter
 from app.views.chat.code_block import CodeHeader
@@ -141,6 +150,23 @@ class MarkdownView(QTextBrowser):
         self.document().setDefaultFont(self._style.font)
         self._reset()
 
+    def render_all(self) -> None:
+        """Write what is still to come at once (somebody looks for a place in it)."""
+        while self._queue or self._code_rest is not None:
+            self._work()
+
+    def mark_matches(self, found: list[QTextCursor], current: int) -> None:
+        """Colour what was found, and the one that is shown more strongly."""
+        selections: list[QTextEdit.ExtraSelection] = []
+        for nth, cursor in enumerate(found[:500]):
+            selection = QTextEdit.ExtraSelection()
+            selection.cursor = cursor
+            selection.format.setBackground(self._style.accent if nth == current else self._style.match)
+            if nth == current:
+                selection.format.setForeground(self._style.base)
+            selections.append(selection)
+        self.setExtraSelections(selections)
+
     # -- work in slices ---------------------------------------------------------------------------
 
     @Slot()
@@ -268,9 +294,7 @@ class MarkdownView(QTextBrowser):
                 self._highlights.append(
                     (
                         code.id,
-                        CodeHighlighter(
-                            self.document(), code.position, code.text, code.language, self._style.syntax()
-                        ),
+                        CodeHighlighter(self.document(), code.position, code.text, code.language, self._style.syntax()),
                     )
                 )
 
@@ -288,8 +312,6 @@ class MarkdownView(QTextBrowser):
 
     @Slot(str)
     def _copy_code(self, text: str) -> None:
-        from PySide6.QtGui import QGuiApplication
-
         QGuiApplication.clipboard().setText(text)
 
     def _place_headers(self) -> None:
@@ -388,7 +410,9 @@ class MarkdownView(QTextBrowser):
         """Nothing is ever loaded, from wherever."""
         return None
 
-    def doSetSource(self, name: QUrl, type: QTextDocument.ResourceType = QTextDocument.ResourceType.UnknownResource) -> None:
+    def doSetSource(
+        self, name: QUrl, type: QTextDocument.ResourceType = QTextDocument.ResourceType.UnknownResource
+    ) -> None:
         """Links lead nowhere inside this view."""
 
     @Slot(QUrl)

@@ -70,7 +70,9 @@ class MessageFooter(QWidget):
             "continue": self._button("continue", "Continue this answer", "continue"),
             "copy": self._button("copy", "Copy message", "copy"),
             "edit": self._button("edit", "Edit message (as another version)", "edit"),
-            "regenerate": self._button("reload", "Answer again" if not user else "Answer this message again", "regenerate"),
+            "regenerate": self._button(
+                "reload", "Answer again" if not user else "Answer this message again", "regenerate"
+            ),
             "delete": self._button("trash", "Delete from here", "delete"),
         }
         self._statistics = ElidedLabel("", parent=self)
@@ -111,18 +113,26 @@ class MessageFooter(QWidget):
         branch = self._branch.sizeHint().width() if self._shown_branch else 0
         actions = self._actions.sizeHint().width() if self._shown_actions else 0
         if self._user:
-            self._actions.setGeometry(width - branch - actions, 0, actions, HEIGHT)
-            self._branch.setGeometry(width - branch, 0, branch, HEIGHT)
+            self._actions.setGeometry(0, 0, actions, HEIGHT)
+            self._branch.setGeometry(actions, 0, branch, HEIGHT)
             return HEIGHT
         wanted = self._statistics.fontMetrics().horizontalAdvance(self._statistics.text()) + 8
-        rows = 2 if self._stay and branch + wanted + actions > width else 1
+        rows = 2 if branch + wanted + (actions if self._stay else 0) > width and (branch or self._stay) else 1
         self._branch.setGeometry(0, (rows - 1) * HEIGHT, branch, HEIGHT)
         left = branch if rows == 1 else 0
         room = width - left - (actions if rows == 1 else 0)
         self._statistics.setGeometry(left, 0, room, HEIGHT - (4 if rows == 2 else 0))
-        self._actions.setGeometry(width - actions if rows == 1 else branch - (0 if branch else 6), (rows - 1) * (HEIGHT - 4), actions, HEIGHT)
+        self._actions.setGeometry(
+            width - actions if rows == 1 else branch - (0 if branch else 6), (rows - 1) * (HEIGHT - 4), actions, HEIGHT
+        )
         self._branch.move(0, (rows - 1) * (HEIGHT - 4))
         return HEIGHT if rows == 1 else 2 * HEIGHT - 4
+
+    @property
+    def compact_width(self) -> int:
+        """What the buttons need when they stand beside the text."""
+        branch = self._branch.sizeHint().width() if self._shown_branch else 0
+        return self._actions.sizeHint().width() + branch
 
     def set_branches(self, at: int, count: int) -> None:
         """Which of how many versions is shown."""

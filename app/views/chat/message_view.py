@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from PySide6.QtCore import QEvent, QPoint, QRect, QRectF, Qt, Signal, Slot
-from PySide6.QtGui import QContextMenuEvent, QEnterEvent, QFocusEvent, QFont, QKeyEvent, QKeySequence, QPainter, QPaintEvent, QPen, QTextCursor
+from PySide6.QtGui import (
+    QContextMenuEvent,
+    QEnterEvent,
+    QFocusEvent,
+    QFont,
+    QKeyEvent,
+    QKeySequence,
+    QPainter,
+    QPaintEvent,
+    QPen,
+    QTextCursor,
+)
 from PySide6.QtWidgets import QApplication, QLabel, QMenu, QWidget
 
 from app.core.conversation import StoredMessage
@@ -88,7 +99,11 @@ class MessageView(QWidget):
             self._show_text(text, whole=not ended)
         statistics = message.statistics
         self.footer.set_statistics(
-            self._activity if writing else "" if self._user else describe_statistics(statistics, complete=message.complete)
+            self._activity
+            if writing
+            else ""
+            if self._user
+            else describe_statistics(statistics, complete=message.complete)
         )
         self._show_error(error)
         who = "You" if self._user else "Assistant"
@@ -186,10 +201,10 @@ class MessageView(QWidget):
     def editor(self) -> MessageEditor | None:
         return self._editor
 
-    def edit(self) -> None:
-        """Put an editor in place of the text."""
+    def edit(self, text: str | None = None) -> None:
+        """Put an editor in place of the text, with another text to begin with if one is given."""
         if self._editor is None:
-            self._editor = MessageEditor(self._text, user=self._user, parent=self)
+            self._editor = MessageEditor(self._text if text is None else text, user=self._user, parent=self)
             self._editor.finished.connect(self._edit_finished)
             self._editor.height_changed.connect(self._height_changed)
             self.view.hide()
@@ -229,26 +244,32 @@ class MessageView(QWidget):
             self._editor.setGeometry(INSET, y, inner, height)
             self._bubble = QRect()
             return y + height + 2 * GRID
-        y = self._place_user(inner, y) if self._user else self._place_answer(inner, y)
+        if self._user:
+            return self._place_user(inner, y) + GRID
+        y = self._place_answer(inner, y)
         height = self.footer.height_for(inner)
         self.footer.setGeometry(INSET, y, inner, height)
-        return y + height + (0 if self._user else GRID)
+        return y + height + GRID
 
     def _place_user(self, width: int, y: int) -> int:
-        widest = round(width * 0.86) - 2 * PADDING
+        """A bubble at the right; its buttons stand at its left, where there is always room for them."""
+        buttons = self.footer.compact_width
+        widest = max(width // 2, width - buttons - GRID // 2) - 2 * PADDING
         height = self.view.height_for(widest)
         inner = min(widest, max(24, round(self.view.document().idealWidth()) + 2))
         if self.view.has_code:
             inner = widest  # a code block takes the whole width
         height = self.view.height_for(inner)
-        self._bubble = QRect(INSET + width - inner - 2 * PADDING, y, inner + 2 * PADDING, height + 2 * PADDING - 4)
-        self.view.setGeometry(self._bubble.x() + PADDING, y + PADDING - 2, inner, height)
-        return y + self._bubble.height() + 2
+        self._bubble = QRect(INSET + width - inner - 2 * PADDING, y, inner + 2 * PADDING, height + 2 * PADDING - 11)
+        self.view.setGeometry(self._bubble.x() + PADDING, y + PADDING - 4, inner, height)
+        tall = self.footer.height_for(buttons)
+        self.footer.setGeometry(self._bubble.x() - buttons - 4, self._bubble.bottom() - tall, buttons, tall)
+        return self._bubble.bottom() + 1
 
     def _place_answer(self, width: int, y: int) -> int:
         if self._reasoning is not None:
-            height = self._reasoning.height_for(width)
-            self._reasoning.setGeometry(INSET, y, width, height)
+            height = self._reasoning.height_for(width + INSET)
+            self._reasoning.setGeometry(0, y, width + INSET, height)
             y += height
         height = self.view.height_for(width) if self._shown_answer else 0
         self.view.setGeometry(INSET, y, width, height)
@@ -285,7 +306,9 @@ class MessageView(QWidget):
         focus = QApplication.focusWidget()
         near = self.underMouse() or (focus is not None and (focus is self or self.isAncestorOf(focus)))
         statistics = self.message.statistics
-        unfinished = not self.message.complete or (statistics is not None and statistics.finish_reason in ("length", "cancelled", "crashed"))
+        unfinished = not self.message.complete or (
+            statistics is not None and statistics.finish_reason in ("length", "cancelled", "crashed")
+        )
         self.footer.set_actions(
             shown=(self._leaf or near) and not self._writing,
             stay=self._leaf,
@@ -320,7 +343,12 @@ class MessageView(QWidget):
 
     def keyPressEvent(self, event: QKeyEvent) -> None:
         plain = event.modifiers() == Qt.KeyboardModifier.NoModifier
-        actions = {Qt.Key.Key_Left: "previous", Qt.Key.Key_Right: "next", Qt.Key.Key_Delete: "delete", Qt.Key.Key_F2: "edit"}
+        actions = {
+            Qt.Key.Key_Left: "previous",
+            Qt.Key.Key_Right: "next",
+            Qt.Key.Key_Delete: "delete",
+            Qt.Key.Key_F2: "edit",
+        }
         if plain and event.key() in actions and self._enabled:
             self._request(actions[Qt.Key(event.key())])
         elif event.matches(QKeySequence.StandardKey.Copy):

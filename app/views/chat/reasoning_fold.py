@@ -83,7 +83,7 @@ class ReasoningFold(QWidget):
     def _set_title(self, title: str) -> None:
         self._header.setText(title)
         self._header.setAccessibleName(title)
-        self._header.resize(self._header.sizeHint().width(), HEADER - 4)
+        self._header.resize(self._header.fontMetrics().horizontalAdvance(self._header.text()) + 36, HEADER - 4)
 
     @Slot(bool)
     def _toggled(self, opened: bool) -> None:
@@ -92,7 +92,7 @@ class ReasoningFold(QWidget):
             self._view = MarkdownView(self._style, parent=self)
             self._view.height_changed.connect(self.height_changed)
             self._view.link_activated.connect(self.link_activated)
-            self._view.height_for(max(40, self.width() - 2 * GRID))
+            self._view.height_for(max(40, self.width() - 3 * GRID))
             if self._timer.isActive():
                 self._view.begin_stream(self._text)
             else:
@@ -104,18 +104,18 @@ class ReasoningFold(QWidget):
     def height_for(self, width: int) -> int:
         """Pixels needed at this width; places what is inside."""
         self._header.move(0, 0)
-        self._header.resize(self._header.sizeHint().width(), HEADER - 4)
+        self._header.resize(self._header.fontMetrics().horizontalAdvance(self._header.text()) + 36, HEADER - 4)
         if self._view is None or not self._header.isChecked():
             return HEADER
-        inner = width - 2 * GRID
+        inner = width - 3 * GRID
         height = self._view.height_for(inner)
-        self._view.setGeometry(QRect(2 * GRID, HEADER, inner, height))
+        self._view.setGeometry(QRect(3 * GRID, HEADER, inner, height))
         return HEADER + height + GRID
 
     def paintEvent(self, event: QPaintEvent) -> None:
         if self._header.isChecked():
             painter = QPainter(self)
-            painter.fillRect(QRect(0, HEADER, 2, self.height() - HEADER - GRID), self._style.border)
+            painter.fillRect(QRect(GRID, HEADER, 2, self.height() - HEADER - GRID), self._style.border)
 
 
 def _duration(seconds: float) -> str:

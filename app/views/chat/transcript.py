@@ -92,7 +92,9 @@ class Transcript(QAbstractScrollArea):
         """Show these messages. `jump` goes to the end (another conversation); else the place is kept."""
         width = self._column()
         anchor = self._anchor()
-        old = {entry.message.id: (h, m) for entry, h, m in zip(self._entries, self._heights, self._measured, strict=True)}
+        old = {
+            entry.message.id: (h, m) for entry, h, m in zip(self._entries, self._heights, self._measured, strict=True)
+        }
         self._entries = list(entries)
         self._enabled = enabled
         self._index = {entry.message.id: i for i, entry in enumerate(self._entries)}
@@ -184,7 +186,12 @@ class Transcript(QAbstractScrollArea):
             if spare <= 0:
                 break
             index, view = self._index[id], self._views[id]
-            busy = view.editing or view.has_selection or view.isAncestorOf(self.focusWidget() or self) or self._entries[index].writing
+            busy = (
+                view.editing
+                or view.has_selection
+                or view.isAncestorOf(self.focusWidget() or self)
+                or self._entries[index].writing
+            )
             if not first <= index <= last and not busy:
                 self._discard(id)
                 spare -= 1
@@ -316,7 +323,10 @@ class Transcript(QAbstractScrollArea):
     def _place_button(self) -> None:
         size = self._latest.sizeHint()
         self._latest.setGeometry(
-            (self.viewport().width() - size.width()) // 2, self.viewport().height() - size.height() - 2 * GRID, size.width(), size.height()
+            (self.viewport().width() - size.width()) // 2,
+            self.viewport().height() - size.height() - 2 * GRID,
+            size.width(),
+            size.height(),
         )
         self._latest.raise_()
 
@@ -379,4 +389,3 @@ class Transcript(QAbstractScrollArea):
             self._discard(id)
         self._measured = [False] * len(self._entries)
         self._arrange()
-

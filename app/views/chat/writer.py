@@ -33,8 +33,8 @@ from app.views.chat.style import ChatStyle, mix
 CODE_ID = QTextFormat.Property.UserProperty.value + 1  # of a code line: which code block it belongs to
 QUOTE_DEPTH = QTextFormat.Property.UserProperty.value + 2
 RULE = QTextFormat.Property.UserProperty.value + 3
-CODE_HEADER = 30  # pixels above the first line, where the language and the copy button stand
-CODE_PADDING = 10
+CODE_HEADER = 28  # pixels above the first line, where the language and the copy button stand
+CODE_PADDING = 8
 PARAGRAPH = 10  # pixels between paragraphs
 INDENT = 24
 _HEADING_SCALE = {1: 1.45, 2: 1.28, 3: 1.14, 4: 1.0, 5: 1.0, 6: 1.0}
@@ -214,7 +214,9 @@ class DocumentWriter:
             cursor.insertBlock(form, char)
         self._fresh = False
 
-    def _block_format(self, indent: int, *, top: float = PARAGRAPH, bottom: float = PARAGRAPH, quote: int = 0) -> QTextBlockFormat:
+    def _block_format(
+        self, indent: int, *, top: float = PARAGRAPH, bottom: float = PARAGRAPH, quote: int = 0
+    ) -> QTextBlockFormat:
         form = QTextBlockFormat()
         form.setLeftMargin(indent)
         form.setTopMargin(top)
@@ -308,7 +310,11 @@ class _TokenWriter:
             form.setStart(start)
             form.setNumberSuffix(".")
         else:
-            styles = (QTextListFormat.Style.ListDisc, QTextListFormat.Style.ListCircle, QTextListFormat.Style.ListSquare)
+            styles = (
+                QTextListFormat.Style.ListDisc,
+                QTextListFormat.Style.ListCircle,
+                QTextListFormat.Style.ListSquare,
+            )
             form.setStyle(styles[(depth - 1) % 3])
         form.setIndent(depth)
         self._lists.append(form)
@@ -352,7 +358,9 @@ class _TokenWriter:
         if self._lists and self._item_starts and children and children[0].type == "text":
             head = children[0].content[:4].lower()
             if head in ("[ ] ", "[x] "):
-                marker = QTextBlockFormat.MarkerType.Checked if head == "[x] " else QTextBlockFormat.MarkerType.Unchecked
+                marker = (
+                    QTextBlockFormat.MarkerType.Checked if head == "[x] " else QTextBlockFormat.MarkerType.Unchecked
+                )
                 children[0].content = children[0].content[4:]
         char = self._text_block(parent)
         if marker is not None:

@@ -1,0 +1,676 @@
+"""The Chat page: puts the list, the transcript, the composer and the panel together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PySide6.QtCore import QEvent, Qt, QTimer, Slot
+from PySide6.QtGui import QGuiApplication, QKeyEvent, QResizeEvent
+from PySide6.QtWidgets import QFileDialog, QFrame, QSplitter, QStackedLayout, QWidget
+
+from app.core.errors import WeftError
+from app.core.jobs import Progress
+from app.core.paths import resources
+from app.core.transcripts import SUFFIXES, TranscriptFormat
+from app.store.chats import ChatStore
+from app.store.settings import SettingsStore
+from app.viewmodels.chat import ChatController
+from app.viewmodels.chat_list import ConversationList
+from app.viewmodels.chat_presets import Presets
+from app.viewmodels.chat_reasoning import without_reasoning
+from app.views.chat.composer import Composer
+from app.views.chat.conversation_list import ConversationPanel
+from app.views.chat.find import Finder, matches_in
+from app.views.chat.find_bar import FindBar
+from app.views.chat.link_dialog import LinkDialog
+from app.views.chat.message_view import INSET
+from app.views.chat.side_panel import SidePanel
+from app.views.chat.style import GRID
+from app.views.chat.transcript import Entry, Transcript
+from app.views.chat.welcome import Welcome
+from app.views.page import Notice, Page, PaletteCommand
+from app.views.widgets import ElidedLabel, action, column, icon_button, row
+from app.workers.transcript_worker import TranscriptWorker
+
+if TYPE_CHECKING:
+    from app.viewmodels.loadout import Loadout
+
+SIDE_WIDTH = 248
+PANEL_WIDTH = 320
+NARROW = 900  # below this, list and panel are not shown together
+
+
+class ChatPage(Page):
+    """Talking to the loaded model.
+
+    Args:
+        pick_model: opens the model picker of the loadout bar.
+    """
+
+    def __init__(
+        self,
+        store: ChatStore,
+        loadout: Loadout,
+        settings: SettingsStore,
+        pick_model: Callable[[], object] | None = None,
+        parent: QWidget | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._store, self._loadout, self._settings = store, loadout, settings
+        self._pick_model = pick_model
+        self._presets = Presets(settings)
+        self._workers: list[TranscriptWorker] = []
+        self._shown_conversation = -1
+        self._progress_text = ""
+        self.controller = ChatController(store, loadout, self._defaults, self)
+        self.model = ConversationList(store, self)
+        self._build()
+        self._connect()
+        self._add_actions()
+        self._refresh_list()
+        self._opened()
+        self._path_changed()
+        self._activity_changed()
+
+    # Building ---------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self.side = ConversationPanel(self.model)
+        self.panel = SidePanel(self._presets)
+        self.transcript = Transcript()
+        self.welcome = Welcome()
+        self.composer = Composer()
+        self.find_bar = FindBar(self.transcript)
+        self.finder = Finder(lambda: self.transcript.style_in_use, self)
+        self._title = ElidedLabel("")
+        self._side_button = icon_button("side-bar", "Show or hide the chats", shortcut="Ctrl+B")
+        self._side_button.clicked.connect(self.toggle_side)
+        self._panel_button = icon_button("side-panel", "System prompt and sampling", shortcut="Ctrl+Shift+B")
+        self._panel_button.clicked.connect(self.toggle_panel)
+        find = icon_button("search", "Find in this chat", shortcut="Ctrl+F")
+        find.clicked.connect(self.find)
+        head = QFrame()
+        head.setObjectName("pageHeader")
+        row(self._side_button, self._title, find, self._panel_button, margins=(8, 4, 8, 4), spacing=4, parent=head)
+        middle = QWidget()
+        self._stack = QStackedLayout(middle)
+        self._stack.addWidget(self.transcript)
+        self._stack.addWidget(self.welcome)
+        centre = QFrame()
+        centre.setObjectName("chatCentre")
+        self._foot = QWidget()
+        foot = row(0, self.composer, 0, margins=(0, 0, 0, 4), spacing=0, parent=self._foot)
+        foot.setStretch(0, 1)
+        foot.setStretch(2, 1)
+        column(head, middle, self._foot, spacing=0, parent=centre).setStretch(1, 1)
+        centre.setAutoFillBackground(True)
+        centre.setBackgroundRole(self.transcript.viewport().backgroundRole())
+        self._splitter = QSplitter(Qt.Orientation.Horizontal)
+        self._splitter.setHandleWidth(1)
+        self._splitter.setChildrenCollapsible(False)
+        for widget, least, most in ((self.side, 200, 420), (centre, 320, 16777215), (self.panel, 280, 480)):
+            widget.setMinimumWidth(least)
+            widget.setMaximumWidth(most)
+            self._splitter.addWidget(widget)
+        self._splitter.setStretchFactor(1, 1)
+        self._splitter.setSizes([SIDE_WIDTH, 600, PANEL_WIDTH])
+        self.panel.hide()
+        column(self._splitter, spacing=0, parent=self)
+        self.setFocusProxy(self.composer.edit)
+
+    def _connect(self) -> None:
+        controller, loadout = self.controller, self._loadout
+        controller.opened.connect(self._opened)
+        controller.path_changed.connect(self._path_changed)
+        controller.message_changed.connect(self._message_changed)
+        controller.streamed.connect(self.transcript.feed)
+        controller.activity_changed.connect(self._activity_changed)
+        controller.conversations_changed.connect(self._refresh_list)
+        controller.undoable.connect(self._undoable)
+        controller.failed.connect(self.failed)
+        loadout.progress.connect(self._progress)
+        self.transcript.requested.connect(self._requested)
+        self.transcript.edited.connect(self._edited)
+        self.transcript.link_activated.connect(self._link)
+        self.composer.sent.connect(self.send)
+        self.composer.stopped.connect(controller.stop)
+        self.composer.draft_changed.connect(self._draft_changed)
+        self.composer.help_wanted.connect(self._help)
+        self.welcome.asked.connect(self.send)
+        self.side.chosen.connect(self.open)
+        self.side.new_wanted.connect(self.new_chat)
+        self.side.pin_wanted.connect(self._try2(controller.set_pinned))
+        self.side.delete_wanted.connect(self._delete)
+        self.side.export_wanted.connect(self._ask_export)
+        self.side.import_wanted.connect(self._ask_import)
+        self.model.renamed.connect(self._rename)
+        self.panel.system_changed.connect(self._set_system)
+        self.panel.sampling_changed.connect(self._set_sampling)
+        self.panel.failed.connect(self.failed)
+        self.panel.noticed.connect(self._undoable)
+        self.panel.closed.connect(self.toggle_panel)
+        self.find_bar.searched.connect(self._search)
+        self.find_bar.stepped.connect(self.finder.step)
+        self.find_bar.closed.connect(self._find_closed)
+        self.finder.changed.connect(self._found)
+        self.finder.shown.connect(self._show_match)
+
+    def _add_actions(self) -> None:
+        for text, run, shortcut in (
+            ("New chat", self.new_chat, "Ctrl+N"),
+            ("Rename chat", self._rename_current, "F2"),
+            ("System prompt and sampling", self.toggle_panel, "Ctrl+Shift+B"),
+            ("Message before", lambda: self._walk(-1), "Alt+Up"),
+            ("Message after", lambda: self._walk(1), "Alt+Down"),
+            ("Answer again", self._regenerate_last, "Ctrl+R"),
+        ):
+            made = action(self, text, run, shortcut)
+            made.setShortcutContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
+
+    # Page -------------------------------------------------------------------------------------------
+
+    def entered(self) -> None:
+        self._refresh_list()
+        self.composer.edit.setFocus()
+
+    def commands(self) -> list[PaletteCommand]:
+        busy = bool(self.controller.writing_conversation)
+        found = [
+            PaletteCommand(
+                title="New chat", group="Chat", run=self._come_and(self.new_chat), shortcut="Ctrl+N", icon="plus"
+            ),
+            PaletteCommand(title="Import chats…", group="Chat", run=self._come_and(self._ask_import), icon="import"),
+            PaletteCommand(
+                title="Stop the answer",
+                group="Chat",
+                run=self.controller.stop,
+                shortcut="Esc",
+                icon="stop",
+                enabled=busy,
+            ),
+            PaletteCommand(
+                title="System prompt and sampling",
+                group="Chat",
+                run=self._come_and(self.toggle_panel),
+                shortcut="Ctrl+Shift+B",
+                icon="side-panel",
+            ),
+        ]
+        for name, values in self._presets.all().items():
+            found.append(
+                PaletteCommand(
+                    title=f"Sampling: {name}",
+                    group="Preset",
+                    run=lambda values=values: self._apply_preset(values),
+                    icon="settings",
+                )
+            )
+        for conversation in self.model.conversations[:200]:
+            found.append(
+                PaletteCommand(
+                    title=conversation.title,
+                    group="Chat",
+                    run=self._come_and(lambda id=conversation.id: self.open(id)),
+                    icon="chat",
+                )
+            )
+        return found
+
+    def _come_and(self, run: Callable[[], object]) -> Callable[[], None]:
+        def go() -> None:
+            self.page_wanted.emit("chat")
+            run()
+
+        return go
+
+    def toggle_side(self) -> None:
+        self.side.setVisible(self.side.isHidden())
+        if not self.side.isHidden() and self.width() < NARROW:
+            self.panel.hide()
+
+    def toggle_panel(self) -> None:
+        """Show or hide the panel with the system prompt and sampling."""
+        self.panel.setVisible(self.panel.isHidden())
+        if not self.panel.isHidden():
+            if self.width() < NARROW:
+                self.side.hide()
+            self.panel.system.setFocus()
+        else:
+            self.composer.edit.setFocus()
+
+    def shutdown(self) -> None:
+        """The window closes: stop the answer, save what came and what is typed."""
+        self.composer.flush()
+        self.panel.flush()
+        self.controller.shutdown()
+        for worker in self._workers:
+            worker.wait()
+
+    # The conversation in view -----------------------------------------------------------------------
+
+    def _defaults(self) -> tuple[str, dict[str, object]]:  # what a new chat begins with
+        settings = self._settings.settings
+        values = self._presets.all().get(settings.sampling, {}) if hasattr(self, "_presets") else {}
+        return settings.system_prompt, dict(values)
+
+    def open(self, conversation: int) -> None:
+        """Bring a conversation into view."""
+        if conversation == self.controller.conversation_id:
+            return
+        self._leave()
+        self._try(lambda: self.controller.open(conversation))
+        self.composer.edit.setFocus()
+
+    @Slot()
+    def new_chat(self) -> None:
+        """Begin a chat."""
+        self._leave()
+        self.controller.new()
+        self.side.set_current(0)
+        self.composer.edit.setFocus()
+
+    def _leave(self) -> None:
+        """Keep what is typed here before another conversation comes into view."""
+        self.composer.flush()
+        self.panel.flush()
+
+    @Slot(str)
+    def send(self, text: str) -> None:
+        """Send a message; the composer keeps it when that fails."""
+        if self.controller.send(text):
+            self.composer.clear()
+            self.transcript.jump_to_latest()
+        self.composer.edit.setFocus()
+
+    @Slot()
+    def _opened(self) -> None:
+        controller = self.controller
+        began = self._shown_conversation == 0 and controller.conversation is not None and len(controller.path) <= 1
+        self._shown_conversation = controller.conversation_id
+        self._title.setText(controller.conversation.title if controller.conversation else "New chat")
+        if not began:  # a new chat that got its first message keeps what is typed
+            self.composer.set_text(self._read(controller.draft, ""))
+        self.panel.defaults = self._defaults()
+        self.panel.set_values(controller.system, controller.sampling)
+        self.side.set_current(controller.conversation_id)
+        if self.find_bar.isVisible():
+            self.find_bar.close_bar()
+        self._jump = True
+
+    @Slot()
+    def _path_changed(self) -> None:
+        entries = self._entries()
+        self._stack.setCurrentWidget(self.transcript if entries else self.welcome)
+        jump, self._jump = self._jump, False
+        self.transcript.set_entries(entries, enabled=not self.controller.writing_conversation, jump=jump)
+        self._activity_changed()
+
+    def _entries(self) -> list[Entry]:
+        controller = self.controller
+        path, writing = controller.path, controller.writing
+        unseen = controller.unseen
+        return [
+            Entry(
+                message=message,
+                text=controller.text(message.id),
+                writing=message.id == writing,
+                error=controller.error(message.id),
+                branches=controller.branches(message.id),
+                marker=bool(unseen) and index == unseen,
+            )
+            for index, message in enumerate(path)
+        ]
+
+    @Slot(int)
+    def _message_changed(self, message: int) -> None:
+        entries = self._entries()
+        if any(entry.marker for entry in entries):
+            self.transcript.set_entries(entries, enabled=not self.controller.writing_conversation, jump=False)
+            return
+        for entry in entries:
+            if entry.message.id == message:
+                self.transcript.update_entry(entry)
+
+    @Slot()
+    def _activity_changed(self) -> None:
+        controller, loadout = self.controller, self._loadout
+        writing = bool(controller.writing)
+        reason = "" if writing else controller.cannot_send()
+        starter = loadout.model is not None and Path(loadout.model.path).is_relative_to(resources() / "starter")
+        self.composer.set_state(reason=reason, help_text=self._help_text(reason), writing=writing)
+        self.transcript.set_enabled(not controller.writing_conversation)
+        self.welcome.set_model(
+            loadout.model.name if loadout.model else "", starter=starter, can_ask=not reason and not writing
+        )
+        self.model.set_writing(controller.writing_conversation)
+        loader = loadout.loader
+        self.panel.set_served(
+            loader.sampling if loader else None, f"{loader.title} does not have it." if loader else ""
+        )
+        if writing:
+            self._show_activity()
+
+    def _show_activity(self) -> None:
+        """What the model does before the first word comes."""
+        state = self._loadout.state.name
+        name = self._loadout.model.name if self._loadout.model else "the model"
+        if state in ("STARTING", "LOADING"):
+            text = f"Loading {name}\N{HORIZONTAL ELLIPSIS}"
+            if self._loadout.waiting_for:
+                text = f"Waiting for the installation that {name} needs\N{HORIZONTAL ELLIPSIS}"
+        elif self.controller.received:
+            text = ""
+        else:
+            text = self._progress_text or "Reading\N{HORIZONTAL ELLIPSIS}"
+        self.transcript.set_activity(self.controller.writing, text)
+
+    @Slot(int, object)
+    def _progress(self, _id: int, progress: Progress) -> None:
+        share = progress.fraction
+        self._progress_text = progress.phase + (f" · {share:.0%}" if share is not None else "\N{HORIZONTAL ELLIPSIS}")
+        if self.controller.writing:
+            self._show_activity()
+
+    def _help_text(self, reason: str) -> str:
+        loadout = self._loadout
+        if not reason:
+            return ""
+        if self.controller.writing_conversation:
+            return "Go there"
+        if loadout.state.name == "UNRESPONSIVE":
+            return "End the engine"
+        if loadout.model is None or loadout.state.name == "EMPTY":
+            return "Choose a model"
+        return ""
+
+    @Slot()
+    def _help(self) -> None:
+        """The button beside the reason why nothing can be sent."""
+        if self.controller.writing_conversation:
+            self.open(self.controller.writing_conversation)
+        elif self._loadout.state.name == "UNRESPONSIVE":
+            self._loadout.end_engine()
+        elif self._pick_model is not None:
+            self._pick_model()
+        else:
+            self.page_wanted.emit("models")
+
+    # What is done with messages ---------------------------------------------------------------------
+
+    @Slot(int, str)
+    def _requested(self, message: int, what: str) -> None:
+        controller = self.controller
+        if what == "copy":
+            text = controller.text(message)
+            role = controller.message(message).role
+            QGuiApplication.clipboard().setText(without_reasoning(text) if role == "assistant" else text)
+            self.notice.emit(Notice(text="Message copied."))
+        elif what == "show":
+            self.transcript.show_message(message)
+        elif controller.writing_conversation:
+            return
+        elif what == "regenerate":
+            controller.regenerate(message)
+            self.transcript.jump_to_latest()
+        elif what == "continue":
+            controller.continue_(message)
+        elif what == "delete":
+            controller.delete_message(message)
+        elif what in ("previous", "next"):
+            controller.switch_branch(message, -1 if what == "previous" else 1)
+
+    @Slot(int, str)
+    def _edited(self, message: int, text: str) -> None:
+        if self.controller.edit(message, text):
+            self.composer.edit.setFocus()
+        elif (view := self.transcript.view_of(message)) is not None:
+            view.edit(text)  # nothing typed is lost
+
+    def _regenerate_last(self) -> None:
+        path = self.controller.path
+        if path and not self.controller.writing_conversation:
+            self._requested(path[-1].id, "regenerate")
+
+    def _walk(self, step: int) -> None:
+        """Move the keyboard from message to message."""
+        current = next((view.message.id for view in self.transcript.views if view.hasFocus()), 0)
+        target = self.transcript.neighbour(current, step)
+        if target:
+            self.transcript.focus_message(target)
+        elif step > 0:
+            self.composer.edit.setFocus()
+
+    @Slot(str)
+    def _link(self, target: str) -> None:
+        LinkDialog(target, self).open()
+
+    # Conversations ----------------------------------------------------------------------------------
+
+    @Slot()
+    def _refresh_list(self) -> None:
+        self._try(self.model.refresh)
+        self.side.set_current(self.controller.conversation_id)
+        if self.controller.conversation is not None:
+            self._title.setText(self.controller.conversation.title)
+
+    @Slot(int, str)
+    def _rename(self, conversation: int, title: str) -> None:
+        # Later: the view is still closing its editor, and the list is about to be read again.
+        QTimer.singleShot(0, self, lambda: self._try(lambda: self.controller.rename(conversation, title)))
+
+    def _rename_current(self) -> None:
+        focused = self.side.list.currentIndex() if self.side.list.hasFocus() else None
+        row_ = self.model.conversation(focused.row()) if focused is not None and focused.isValid() else None
+        id = row_.id if row_ is not None else self.controller.conversation_id
+        if id:
+            self.side.show()
+            self.side.rename(id)
+
+    @Slot(int)
+    def _delete(self, conversation: int) -> None:
+        self._leave()
+        self._try(lambda: self.controller.delete(conversation))
+
+    @Slot(str, object)
+    def _undoable(self, text: str, undo: Callable[[], object]) -> None:
+        self.notice.emit(Notice(text=text, action="Undo", run=lambda: self._try(undo)))
+
+    @Slot(list, str)
+    def _ask_export(self, conversations: list[int], form: str) -> None:
+        name = "chats"
+        if len(conversations) == 1:
+            found = self._read(lambda: self._store.get(conversations[0]), None)
+            name = _file_name(found.title) if found is not None else name
+        suffix = SUFFIXES[form]  # type: ignore[index]
+        dialog = QFileDialog(self, "Export", f"{name}{suffix}")
+        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        dialog.setAcceptMode(QFileDialog.AcceptMode.AcceptSave)
+        dialog.setDefaultSuffix(suffix[1:])
+        dialog.fileSelected.connect(lambda path: self.export(conversations, form, Path(path)))  # type: ignore[arg-type]
+        dialog.open()
+
+    def export(self, conversations: list[int], form: TranscriptFormat, path: Path) -> None:
+        """Write conversations to a file, in the background."""
+        worker = TranscriptWorker(self._store, write=path, conversations=conversations, form=form, parent=self)
+        self._run(
+            worker,
+            lambda ids: self.notice.emit(Notice(text=f"{_chats(len(ids))} exported to {path.name}.", tone="positive")),
+        )
+
+    @Slot()
+    def _ask_import(self) -> None:
+        dialog = QFileDialog(self, "Import chats")
+        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        dialog.setFileMode(QFileDialog.FileMode.ExistingFiles)
+        dialog.setNameFilters(["Chats (*.json *.jsonl *.md *.markdown)", "All files (*)"])
+        dialog.filesSelected.connect(lambda paths: self.import_([Path(path) for path in paths]))
+        dialog.open()
+
+    def import_(self, paths: list[Path]) -> None:
+        """Read conversations from files, in the background."""
+        worker = TranscriptWorker(self._store, read=paths, parent=self)
+        self._run(worker, self._imported)
+
+    def _imported(self, ids: list[int]) -> None:
+        self._refresh_list()
+        self.notice.emit(Notice(text=f"{_chats(len(ids))} imported.", tone="positive"))
+        if ids:
+            self.open(ids[0])
+
+    def _run(self, worker: TranscriptWorker, done: Callable[[list[int]], object]) -> None:
+        # Through a slot of this page: a plain function would run in the worker's thread.
+        worker.setProperty("done", done)
+        worker.done.connect(self._worker_done)
+        worker.failed.connect(self.failed)
+        worker.finished.connect(self._worker_ended)
+        self._workers.append(worker)
+        worker.start()
+
+    @Slot(list)
+    def _worker_done(self, ids: list[int]) -> None:
+        worker = self.sender()
+        assert worker is not None
+        worker.property("done")(ids)
+
+    @Slot()
+    def _worker_ended(self) -> None:
+        worker = self.sender()
+        self._workers = [other for other in self._workers if other is not worker]
+        if worker is not None:
+            worker.deleteLater()
+
+    def accepts(self, paths: list[Path]) -> bool:
+        return bool(paths) and all(path.suffix.lower() in (".json", ".jsonl", ".md", ".markdown") for path in paths)
+
+    def take(self, paths: list[Path]) -> None:
+        self.import_(paths)
+
+    # Panel and drafts -------------------------------------------------------------------------------
+
+    @Slot(str)
+    def _set_system(self, text: str) -> None:
+        self._try(lambda: self.controller.set_system(text))
+
+    @Slot(dict)
+    def _set_sampling(self, values: dict[str, object]) -> None:
+        self._try(lambda: self.controller.set_sampling(values))  # type: ignore[arg-type]
+
+    def _apply_preset(self, values: dict[str, object]) -> None:
+        self.panel.set_values(self.controller.system, values)  # type: ignore[arg-type]
+        self._set_sampling(values)
+
+    @Slot(str)
+    def _draft_changed(self, text: str) -> None:
+        self._try(lambda: self.controller.set_draft(text))
+
+    # Find -------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        if self.controller.path:
+            self.find_bar.open_bar()
+            self._place_find()
+
+    @Slot(str)
+    def _search(self, text: str) -> None:
+        messages = [(m.id, self.controller.text(m.id), m.role == "assistant") for m in self.controller.path]
+        self._clear_marks()
+        self.finder.search(text, messages)
+
+    @Slot()
+    def _found(self) -> None:
+        self.find_bar.set_count(self.finder.at, self.finder.count)
+
+    @Slot()
+    def _find_closed(self) -> None:
+        self.finder.stop()
+        self._clear_marks()
+        self.composer.edit.setFocus()
+
+    def _clear_marks(self) -> None:
+        for view in self.transcript.views:
+            view.view.setExtraSelections([])
+
+    @Slot(int, int)
+    def _show_match(self, message: int, nth: int) -> None:
+        self.transcript.show_message(message)
+        view = self.transcript.view_of(message)
+        if view is None:
+            return
+        view.view.render_all()
+        found = matches_in(view.view.document(), self.finder.text)
+        if nth < len(found):
+            view.view.mark_matches(found, nth)
+            place = view.view.cursorRect(found[nth])
+            self.transcript.show_message(message, view.view.y() + place.top(), place.height() + 2 * GRID)
+
+    def _place_find(self) -> None:
+        self.find_bar.adjustSize()
+        self.find_bar.move(self.transcript.viewport().width() - self.find_bar.width() - 2 * GRID, GRID)
+
+    # Events -----------------------------------------------------------------------------------------
+
+    def keyPressEvent(self, event: QKeyEvent) -> None:
+        if event.key() == Qt.Key.Key_Escape and self.controller.writing:
+            self.controller.stop()
+        elif event.key() == Qt.Key.Key_Escape and self.find_bar.isVisible():
+            self.find_bar.close_bar()
+        else:
+            super().keyPressEvent(event)
+
+    def resizeEvent(self, event: QResizeEvent) -> None:
+        super().resizeEvent(event)
+        if event.size().width() < NARROW and not self.panel.isHidden() and not self.side.isHidden():
+            self.side.hide()
+        self._fit_composer()
+        QTimer.singleShot(0, self, self._settle)
+
+    def showEvent(self, event: object) -> None:
+        super().showEvent(event)  # type: ignore[arg-type]
+        self._fit_composer()
+
+    @Slot()
+    def _settle(self) -> None:
+        self._fit_composer()
+        if self.find_bar.isVisible():
+            self._place_find()
+
+    def _fit_composer(self) -> None:
+        """As wide as the text column, and a little wider."""
+        room = self._foot.width() - 2 * GRID
+        self.composer.setFixedWidth(max(240, min(room, self.transcript.style_in_use.column + 2 * INSET + 2 * GRID)))
+
+    def changeEvent(self, event: QEvent) -> None:
+        super().changeEvent(event)
+        if event.type() in (QEvent.Type.PaletteChange, QEvent.Type.FontChange) and hasattr(self, "transcript"):
+            QTimer.singleShot(0, self, self.transcript.restyle)
+
+    # Helpers ----------------------------------------------------------------------------------------
+
+    def _try(self, run: Callable[[], object]) -> None:
+        try:
+            run()
+        except WeftError as error:
+            self.failed.emit(error)
+
+    def _try2(self, run: Callable[[int, bool], object]) -> Callable[[int, bool], None]:
+        return lambda id, value: self._try(lambda: run(id, value))
+
+    def _read(self, run: Callable[[], object], default: object) -> object:
+        try:
+            return run()
+        except WeftError as error:
+            self.failed.emit(error)
+            return default
+
+
+def _chats(count: int) -> str:
+    return f"{count:,} chat{'s' if count != 1 else ''}"
+
+
+def _file_name(title: str) -> str:
+    """A title as a file name that every system takes."""
+    kept = "".join(c if c.isalnum() or c in " -_.,()" else " " for c in title)
+    name = " ".join(kept.split()).strip(" .")[:80]
+    return name or "chat"

@@ -1,0 +1,250 @@
+"""The panel at the right: system prompt and sampling of this chat."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from PySide6.QtCore import QPoint, Qt, QTimer, Signal, Slot
+from PySide6.QtWidgets import QComboBox, QFrame, QInputDialog, QMenu, QPlainTextEdit, QScrollArea, QWidget
+
+from app.core.errors import WeftError
+from app.core.options import OptionValue
+from app.core.sampling import Sampling
+from app.viewmodels.chat_presets import Presets
+from app.views.chat.style import GRID
+from app.views.icons import icon
+from app.views.options_form import OptionsForm
+from app.views.widgets import button, column, icon_button, row, title
+
+CHANGED = "Changed"
+SAVE_MS = 300
+
+
+class SidePanel(QFrame):
+    """What the model is told first, and how it picks its words.
+
+    Signals:
+        system_changed: the system prompt. sampling_changed: the changed sampling fields.
+        failed: a WeftError. noticed: a sentence and the function that takes it back.
+        closed: the panel is to be hidden.
+    """
+
+    system_changed = Signal(str)
+    sampling_changed = Signal(dict)
+    failed = Signal(object)
+    noticed = Signal(str, object)
+    closed = Signal()
+
+    def __init__(self, presets: Presets, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.setObjectName("panel")
+        self._presets = presets
+        self._form: OptionsForm | None = None
+        self._served: Collection[str] | None = None
+        self._served_reason = ""
+        self._values: dict[str, OptionValue] = {}
+        self.system = QPlainTextEdit()
+        self.system.setAccessibleName("System prompt")
+        self.system.setPlaceholderText(
+            "What the model is told before the conversation, for example who it is and how it shall answer."
+        )
+        self.system.setTabChangesFocus(True)
+        self.system.setFixedHeight(120)
+        self.system.textChanged.connect(self._system_typed)
+        self.preset = QComboBox()
+        self.preset.setAccessibleName("Sampling preset")
+        self.preset.activated.connect(self._preset_chosen)
+        more = icon_button("more", "Save, rename or delete presets")
+        more.clicked.connect(self._preset_menu)
+        self._more = more
+        self._reset = button("Reset", tip="Back to the values that new chats begin with", icon_name="undo")
+        self._reset.clicked.connect(self._reset_all)
+        self._body = QWidget()
+        self._body.setObjectName("panelBody")
+        self._layout = column(
+            title("System prompt", 0),
+            self.system,
+            title("Preset", 0),
+            spacing=GRID,
+            margins=(16, 4, 16, 16),
+            parent=self._body,
+        )
+        presets_row = row(self.preset, more, spacing=4)
+        presets_row.setStretch(0, 1)
+        self._layout.addLayout(presets_row)
+        self._layout.addStretch(1)
+        scroll = QScrollArea()
+        scroll.setWidgetResizable(True)
+        scroll.setFrameShape(QFrame.Shape.NoFrame)
+        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        scroll.setWidget(self._body)
+        scroll.setFocusPolicy(Qt.FocusPolicy.NoFocus)
+        self._body.setAutoFillBackground(False)
+        scroll.viewport().setAutoFillBackground(False)
+        close = icon_button("close", "Close the panel")
+        close.clicked.connect(self.closed)
+        head = row(title("This chat", 0), 1, self._reset, close, margins=(16, 8, 8, 8), spacing=4)
+        layout = column(spacing=0, parent=self)
+        layout.addLayout(head)
+        layout.addWidget(scroll, 1)
+        self.defaults: tuple[str, dict[str, OptionValue]] = ("", {})
+        self._timer = QTimer(self)
+        self._timer.setSingleShot(True)
+        self._timer.setInterval(SAVE_MS)
+        self._timer.timeout.connect(self._report_system)
+        self._fill_presets()
+
+    # Content ----------------------------------------------------------------------------------------
+
+    def set_values(self, system: str, sampling: dict[str, OptionValue]) -> None:
+        """Show a conversation's. Reports nothing."""
+        self._timer.stop()
+        if system != self.system.toPlainText():
+            self.system.blockSignals(True)
+            self.system.setPlainText(system)
+            self.system.blockSignals(False)
+        self._values = dict(sampling)
+        if self._form is not None:
+            self._form.set_values(sampling)
+        self._fill_presets()
+
+    def set_served(self, served: Collection[str] | None, reason: str) -> None:
+        """Which sampling fields the loader serves; None is all."""
+        self._served, self._served_reason = served, reason
+        if self._form is not None:
+            self._form.set_served(served, reason)
+
+    def flush(self) -> None:
+        """Report a system prompt that waits."""
+        if self._timer.isActive():
+            self._timer.stop()
+            self._report_system()
+
+    @property
+    def form(self) -> OptionsForm:
+        """The sampling form; built when the panel is first shown, because it is dear."""
+        if self._form is None:
+            self._form = OptionsForm(
+                Sampling,
+                served=self._served,
+                reason=self._served_reason or "This loader does not have it.",
+                parent=self._body,
+            )
+            self._form.set_values(self._values)
+            self._form.changed.connect(self._form_changed)
+            self._layout.insertWidget(self._layout.count() - 1, self._form)
+        return self._form
+
+    def showEvent(self, event: object) -> None:
+        super().showEvent(event)  # type: ignore[arg-type]
+        _ = self.form
+
+    @Slot()
+    def _system_typed(self) -> None:
+        self._timer.start()
+
+    @Slot()
+    def _report_system(self) -> None:
+        self.system_changed.emit(self.system.toPlainText())
+
+    @Slot()
+    def _form_changed(self) -> None:
+        if not self.form.problems():
+            self._values = self.form.values()
+            self._fill_presets()
+            self.sampling_changed.emit(self._values)
+
+    @Slot()
+    def _reset_all(self) -> None:
+        system, sampling = self.defaults
+        before = (self.system.toPlainText(), dict(self._values))
+        self._apply(system, sampling)
+
+        def undo() -> None:
+            self._apply(*before)
+
+        if before != (system, sampling):
+            self.noticed.emit("System prompt and sampling were reset.", undo)
+
+    def _apply(self, system: str, sampling: dict[str, OptionValue]) -> None:
+        self.set_values(system, sampling)
+        self.system_changed.emit(system)
+        self.sampling_changed.emit(dict(sampling))
+
+    # Presets ----------------------------------------------------------------------------------------
+
+    def _fill_presets(self) -> None:
+        self.preset.clear()
+        for name in self._presets.all():
+            self.preset.addItem(name)
+        found = self._presets.matching(self._values)
+        if not found:
+            self.preset.addItem(CHANGED)
+        self.preset.setCurrentText(found or CHANGED)
+
+    @Slot(int)
+    def _preset_chosen(self, _index: int) -> None:
+        values = self._presets.all().get(self.preset.currentText())
+        if values is not None:
+            self.set_values(self.system.toPlainText(), values)
+            self.sampling_changed.emit(dict(values))
+
+    @Slot()
+    def _preset_menu(self) -> None:
+        name = self.preset.currentText()
+        own = self._presets.is_own(name)
+        menu = QMenu(self)
+        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        menu.addAction(icon("plus"), "Save as a preset\N{HORIZONTAL ELLIPSIS}", self._ask_save)
+        rename = menu.addAction(
+            icon("edit"), f"Rename “{name}”\N{HORIZONTAL ELLIPSIS}" if own else "Rename", self._ask_rename
+        )
+        delete = menu.addAction(
+            icon("trash"), f"Delete “{name}”" if own else "Delete", lambda: self.delete_preset(name)
+        )
+        rename.setEnabled(own)
+        delete.setEnabled(own)
+        menu.popup(self._more.mapToGlobal(QPoint(0, self._more.height())))
+
+    @Slot()
+    def _ask_save(self) -> None:
+        self._ask("Save preset", "", self.save_preset)
+
+    @Slot()
+    def _ask_rename(self) -> None:
+        old = self.preset.currentText()
+        self._ask("Rename preset", old, lambda new: self.rename_preset(old, new))
+
+    def _ask(self, heading: str, text: str, take: object) -> None:
+        dialog = QInputDialog(self)
+        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        dialog.setWindowTitle(heading)
+        dialog.setLabelText("Name of the preset")
+        dialog.setTextValue(text)
+        dialog.textValueSelected.connect(take)
+        dialog.open()
+
+    def save_preset(self, name: str) -> None:
+        """Keep the present values under this name."""
+        self._try(lambda: self._presets.save(name, self._values))
+
+    def rename_preset(self, old: str, new: str) -> None:
+        self._try(lambda: self._presets.rename(old, new))
+
+    def delete_preset(self, name: str) -> None:
+        """Forget an own preset, with undo."""
+
+        def delete() -> None:
+            values = self._presets.delete(name)
+            self.noticed.emit(
+                f"The preset “{name}” was deleted.", lambda: self._try(lambda: self._presets.save(name, values))
+            )
+
+        self._try(delete)
+
+    def _try(self, change: object) -> None:
+        try:
+            change()  # type: ignore[operator]
+        except WeftError as error:
+            self.failed.emit(error)
+        self._fill_presets()
