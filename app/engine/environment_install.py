@@ -16,7 +16,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
 from app.engine import compiler
-from app.engine.environments import Environments, Layer, Stamp, discard, folder_bytes
+from app.engine.environments import Environments, Layer, Stamp, discard, folder_bytes, has_nvidia
 from app.engine.package_sources import Sources, cached_wheels, local_wheels, package_sources
 from app.engine.uv_process import LogFile, UvRun, find_uv
 
@@ -67,10 +67,11 @@ class Installation:
         self._sources = package_sources()
         free = shutil.disk_usage(self._environments.root).free
         have = folder_bytes(self._folder)
-        if self._spec.bytes - have + _FREE_RESERVE > free:
+        expected = self._environments.expected_bytes(self._name)
+        if expected - have + _FREE_RESERVE > free:
             raise WeftError(
                 ErrorKind.DISK_FULL,
-                f"{self._spec.title} takes about {self._spec.bytes / 1e9:.1f} GB, and {self._environments.root} has "
+                f"{self._spec.title} takes about {expected / 1e9:.1f} GB, and {self._environments.root} has "
                 f"{free / 1e9:.1f} GB left.",
                 "Make room, or set WEFT_ENVIRONMENTS to a folder on another disk.",
             )
@@ -81,7 +82,7 @@ class Installation:
             cancelled=self._cancelled,
             log=self._log,
             measure=lambda: max(cache.growth(), folder_bytes(self._folder)),
-            expected=self._spec.bytes,
+            expected=expected,
             folder=self._environments.root,
         )
         if not self._python_runs():
@@ -191,8 +192,7 @@ def torch_backend(sources: Sources) -> list[str | Path]:
     """uv's choice of a PyTorch build, unless somebody configured where packages come from or there is but one build."""
     if sources.configured or sys.platform == "darwin":
         return []
-    nvidia = bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
-    return [f"--torch-backend={'auto' if nvidia else 'cpu'}"]
+    return [f"--torch-backend={'auto' if has_nvidia() else 'cpu'}"]
 
 
 class _Cache:

@@ -70,6 +70,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Attributes:
         bytes, minutes: about how large it is on disk, and how long it takes on two cores where all must be fetched.
+        bytes_cuda: the same with NVIDIA's libraries, 0 when these change nothing.
         python: oldest and newest Python for it, as `3.11`.
         extends: environments whose layers come first.
         probe: Python code that runs only when the environment works.
@@ -84,6 +85,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     probe: str
     layers: tuple[Layer, ...]
     extends: tuple[str, ...] = ()
+    bytes_cuda: int = 0
 
 
 class Stamp(msgspec.Struct, kw_only=True):
@@ -207,7 +209,7 @@ class Environments:
         line = ProgressLine()
         print(
             f"Installing the engine environment {spec.title!r}, once: about {spec.minutes} minutes and "
-            f"{spec.bytes / 1e9:.1f} GB. Ctrl+C stops it; next time it goes on from there.",
+            f"{self.expected_bytes(name) / 1e9:.1f} GB. Ctrl+C stops it; next time it goes on from there.",
             file=sys.stderr,
         )
         while repair or self.state(name) is not EnvironmentState.READY:
@@ -242,6 +244,11 @@ class Environments:
         with _locked(self.root / f"{name}.lock", spec.title):
             discard(self.folder(name), spec.title)
             self.marker(name).unlink(missing_ok=True)
+
+    def expected_bytes(self, name: str) -> int:
+        """About what it will take on this machine's disk."""
+        spec = self.spec(name)
+        return max(spec.bytes, spec.bytes_cuda) if has_nvidia() else spec.bytes
 
     def size(self, name: str) -> int:
         """Bytes that it takes on disk. Walks tens of thousands of files: not for the window's thread."""
@@ -282,6 +289,11 @@ class Environments:
 def variable_of(name: str) -> str:
     """The variable that overrides an environment's interpreter: `WEFT_PYTHON_CORE`."""
     return "WEFT_PYTHON_" + re.sub(r"\W", "_", name).upper()
+
+
+def has_nvidia() -> bool:
+    """Whether there is an NVIDIA driver, without loading anything of it."""
+    return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -70,10 +70,9 @@ def test_no_listing_breaks_it(listing: str) -> None:
 def test_the_build_of_torch_is_ours_to_choose_only_where_nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "app.engine.environment_install"
     monkeypatch.setattr(f"{module}.sys.platform", "linux")
-    monkeypatch.setattr(f"{module}.shutil.which", lambda name: None)
-    monkeypatch.setattr(f"{module}.Path.exists", lambda path: False)
+    monkeypatch.setattr(f"{module}.has_nvidia", lambda: False)
     assert torch_backend(Sources(variables={})) == ["--torch-backend=cpu"]
-    monkeypatch.setattr(f"{module}.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(f"{module}.has_nvidia", lambda: True)
     assert torch_backend(Sources(variables={})) == ["--torch-backend=auto"]
     assert torch_backend(Sources(variables={}, configured=True)) == []
     monkeypatch.setattr(f"{module}.sys.platform", "darwin")
