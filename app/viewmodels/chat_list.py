@@ -12,6 +12,7 @@ from app.core.conversation import Conversation
 from app.store.chats import ChatStore
 
 _Index = QModelIndex | QPersistentModelIndex
+_ROOT = QModelIndex()
 
 
 class ListRole(IntEnum):
@@ -114,7 +115,7 @@ class ConversationList(QAbstractListModel):
 
     # Qt ---------------------------------------------------------------------------------------------
 
-    def rowCount(self, parent: _Index = QModelIndex()) -> int:
+    def rowCount(self, parent: _Index = _ROOT) -> int:
         return 0 if parent.isValid() else len(self._rows)
 
     def data(self, index: _Index, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
