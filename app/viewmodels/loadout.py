@@ -242,7 +242,7 @@ class Loadout(QObject):
                 return
         except WeftError as error:
             self._drop_engine("Another model is being loaded.")
-            self.model, self.loader = entry, None
+            self.model, self.loader, self._plan = entry, None, None
             self._fail_load(error)
             return
         plan = _Plan(entry=entry, spec=spec, options=values, chosen=loader_id or "")

@@ -103,6 +103,15 @@ class MainWindow(QMainWindow):
             self._stack.addWidget(page)
         return self._pages[name]
 
+    def built(self, name: str) -> Page | None:
+        """The page with this name if it has been built."""
+        return self._pages.get(name)
+
+    def close_pages(self) -> None:
+        """Have every page save and end what it does in the background."""
+        for page in self._pages.values():
+            page.shutdown()
+
     @property
     def current(self) -> str:
         """Name of the page in front."""

@@ -70,6 +70,9 @@ class Page(QWidget):
     def toggle_side(self) -> None:
         """Ctrl+B: show or hide this page's side bar."""
 
+    def shutdown(self) -> None:
+        """The window is going: save, and end what runs in the background."""
+
     def accepts(self, paths: list[Path]) -> bool:
         """Whether these dropped (or handed over) files are this page's. Reads names only."""
         return False

@@ -1,0 +1,520 @@
+"""House: everything that lives as long as the window, and the ties between it. Part of the composition root.
+
+What first paint does not need is built after it, or when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PySide6.QtCore import QObject, QSettings, QTimer, Slot
+from PySide6.QtWidgets import QApplication, QDialog, QWidget
+
+from app import logs
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import JobState
+from app.core.library import ModelEntry
+from app.core.paths import Paths
+from app.engine.environments import Environments, EnvironmentState
+from app.store.chats import ChatStore
+from app.store.database import Database
+from app.store.jobs import JobStore
+from app.store.library import LibraryStore, starter
+from app.store.model_settings import ModelSettings
+from app.store.settings import SettingsStore
+from app.viewmodels.jobs import INSTALL, JobCenter, environment_of
+from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.loadout import CodeQuestion, Crash, FitQuestion, Loadout
+from app.viewmodels.machine_watch import MachineWatch
+from app.viewmodels.settings import EngineList, SettingsView
+from app.views import theme
+from app.views.main_window import MainWindow
+from app.views.page import Notice, Page, PageSpec, PaletteCommand
+
+if TYPE_CHECKING:
+    from app.workers.engine_worker import EngineWorker
+    from app.workers.environment_worker import EnvironmentWorker
+    from app.workers.library_worker import LibraryWorker
+
+PALETTE_MODELS = 1000
+
+
+class House(QObject):
+    """Builds stores, view models, workers and the window.
+
+    Args:
+        state: where the window's geometry is remembered.
+        reporter: brings unexpected exceptions here.
+    """
+
+    def __init__(self, application: QApplication, paths: Paths, state: QSettings, reporter: logs.Reporter) -> None:
+        super().__init__(application)
+        self._application = application
+        self.paths = paths
+        self.settings = SettingsStore(paths.settings)
+        self.database = Database(paths.database)
+        self.chats = ChatStore(self.database)
+        self.job_store = JobStore(self.database)
+        self.library = LibraryStore(self.database)
+        self.model_settings = ModelSettings(self.database)
+        self.environments = Environments(paths.environments)
+        self.theme = theme.install(application, self.settings.settings.appearance)
+        self.machine = MachineWatch(self)
+        self.settings_view = SettingsView(self.settings, self)
+        self.roots = LibraryRoots(self.settings, paths, self)
+        self.jobs = JobCenter(self.job_store, self.environments, self._environment_worker, self)
+        self.engines = EngineList(self.environments, self.jobs, self)
+        self.loadout = Loadout(
+            make_worker=self._engine_worker,
+            library=self.library,
+            model_settings=self.model_settings,
+            settings=self.settings,
+            environments=self.jobs,
+            machine=self.machine.now,
+            log_of=lambda loader: paths.logs / f"engine-{loader}.log",
+            parent=self,
+        )
+        self._library_worker: LibraryWorker | None = None
+        self._arguments: list[str] = []
+        self.window = MainWindow(self._pages(), state=state, header=self._header, commands=self._commands, notify=self._notify)
+        self._tie(reporter)
+
+    # Pages ------------------------------------------------------------------------------------------
+
+    def _pages(self) -> list[PageSpec]:
+        """The rail, from top to bottom. Another page is another line here and its builder below."""
+        return [
+            PageSpec(name="chat", title="Chat", icon="chat", build=self._chat_page, loadout_bar=True),
+            PageSpec(name="models", title="Models", icon="models", build=self._models_page),
+            PageSpec(name="jobs", title="Jobs", icon="jobs", build=self._jobs_page, bottom=True),
+            PageSpec(name="settings", title="Settings", icon="settings", build=self._settings_page, bottom=True),
+        ]
+
+    def _chat_page(self) -> Page:
+        from app.views.chat.page import ChatPage
+
+        return ChatPage(self.chats, self.loadout, self.settings, pick_model=self._open_picker)
+
+    def _models_page(self) -> Page:
+        from app.views.models.page import ModelsPage
+
+        page = ModelsPage(
+            library=self.library,
+            loadout=self.loadout,
+            model_settings=self.model_settings,
+            settings=self.settings,
+            roots=self.roots,
+            machine=self.machine,
+            refresh=self.refresh_library,
+        )
+        page.code_wanted.connect(self._review_code)
+        return page
+
+    def _jobs_page(self) -> Page:
+        from app.views.jobs.page import JobsPage
+
+        return JobsPage(jobs=self.jobs)
+
+    def _settings_page(self) -> Page:
+        from app.views.settings.page import SettingsPage
+
+        page = SettingsPage(settings=self.settings_view, roots=self.roots, engines=self.engines, paths=self.paths)
+        page.remove_environment.connect(self._confirm_removal)
+        return page
+
+    def _header(self) -> QWidget:
+        from app.viewmodels.fitting import judge
+        from app.viewmodels.model_table import ModelTable
+        from app.views.loadout_bar import LoadoutBar
+    
+        def table() -> ModelTable:
+            return ModelTable(
+                self.library,
+                fitting=lambda entry: judge(entry, self.machine.now()),
+                loaded=lambda: self.loadout.model.id if self.loadout.is_loaded and self.loadout.model is not None else "",
+                parent=self,
+            )
+
+        bar = LoadoutBar(loadout=self.loadout, jobs=self.jobs, make_table=table, machine=self.machine.now)
+        bar.models_wanted.connect(self._show_models)
+        bar.jobs_wanted.connect(self._show_jobs)
+        bar.options_wanted.connect(self._show_options)
+        return bar
+
+    # Workers ----------------------------------------------------------------------------------------
+
+    def _engine_worker(self, loader: str) -> EngineWorker:
+        from app.engine import launch
+        from app.workers.engine_worker import EngineWorker
+
+        return EngineWorker(launch.engine_for(loader, self.paths))
+
+    def _environment_worker(self, name: str, repair: bool) -> EnvironmentWorker:
+        from app.workers.environment_worker import EnvironmentWorker
+
+        return EnvironmentWorker(self.environments, name, self.job_store, repair=repair)
+
+    @Slot()
+    def refresh_library(self) -> None:
+        """Look at the disk again, in the library's own thread."""
+        if self._library_worker is not None:
+            self._library_worker.refresh()
+
+    # Opening and closing ----------------------------------------------------------------------------
+
+    def open(self, arguments: Sequence[str] = ()) -> None:
+        """Show the window; what first paint does not need starts after it."""
+        self._arguments = list(arguments)
+        self.window.show_page(self.window.remembered_page("chat"))
+        self.window.show()
+        QTimer.singleShot(0, self, self._settle)
+
+    @Slot()
+    def _settle(self) -> None:
+        """After the first paint: watch the disk and the machine, prepare engines, load the model."""
+        from app.workers.library_worker import LibraryWorker
+
+        interrupted = self.job_store.mark_interrupted()
+        worker = LibraryWorker(self.library, self.roots.roots(), self)
+        worker.changed.connect(self._library_changed)
+        worker.scanning.connect(self._scanning)
+        worker.problem.connect(self._library_problem)
+        self._library_worker = worker
+        worker.start()
+        self.machine.start()
+        for sentence in (self.database.notice, *self.settings.problems):
+            if sentence:
+                self.window.show_notice(Notice(text=sentence, tone="warning"))
+        self._take(self._arguments)
+        if self.settings.settings.load_last:
+            self._load_first_model()
+        self._prepare_engines({environment_of(job) for job in interrupted if job.task == INSTALL})
+
+    def _load_first_model(self) -> None:
+        """The model used last, else the starter; it waits for its environment if that is not there yet."""
+        entry: ModelEntry | None = None
+        last = self.settings.settings.last_model
+        try:
+            entry = self.library.model(last) if last else None
+        except WeftError:
+            entry = None  # it is gone: the starter then
+        try:
+            self.loadout.load(entry or starter())
+        except WeftError as error:
+            self.window.show_notice(Notice(text=str(error), tone="warning"))
+
+    def _prepare_engines(self, interrupted: set[str]) -> None:
+        """Install what was never tried, and go on with what was cut short. What somebody cancelled or removed stays so."""
+        tried = {environment_of(job) for job in self.job_store.jobs(500) if job.task == INSTALL}
+        for name in self.environments.specs():
+            state = self.environments.state(name)
+            new = state is EnvironmentState.MISSING and name not in tried
+            resumed = state is not EnvironmentState.READY and name in interrupted
+            if new or resumed:
+                self.jobs.install(name)
+
+    @Slot(list)
+    def second_start(self, arguments: Sequence[str]) -> None:
+        """Another start handed over its arguments."""
+        self.window.come_to_front()
+        self._take(arguments)
+
+    def _take(self, arguments: Sequence[str]) -> None:
+        files = [Path(argument) for argument in arguments if "://" not in argument]
+        if files and not self.window.take(files):
+            self.window.show_notice(
+                Notice(text=f"Weft has no use for {files[0].name}. It opens .gguf files and folders of models.", tone="warning")
+            )
+
+    def close(self) -> None:
+        """Stop every worker and let go of the files. Nothing runs on after this."""
+        self.window.close_pages()
+        self.loadout.close()
+        self.jobs.close()
+        self.engines.close()
+        self.machine.close()
+        if self._library_worker is not None:
+            self._library_worker.stop()
+        self.database.close()
+
+    # Ties -------------------------------------------------------------------------------------------
+
+    def _tie(self, reporter: logs.Reporter) -> None:
+        loadout, jobs = self.loadout, self.jobs
+        loadout.environment_wanted.connect(self._environment_wanted)
+        loadout.notice.connect(self._loadout_notice)
+        loadout.load_failed.connect(self._load_failed)
+        loadout.crashed.connect(self._crashed)
+        loadout.fit_asked.connect(self._ask_fit)
+        loadout.code_asked.connect(self._ask_code)
+        jobs.environment_ready.connect(self._environment_ready)
+        jobs.environment_failed.connect(self._environment_failed)
+        jobs.changed.connect(self._badge)
+        jobs.progressed.connect(self._badge)
+        self.roots.changed.connect(self._roots_changed)
+        self.settings_view.changed.connect(self._setting_changed)
+        self.settings_view.failed.connect(self.window.show_error)
+        self.engines.failed.connect(self.window.show_error)
+        reporter.unexpected.connect(self._unexpected)
+        # Unfinished work is saved while the window still stands.
+        self.window.closing.connect(self.machine.close)
+
+    @Slot()
+    def _library_changed(self) -> None:
+        page = self.window.built("models")
+        if page is not None:
+            page.library_changed()  # type: ignore[attr-defined]
+
+    @Slot(bool)
+    def _scanning(self, scanning: bool) -> None:
+        page = self.window.built("models")
+        if page is not None:
+            page.set_scanning(scanning)  # type: ignore[attr-defined]
+
+    @Slot(object)
+    def _library_problem(self, error: WeftError) -> None:
+        self.window.show_notice(Notice(text=str(error), tone="warning"))
+
+    @Slot()
+    def _roots_changed(self) -> None:
+        if self._library_worker is not None:
+            self._library_worker.set_roots(self.roots.roots())
+
+    @Slot(str)
+    def _setting_changed(self, name: str) -> None:
+        if name == "appearance":
+            self.theme.set_appearance(self.settings.settings.appearance)
+
+    @Slot(str)
+    def _environment_wanted(self, name: str) -> None:
+        self.jobs.install(name)
+
+    @Slot(str)
+    def _environment_ready(self, name: str) -> None:
+        self.window.show_notice(
+            Notice(text=f"The engine is ready: {self.jobs.title(name)}.", tone="positive", important=True)
+        )
+        self.loadout.environment_ready(name)
+
+    @Slot(str, object)
+    def _environment_failed(self, name: str, error: WeftError) -> None:
+        self.loadout.environment_failed(name, error)
+        if error.kind is not ErrorKind.CANCELLED:
+            self.window.show_notice(
+                Notice(
+                    text=f"{self.jobs.title(name)} could not be installed. {error.message}",
+                    tone="negative",
+                    action="Show",
+                    run=self._show_jobs,
+                    important=True,
+                )
+            )
+
+    @Slot()
+    def _badge(self, *_: object) -> None:
+        running = self.jobs.running
+        if running is None:
+            self.window.rail.set_badge("jobs", None)
+        else:
+            fraction = running.progress.fraction if running.progress is not None else None
+            self.window.rail.set_badge("jobs", -1.0 if fraction is None else fraction)
+
+    # Questions and failures -------------------------------------------------------------------------
+
+    @Slot(str)
+    def _loadout_notice(self, text: str) -> None:
+        self.window.show_notice(Notice(text=text))
+
+    @Slot(object)
+    def _load_failed(self, error: WeftError) -> None:
+        # The environment's own failure has been told already, with the way to its log.
+        if error.kind in (ErrorKind.NETWORK, ErrorKind.DISK_FULL) and not self.loadout.is_loaded and self.loadout.loader is None:
+            return
+
+        def build() -> QDialog:
+            from app.views.dialogs import ErrorDialog
+
+            log = self.loadout.log_path
+            return ErrorDialog(error, self.window, log=log if log is not None and log.exists() else None)
+
+        self.window.show_dialog(build)
+
+    @Slot(object)
+    def _crashed(self, crash: Crash) -> None:
+        def build() -> QDialog:
+            from app.views.dialogs import CrashDialog
+
+            log = Path(crash.log) if crash.log else None
+            return CrashDialog(crash.error, log, self.loadout.load_again if crash.again else None, self.window)
+
+        self.window.show_dialog(build)
+
+    @Slot(object)
+    def _ask_fit(self, question: FitQuestion) -> None:
+        def build() -> QDialog:
+            from app.views.dialogs import ConfirmDialog
+
+            return ConfirmDialog(
+                "This model may not fit",
+                f"{question.entry.name}: {question.message}",
+                "Load anyway",
+                lambda: self.loadout.load(question.entry, question.loader.id, question.options, anyway=True),
+                self.window,
+                hint="Other programs may become slow, or the system may end the engine. "
+                "A shorter context length, or a smaller quantization of the model, takes less.",
+            )
+
+        self.window.show_dialog(build)
+
+    @Slot(object)
+    def _ask_code(self, question: CodeQuestion) -> None:
+        def allow() -> None:
+            self.loadout.allow_code(question.entry, question.digest)
+            self._code_decided()
+            self.loadout.load(question.entry, question.loader.id, question.options)
+
+        self._show_code(question.entry, "Allow and load", allow)
+
+    @Slot(object)
+    def _review_code(self, entry: ModelEntry) -> None:
+        try:
+            digest = self.loadout.code_digest(entry)
+        except WeftError as error:
+            self.window.show_error(error)
+            return
+
+        def allow() -> None:
+            self.loadout.allow_code(entry, digest)
+            self._code_decided()
+
+        self._show_code(entry, "Allow", allow)
+
+    def _show_code(self, entry: ModelEntry, yes: str, allow: object) -> None:
+        def build() -> QDialog:
+            from app.views.dialogs import ConfirmDialog
+
+            return ConfirmDialog(
+                "This model wants to run its own code",
+                f"{entry.name} brings Python files that run with your rights: they can read, change and send your files. "
+                "Allow it only if you trust who made the model.",
+                yes,
+                allow,  # type: ignore[arg-type]
+                self.window,
+                danger=True,
+                hint="The permission holds for exactly these files. If they change, Weft asks again.",
+                files=[Path(entry.path, name) for name in entry.custom_code],
+            )
+
+        self.window.show_dialog(build)
+
+    def _code_decided(self) -> None:
+        page = self.window.built("models")
+        if page is not None:
+            page.code_decided()  # type: ignore[attr-defined]
+
+    @Slot(str)
+    def _confirm_removal(self, name: str) -> None:
+        def build() -> QDialog:
+            from app.views.dialogs import ConfirmDialog
+
+            spec = self.environments.spec(name)
+            loader = self.loadout.loader
+            in_use = loader is not None and loader.environment == name
+
+            def remove() -> None:
+                if in_use:
+                    self.loadout.unload()
+                self.engines.remove(name)
+
+            return ConfirmDialog(
+                f"Remove {spec.title}?",
+                f"Its files are deleted. Installing it again takes about {spec.minutes} minutes and fetches it anew."
+                + (" The loaded model is ejected." if in_use else ""),
+                "Remove",
+                remove,
+                self.window,
+                danger=True,
+            )
+
+        self.window.show_dialog(build)
+
+    @Slot(str, str)
+    def _unexpected(self, summary: str, trace: str) -> None:
+        def build() -> QDialog:
+            from app.views.dialogs import ErrorDialog
+
+            error = WeftError(
+                ErrorKind.INTERNAL, f"Weft met something unexpected. {summary}", "Your work is kept. Please report this with the log."
+            )
+            return ErrorDialog(error, self.window, details=trace, log=self.paths.logs / logs.FILE)
+
+        self.window.show_dialog(build)
+
+    # Going places -----------------------------------------------------------------------------------
+
+    @Slot()
+    def _show_models(self) -> None:
+        self.window.show_page("models")
+
+    @Slot()
+    def _show_jobs(self) -> None:
+        self.window.show_page("jobs")
+
+    @Slot(object)
+    def _show_options(self, entry: ModelEntry) -> None:
+        self.window.show_page("models")
+        self.window.page("models").show_model(entry.id)  # type: ignore[attr-defined]
+
+    def _open_picker(self) -> None:
+        self.window.show_page("chat")
+        bar = self.window.header
+        if bar is not None:
+            bar.open_picker()  # type: ignore[attr-defined]
+
+    def _commands(self) -> list[PaletteCommand]:
+        """What Ctrl+K offers besides pages: the loadout, appearance, logs, and every model by name."""
+        from app.views.dialogs import open_locally
+
+        loadout = self.loadout
+        found = [
+            PaletteCommand(title="Choose a model…", group="Model", icon="models", run=self._open_picker, shortcut="Ctrl+L"),
+            PaletteCommand(title="Eject the model", group="Model", icon="eject", run=loadout.unload, enabled=loadout.is_loaded),
+            PaletteCommand(title="Load the model again", group="Model", icon="reload", run=loadout.reload, enabled=loadout.model is not None),
+        ]
+        for value, text in (("system", "Colours like the system"), ("light", "Light colours"), ("dark", "Dark colours")):
+            found.append(
+                PaletteCommand(
+                    title=text, group="Appearance", icon="appearance", run=lambda value=value: self.settings_view.set("appearance", value)
+                )
+            )
+        found.append(PaletteCommand(title="Open the logs", group="Weft", icon="log", run=lambda: open_locally(self.paths.logs)))
+        try:
+            entries = self.library.models(limit=PALETTE_MODELS)
+        except WeftError:
+            entries = []
+        for entry in entries:
+            found.append(
+                PaletteCommand(
+                    title=f"Load {entry.name}",
+                    group="Model",
+                    icon="load",
+                    run=lambda entry=entry: loadout.load(entry),
+                    enabled=not entry.problem,
+                )
+            )
+        return found
+
+    def _notify(self, heading: str, text: str) -> None:
+        """Tell the desktop, where it has a tray; everywhere the task bar's entry asks for attention."""
+        from PySide6.QtWidgets import QSystemTrayIcon
+
+        self._application.alert(self.window)
+        if not QSystemTrayIcon.isSystemTrayAvailable() or not QSystemTrayIcon.supportsMessages():
+            return
+        tray = QSystemTrayIcon(self.window.windowIcon(), self)
+        tray.messageClicked.connect(self.window.come_to_front)
+        tray.show()
+        tray.showMessage(heading, text, self.window.windowIcon(), 8000)
+        QTimer.singleShot(12_000, tray, tray.deleteLater)

@@ -1,0 +1,65 @@
+"""Small pieces of blocking work (reading a header, probing memory) off the window's thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from PySide6.QtCore import QObject, QRunnable, QThreadPool, Signal, Slot
+
+from app.core.errors import ErrorKind, WeftError
+
+log = logging.getLogger("weft")
+
+
+class _Bridge(QObject):
+    done = Signal(object, object, object)  # key, result, error
+
+
+class _Work(QRunnable):
+    def __init__(self, bridge: _Bridge, key: object, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self._bridge, self._key, self._run = bridge, key, run
+
+    def run(self) -> None:
+        try:
+            result, error = self._run(), None
+        except WeftError as known:
+            result, error = None, known
+        except Exception as unknown:
+            log.exception("Background work failed")
+            result, error = None, WeftError(ErrorKind.INTERNAL, f"{type(unknown).__name__}: {unknown}", "The window's log says more.")
+        self._bridge.done.emit(self._key, result, error)
+
+
+class Background(QObject):
+    """Runs functions in a thread of its own pool; results come back in this object's thread.
+
+    Signals:
+        done(key, result, WeftError or None)
+    """
+
+    done = Signal(object, object, object)
+
+    def __init__(self, parent: QObject | None = None, threads: int = 1) -> None:
+        super().__init__(parent)
+        self._pool = QThreadPool(self)
+        self._pool.setMaxThreadCount(threads)
+        self._bridge = _Bridge(self)
+        self._bridge.done.connect(self._deliver)
+
+    def run(self, key: object, work: Callable[[], Any]) -> None:
+        self._pool.start(_Work(self._bridge, key, work))
+
+    def skip_waiting(self) -> None:
+        """Forget what has not begun."""
+        self._pool.clear()
+
+    def close(self) -> None:
+        self._pool.clear()
+        self._pool.waitForDone(3000)
+
+    @Slot(object, object, object)
+    def _deliver(self, key: object, result: object, error: object) -> None:
+        self.done.emit(key, result, error)

@@ -1,0 +1,104 @@
+"""Adding and removing the places that the library indexes, with the sentence that says what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+from PySide6.QtCore import QObject, Signal
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.paths import Paths
+from app.core.roots import Root, RootKind
+from app.store.refresh import library_roots
+from app.store.settings import SettingsStore
+
+FILES = (".gguf", ".safetensors")
+
+
+class Added(msgspec.Struct, frozen=True, kw_only=True):
+    """What adding did. `undo` is None when nothing changed."""
+
+    text: str
+    undo: Callable[[], None] | None = None
+
+
+class LibraryRoots(QObject):
+    """The roots of the library. `changed` asks the worker to index them."""
+
+    changed = Signal()
+
+    def __init__(self, settings: SettingsStore, paths: Paths, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._settings = settings
+        self._paths = paths
+
+    def roots(self) -> list[Root]:
+        return library_roots(self._settings.settings, self._paths)
+
+    def can_add(self, paths: Iterable[Path]) -> bool:
+        """Whether these could be models: folders, .gguf or .safetensors files. Looks at names and kinds only."""
+        listed = list(paths)
+        return bool(listed) and all(path.suffix.lower() in FILES or path.is_dir() for path in listed)
+
+    def add(self, paths: Iterable[Path]) -> Added:
+        """Index these folders and files where they lie; nothing is copied or moved.
+
+        Raises:
+            WeftError: BAD_INPUT for a file that is no model, NOT_FOUND for one that is not there.
+        """
+        new: list[str] = []
+        known: list[Path] = []
+        for path in paths:
+            place = path.absolute()
+            if not place.exists():
+                raise WeftError(ErrorKind.NOT_FOUND, f"{place} is not there.", "Choose a file or folder that exists.")
+            if place.is_file() and place.suffix.lower() not in FILES:
+                raise WeftError(
+                    ErrorKind.BAD_INPUT, f"{place.name} is not a model.", "Add a .gguf file, or the folder that holds a model's files."
+                )
+            if self._covered(place):
+                known.append(place)
+            elif str(place) not in new:
+                new.append(str(place))
+        if not new:
+            where = "it lies" if len(known) == 1 else "they lie"
+            self.changed.emit()
+            return Added(text=f"{_names(known)}: already in the library, because {where} in a folder that Weft indexes.")
+        before = self._settings.settings.roots
+        self._settings.update(roots=(*before, *new))
+        self.changed.emit()
+        folders = [Path(path) for path in new if Path(path).is_dir()]
+        files = [Path(path) for path in new if not Path(path).is_dir()]
+        parts: list[str] = []
+        if folders:
+            verb = "is" if len(folders) == 1 else "are"
+            parts.append(f"{_names(folders)} {verb} indexed from now on.")
+        if files:
+            verb = "is" if len(files) == 1 else "are"
+            parts.append(f"{_names(files)} {verb} used where {'it lies' if len(files) == 1 else 'they lie'}; nothing was copied.")
+        return Added(text=" ".join(parts), undo=lambda: self._set(before))
+
+    def remove(self, path: str) -> Callable[[], None]:
+        """Stop indexing a place that the user added; its files stay. Returns what takes it back."""
+        before = self._settings.settings.roots
+        self._set(tuple(root for root in before if root != path))
+        return lambda: self._set(before)
+
+    def is_added(self, root: Root) -> bool:
+        """Whether the user added it (the others belong to Weft or to other programs)."""
+        return root.kind is RootKind.FOLDER and root.path in self._settings.settings.roots
+
+    def _covered(self, place: Path) -> bool:
+        return any(Path(root.path) == place or Path(root.path) in place.parents for root in self.roots())
+
+    def _set(self, roots: tuple[str, ...]) -> None:
+        self._settings.update(roots=roots)
+        self.changed.emit()
+
+
+def _names(paths: list[Path]) -> str:
+    names = [path.name or str(path) for path in paths[:3]]
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(names) + more

@@ -1,0 +1,94 @@
+"""Everything that a model's header says, as lines for the details panel. Reads files: not for the window's thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app.core.errors import WeftError
+from app.core.formats import read_json
+from app.core.gguf_header import GgufArray, read_gguf_header
+from app.core.library import ModelEntry, ModelFormat
+
+MAX_VALUE = 400
+MAX_FACTS = 400
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the panel shows.
+
+    Attributes:
+        facts: (key, value) in the order of the file. template: the chat template's source, or "".
+        problem: what could not be read, or "".
+    """
+
+    facts: tuple[tuple[str, str], ...] = ()
+    template: str = ""
+    problem: str = ""
+
+
+def read_facts(entry: ModelEntry) -> ModelFacts:
+    """Read the header (GGUF) or the configuration (a folder). Never raises: what is wrong is in `problem`."""
+    try:
+        return _gguf(entry) if entry.format is ModelFormat.GGUF else _folder(entry)
+    except WeftError as error:
+        return ModelFacts(problem=str(error))
+    except OSError as error:
+        return ModelFacts(problem=f"{entry.path} cannot be read: {error.strerror}.")
+
+
+def _gguf(entry: ModelEntry) -> ModelFacts:
+    header = read_gguf_header(Path(entry.files[0] if entry.files else entry.path), complete=False)
+    facts: list[tuple[str, str]] = []
+    template = ""
+    for key, value in header.metadata.items():
+        if key == "tokenizer.chat_template" and isinstance(value, str):
+            template = value
+        elif isinstance(value, GgufArray):
+            facts.append((key, f"{value.count:,} entries"))
+        else:
+            facts.append((key, _short(value)))
+    facts.append(("tensors", f"{len(header.tensors):,}"))
+    return ModelFacts(facts=tuple(facts[:MAX_FACTS]), template=template)
+
+
+def _folder(entry: ModelEntry) -> ModelFacts:
+    folder = Path(entry.path)
+    facts: list[tuple[str, str]] = []
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _flatten(read_json(folder / name), "", facts)
+    return ModelFacts(facts=tuple(facts[:MAX_FACTS]), template=_template(folder))
+
+
+def _template(folder: Path) -> str:
+    lone = folder / "chat_template.jinja"
+    if lone.is_file() and lone.stat().st_size < 1024 * 1024:
+        return lone.read_text("utf-8", "replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+            if isinstance(found, list):
+                named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+                text = named.get("default") or next(iter(named.values()), "")
+                return text if isinstance(text, str) else ""
+    return ""
+
+
+def _flatten(value: Any, prefix: str, facts: list[tuple[str, str]], depth: int = 0) -> None:
+    for key, item in value.items():
+        if isinstance(item, dict) and depth < 3:
+            _flatten(item, f"{prefix}{key}.", facts, depth + 1)
+        else:
+            facts.append((f"{prefix}{key}", _short(item)))
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple | list):
+        value = f"[{', '.join(str(item) for item in value[:64])}{', …' if len(value) > 64 else ''}]"
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + " …"

@@ -1,0 +1,1 @@
+"""The Jobs page: long work, its progress and its log."""

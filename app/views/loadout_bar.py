@@ -1,0 +1,260 @@
+"""The loadout bar: the model, its loader, what it is doing, the memory it takes, and the eject button."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PySide6.QtCore import QSize, Qt, Signal, Slot
+from PySide6.QtGui import QFontMetrics, QResizeEvent
+from PySide6.QtWidgets import QFrame, QMenu, QProgressBar, QPushButton, QSizePolicy, QVBoxLayout, QWidget
+
+from app import backends
+from app.core.jobs import Progress
+from app.core.library import ModelEntry
+from app.core.memory import Machine
+from app.viewmodels.jobs import JobCenter, progress_text
+from app.viewmodels.loadout import Loadout, LoadoutState
+from app.viewmodels.model_table import ModelTable
+from app.viewmodels.units import readable_bytes
+from app.views.icons import icon
+from app.views.model_picker import ModelPicker
+from app.views.widgets import Banner, Chip, ElidedLabel, IconLabel, action, button, column, icon_button, label, row
+
+WAITING = (LoadoutState.STARTING, LoadoutState.LOADING)
+
+
+class PickerButton(QPushButton):
+    """Shows the model's name, shortened in the middle, and opens the picker."""
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._full = ""
+        self.setProperty("kind", "picker")
+        self.setIcon(icon("models", "muted"))
+        self.setIconSize(QSize(20, 20))
+        self.setMinimumWidth(160)
+        self.setMaximumWidth(400)
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.setAutoDefault(False)
+        column_ = row(1, IconLabel("chevron-down", 16), margins=(0, 0, 8, 0))
+        self.setLayout(column_)
+
+    def sizeHint(self) -> QSize:
+        return QSize(320, super().sizeHint().height())
+
+    def set_name(self, name: str) -> None:
+        self._full = name
+        self.setAccessibleName(f"Model: {name}")
+        self.setToolTip(f"{name}\nChoose a model (Ctrl+L)")
+        self._elide()
+
+    def resizeEvent(self, event: QResizeEvent) -> None:
+        super().resizeEvent(event)
+        self._elide()
+
+    def _elide(self) -> None:
+        room = self.width() - 72
+        # A lone & would become a mnemonic.
+        text = QFontMetrics(self.font()).elidedText(self._full, Qt.TextElideMode.ElideMiddle, room)
+        self.setText(text.replace("&", "&&"))
+
+
+class LoadoutBar(QWidget):
+    """Runs along the top of the pages that use the loaded model.
+
+    Signals:
+        models_wanted: the Models page was asked for. jobs_wanted: the Jobs page.
+        options_wanted(ModelEntry): the model's options were asked for.
+    """
+
+    models_wanted = Signal()
+    jobs_wanted = Signal()
+    options_wanted = Signal(object)
+
+    def __init__(
+        self,
+        *,
+        loadout: Loadout,
+        jobs: JobCenter,
+        make_table: Callable[[], ModelTable],
+        machine: Callable[[], Machine],
+        parent: QWidget | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._loadout = loadout
+        self._jobs = jobs
+        self._make_table = make_table
+        self._machine = machine
+        self._picker_model: ModelTable | None = None
+        self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Fixed)
+        bar = QFrame()
+        bar.setObjectName("bar")
+        bar.setFixedHeight(56)
+        self.picker = PickerButton()
+        self.picker.clicked.connect(self.open_picker)
+        self.loader = button("", self._open_loaders, kind="link", tip="The loader that runs this model")
+        self.loader.setAccessibleName("Loader")
+        self.bar = QProgressBar()
+        self.bar.setTextVisible(False)
+        self.bar.setFixedWidth(120)
+        self.state = ElidedLabel()
+        self.state.setProperty("tone", "muted")
+        self.state.setMinimumWidth(40)
+        self.chip = Chip()
+        self.memory_icon = IconLabel("memory", 16)
+        self.memory = label(tone="muted")
+        self.load = button("Load", self._load, kind="primary")
+        self.cancel = button("Cancel", loadout.cancel_load)
+        self.end = button("End it", loadout.end_engine, kind="danger", tip="End the engine that does not answer")
+        self.options = icon_button("settings", "Options of this model", self._open_options)
+        self.reload = icon_button("reload", "Load the model again", self._reload)
+        self.eject = icon_button("eject", "Eject the model and give its memory back", loadout.unload)
+        layout = row(self.picker, self.loader, self.chip, self.bar, self.state, margins=(16, 0, 8, 0), spacing=8, parent=bar)
+        layout.setStretch(0, 3)
+        layout.setStretch(4, 4)
+        for widget in (self.memory_icon, self.memory, self.load, self.cancel, self.end, self.options, self.reload, self.eject):
+            layout.addWidget(widget)
+        self._column: QVBoxLayout = column(bar, spacing=0, parent=self)
+        self._banner: Banner | None = None
+        self._banner_action: QPushButton | None = None
+        action(self, "Choose a model", self.open_picker, "Ctrl+L")
+        loadout.changed.connect(self.refresh)
+        jobs.changed.connect(self._show_preparation)
+        jobs.progressed.connect(self._show_preparation)
+        self.refresh()
+        self._show_preparation()
+
+    # Showing ----------------------------------------------------------------------------------------
+
+    @Slot()
+    def refresh(self) -> None:
+        """Show the loadout as it is."""
+        now = self._loadout
+        model = now.model
+        self.picker.set_name(model.name if model is not None else "Choose a model")
+        loader = now.loader
+        self.loader.setText(loader.title if loader is not None else "")
+        self.loader.setVisible(loader is not None)
+        loading = now.state in WAITING
+        self.bar.setVisible(loading)
+        if loading:
+            self._show_progress(now.load_progress)
+        text, tone = self._words()
+        self.state.setText(text)
+        self.chip.set(*tone)
+        known = now.is_loaded and now.memory > 0
+        self.memory.setVisible(known)
+        self.memory_icon.setVisible(known)
+        if known:
+            here = self._machine()
+            self.memory.setText(readable_bytes(now.memory))
+            self.memory.setToolTip(
+                f"The model takes {readable_bytes(now.memory)}, measured. {readable_bytes(here.ram_free)} of "
+                f"{readable_bytes(here.ram_total)} main memory is free."
+            )
+        self.load.setVisible(model is not None and now.state in (LoadoutState.EMPTY, LoadoutState.FAILED))
+        self.load.setText("Load again" if now.state is LoadoutState.FAILED else "Load")
+        self.load.setAccessibleName(self.load.text())
+        self.cancel.setVisible(loading)
+        self.end.setVisible(now.state is LoadoutState.UNRESPONSIVE)
+        self.options.setVisible(model is not None)
+        self.reload.setVisible(now.is_loaded)
+        self.eject.setVisible(now.is_loaded or now.state is LoadoutState.FAILED)
+
+    def _words(self) -> tuple[str, tuple[str, str]]:
+        now = self._loadout
+        match now.state:
+            case LoadoutState.STARTING | LoadoutState.LOADING:
+                return progress_text(now.load_progress), ("", "plain")
+            case LoadoutState.READY | LoadoutState.BUSY:
+                loaded = now.loaded
+                device = f"{loaded.device} · " if loaded is not None and loaded.device else ""
+                word = ("Answering", "plain") if now.state is LoadoutState.BUSY else ("Ready", "positive")
+                return f"{device}{now.context:,} tokens of context", word
+            case LoadoutState.UNRESPONSIVE:
+                return "The engine has not answered for a while. It may recover.", ("Not answering", "warning")
+            case LoadoutState.FAILED:
+                return (now.error.message if now.error is not None else "", ("Not loaded", "negative"))
+            case _:
+                return ("Not loaded" if now.model is not None else "", ("", "plain"))
+
+    def _show_progress(self, progress: Progress | None) -> None:
+        fraction = progress.fraction if progress is not None else None
+        if fraction is None:
+            self.bar.setRange(0, 0)
+        else:
+            self.bar.setRange(0, 1000)
+            self.bar.setValue(round(1000 * fraction))
+
+    @Slot()
+    def _show_preparation(self, *_: object) -> None:
+        """The slim banner while an engine environment is being made."""
+        running = self._jobs.running
+        if running is None:
+            if self._banner is not None:
+                self._banner.hide()
+            return
+        if self._banner is None:
+            self._banner = Banner("info", slim=True)
+            self._banner.add(button("Show", self.jobs_wanted.emit, kind="link"))
+            self._column.addWidget(self._banner)
+        self._banner.show()
+        progress = running.progress
+        fraction = progress.fraction if progress is not None else None
+        percent = f" {round(100 * fraction)} %" if fraction is not None else ""
+        detail = progress_text(progress, running.pace.left(progress)) if progress is not None else ""
+        self._banner.text.setText(f"Weft is preparing its engine ({self._jobs.title(running.environment)}) …{percent}")
+        self._banner.setToolTip(detail)
+        self._banner.bar.setVisible(True)
+        self._banner.bar.setRange(0, 1000 if fraction is not None else 0)
+        if fraction is not None:
+            self._banner.bar.setValue(round(1000 * fraction))
+
+    # Doing ------------------------------------------------------------------------------------------
+
+    def open_picker(self) -> ModelPicker:
+        """Open the list of models under the picker's button."""
+        if self._picker_model is None:
+            self._picker_model = self._make_table()
+        popup = ModelPicker(self._picker_model, self.window())
+        popup.picked.connect(self._picked)
+        popup.more.connect(self.models_wanted)
+        popup.open_below(self.picker)
+        return popup
+
+    @Slot(object)
+    def _picked(self, entry: ModelEntry) -> None:
+        now = self._loadout
+        if not (now.is_loaded and now.model is not None and now.model.id == entry.id):
+            now.select(entry)
+
+    def _load(self) -> None:
+        if self._loadout.state is LoadoutState.FAILED:
+            self._loadout.load_again()
+        elif self._loadout.model is not None:
+            self._loadout.load(self._loadout.model)
+
+    def _reload(self) -> None:
+        self._loadout.reload()
+
+    def _open_options(self) -> None:
+        if self._loadout.model is not None:
+            self.options_wanted.emit(self._loadout.model)
+
+    def _open_loaders(self) -> None:
+        model = self._loadout.model
+        if model is None:
+            return
+        menu = QMenu(self)
+        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        menu.setToolTipsVisible(True)
+        cuda = bool(self._machine().gpus)
+        for spec in backends.specs().values():
+            reason = backends.refusal(spec, model, cuda=cuda)
+            entry = menu.addAction(spec.title)
+            entry.setCheckable(True)
+            entry.setChecked(self._loadout.loader is not None and spec.id == self._loadout.loader.id)
+            entry.setEnabled(not reason)
+            entry.setToolTip(reason or spec.summary)
+            entry.triggered.connect(lambda _=False, chosen=spec.id: self._loadout.load(model, chosen))
+        menu.popup(self.loader.mapToGlobal(self.loader.rect().bottomLeft()))

@@ -1,0 +1,155 @@
+"""The table of models: fixed row heights, columns that give way when the window is narrow."""
+
+from __future__ import annotations
+
+from PySide6.QtCore import QModelIndex, QPersistentModelIndex, QRect, QSize, Qt, Signal
+from PySide6.QtGui import QBrush, QKeyEvent, QPainter, QPen, QResizeEvent
+from PySide6.QtWidgets import QAbstractItemView, QHeaderView, QStyle, QStyledItemDelegate, QStyleOptionViewItem, QTableView, QWidget
+
+from app.core.library import ModelEntry
+from app.viewmodels import model_table
+from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole, ModelTable
+from app.views.icons import icon
+from app.views.theme import theme
+
+ROW = 36
+# Wished widths; the name takes the rest. Columns go in the order of _GIVES_WAY until the name has its minimum.
+_WIDTHS = {1: 144, 2: 96, 3: 96, 4: 80, 5: 80, 6: 88, 7: 176, 8: 120}
+_GIVES_WAY = (
+    model_table.WHERE,
+    model_table.ARCHITECTURE,
+    model_table.LAST_USED,
+    model_table.CONTEXT,
+    model_table.PARAMETERS,
+    model_table.FORMAT,
+)
+_NAME_MINIMUM = 208
+
+
+class RowDelegate(QStyledItemDelegate):
+    """Paints one cell: elided text, a dot before the loaded model, a warning before what cannot be used."""
+
+    def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
+        return QSize(80, ROW)
+
+    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> None:
+        look = theme()
+        box: QRect = option.rect  # type: ignore[attr-defined]
+        selected = bool(option.state & QStyle.StateFlag.State_Selected)  # type: ignore[attr-defined]
+        painter.save()
+        if selected:
+            painter.fillRect(box, look.color("selection"))
+        elif option.features & QStyleOptionViewItem.ViewItemFeature.Alternate:  # type: ignore[attr-defined]
+            painter.fillRect(box, look.color("alternate"))
+        entry: ModelEntry | None = index.data(EntryRole)
+        column = index.column()
+        inner = box.adjusted(8, 0, -8, 0)
+        color = "on_selection" if selected else "text"
+        if column == model_table.NAME and entry is not None:
+            inner = self._mark(painter, inner, index, entry)
+            color = "muted" if entry.problem and not selected else color
+        elif column == model_table.FITS:
+            fitting = index.data(FittingRole)
+            if fitting is not None and fitting.tone != "plain" and not selected:
+                color = fitting.tone
+        elif column in (model_table.WHERE, model_table.LAST_USED, model_table.ARCHITECTURE) and not selected:
+            color = "muted"
+        painter.setPen(look.color(color))
+        text = str(index.data() or "")
+        mode = Qt.TextElideMode.ElideMiddle if column in (model_table.NAME, model_table.WHERE) else Qt.TextElideMode.ElideRight
+        alignment = Qt.AlignmentFlag(int(index.data(Qt.ItemDataRole.TextAlignmentRole) or 0))
+        painter.drawText(inner, alignment, painter.fontMetrics().elidedText(text, mode, inner.width()))
+        self._focus_ring(painter, option, index, box)
+        painter.restore()
+
+    def _mark(self, painter: QPainter, inner: QRect, index: QModelIndex | QPersistentModelIndex, entry: ModelEntry) -> QRect:
+        if entry.problem:
+            icon("warning", "warning").paint(painter, QRect(inner.x(), inner.y() + (ROW - 16) // 2, 16, 16))
+        elif index.data(LoadedRole):
+            painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+            painter.setPen(Qt.PenStyle.NoPen)
+            painter.setBrush(theme().color("positive"))
+            painter.drawEllipse(inner.x() + 4, inner.y() + ROW // 2 - 4, 8, 8)
+        return inner.adjusted(24, 0, 0, 0)
+
+    def _focus_ring(
+        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex, box: QRect
+    ) -> None:
+        view = option.widget  # type: ignore[attr-defined]
+        if not (isinstance(view, QTableView) and view.hasFocus() and view.currentIndex().row() == index.row()):
+            return
+        painter.setPen(QPen(QBrush(theme().color("focus")), 2))
+        painter.drawLine(box.left(), box.top() + 1, box.right() + 1, box.top() + 1)
+        painter.drawLine(box.left(), box.bottom(), box.right() + 1, box.bottom())
+
+
+class ModelView(QTableView):
+    """The table. Enter loads, F2 renames, Delete moves to the trash: the page connects these."""
+
+    load_wanted = Signal()
+    rename_wanted = Signal()
+    trash_wanted = Signal()
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.setAccessibleName("Models")
+        self.setItemDelegate(RowDelegate(self))
+        self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
+        self.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
+        self.setAlternatingRowColors(True)
+        self.setShowGrid(False)
+        self.setWordWrap(False)
+        self.setTabKeyNavigation(False)
+        self.setSortingEnabled(True)
+        self.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
+        self.setHorizontalScrollMode(QAbstractItemView.ScrollMode.ScrollPerPixel)
+        self.setVerticalScrollMode(QAbstractItemView.ScrollMode.ScrollPerPixel)
+        self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
+        rows = self.verticalHeader()
+        rows.hide()
+        rows.setSectionResizeMode(QHeaderView.ResizeMode.Fixed)
+        rows.setDefaultSectionSize(ROW)
+        rows.setMinimumSectionSize(ROW)
+        self.verticalScrollBar().setSingleStep(ROW)
+
+    def set_table(self, model: ModelTable) -> None:
+        head = self.horizontalHeader()
+        head.setHighlightSections(False)
+        head.setSortIndicator(model_table.NAME, Qt.SortOrder.AscendingOrder)
+        head.setMinimumSectionSize(56)
+        self.setModel(model)
+        head.setSectionResizeMode(QHeaderView.ResizeMode.Interactive)
+        head.setSectionResizeMode(model_table.NAME, QHeaderView.ResizeMode.Stretch)
+        for column, width in _WIDTHS.items():
+            self.setColumnWidth(column, width)
+        self._fit_columns()
+
+    def _fit_columns(self) -> None:
+        if self.model() is None:
+            return
+        room = self.viewport().width() - _NAME_MINIMUM
+        shown = dict(_WIDTHS)
+        for column in _GIVES_WAY:
+            if sum(shown.values()) <= room:
+                break
+            shown.pop(column)
+        for column in _WIDTHS:
+            self.setColumnHidden(column, column not in shown)
+
+    def resizeEvent(self, event: QResizeEvent) -> None:
+        self._fit_columns()
+        super().resizeEvent(event)
+
+    def keyPressEvent(self, event: QKeyEvent) -> None:
+        wanted = {
+            Qt.Key.Key_Return: self.load_wanted,
+            Qt.Key.Key_Enter: self.load_wanted,
+            Qt.Key.Key_F2: self.rename_wanted,
+            Qt.Key.Key_Delete: self.trash_wanted,
+        }.get(Qt.Key(event.key()))
+        if wanted is not None and event.modifiers() in (Qt.KeyboardModifier.NoModifier, Qt.KeyboardModifier.KeypadModifier):
+            wanted.emit()
+            return
+        super().keyPressEvent(event)
+
+
