@@ -134,7 +134,7 @@ def test_a_file_without_a_template_says_so_and_answers(tmp_path):
 
 
 def test_cancel_in_the_middle_of_a_prompt(larger):
-    with loaded(larger, n_ctx=4096, n_batch=2048, n_ubatch=2048) as (backend, _):
+    with loaded(larger, n_ctx=4096, n_batch=4096) as (backend, _):
         report, cancelled_at = Recorder(), [0.0]
 
         def cancel() -> None:
@@ -153,7 +153,7 @@ def test_cancel_in_the_middle_of_a_prompt(larger):
         # What is in the cache afterwards is right: the same prompt gives the same answer as in a fresh engine.
         short = "the sea is near " * 100
         text, _ = write_on(backend, short)
-    with loaded(larger, n_ctx=4096, n_batch=2048, n_ubatch=2048) as (fresh, _):
+    with loaded(larger, n_ctx=4096, n_batch=4096) as (fresh, _):
         assert write_on(fresh, short)[0] == text
 
 
