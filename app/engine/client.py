@@ -104,9 +104,9 @@ class EngineClient:
             self._started = True
         self._log = LogFile(self.log_path)
         self._log.note(f"starting {self._module} {self.backend} with {self.python}")
-        folder = empty_folder(self.log_path.parent)
         self._oom_kills = oom_kills()
         try:
+            folder = empty_folder(self.log_path.parent)
             tree = ProcessTree(
                 [str(self.python), "-m", self._module, "--backend", self.backend],
                 environment=child_environment(self._environment),
@@ -344,6 +344,8 @@ class EngineClient:
             now = time.monotonic()
             self._kill_if_deaf(now)
             stopped = tree.stopped()
+            if self._events.full:
+                self._heartbeat.heard(now)  # it is we who do not listen
             ping, change = self._heartbeat.tick(now, stopped=stopped)
             if ping and self._ready is not None:
                 with self._lock:
@@ -355,8 +357,14 @@ class EngineClient:
 
     def _kill_if_deaf(self, now: float) -> None:
         with self._lock:
-            late = any(deadline <= now for deadline in self._deadlines.values())
-        if late:
+            at_work = min(
+                (number for number, c in self._pending.items() if not isinstance(c, protocol.Ping)), default=0
+            )
+            late = [number for number, deadline in self._deadlines.items() if deadline <= now]
+            for number in late:
+                # One that waits behind another is no reason to kill that one: its time begins when its turn comes.
+                self._deadlines[number] = now + GRACE
+        if at_work in late:
             self._end_because(
                 WeftError(
                     ErrorKind.CANCELLED,
@@ -387,6 +395,7 @@ class EngineClient:
                 tail=self._log.tail(),
                 log_path=self.log_path,
                 oom_kills=oom_kills() - self._oom_kills,
+                ready=self._ready is not None,
             )
             self._log.note(f"ended with status {status}: {end.error}")
             self._log.close()

@@ -56,6 +56,11 @@ class EventQueue:
                 return event
             return self.exit
 
+    @property
+    def full(self) -> bool:
+        """Whether the engine has to wait, because nobody takes what it said."""
+        return self._bounded and self._bytes > UNREAD_LIMIT
+
     def wake(self) -> None:
         with self._condition:
             self._woken = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from app.core.errors import ErrorKind, WeftError
 from app.engine.failures import SMALLER_LOAD, mentions_out_of_memory
 
+_IMPORT_ERROR = re.compile(r"(ModuleNotFoundError|ImportError): .{1,200}")
 _WORDS = {
     "SIGSEGV": "a memory access error in native code",
     "SIGABRT": "a library gave up",
@@ -59,6 +61,7 @@ def describe_exit(
     tail: str,
     log_path: Path,
     oom_kills: int,
+    ready: bool = True,
 ) -> EngineExit:
     """What an exit status means.
 
@@ -67,6 +70,7 @@ def describe_exit(
         asked: we wanted it to end. killed: the kill was ours.
         cause: why we ended it, or what it said itself when it could not start.
         oom_kills: processes that the kernel killed for want of memory during its life.
+        ready: it had come as far as its handshake.
     """
     name = _signal_name(-status) if status < 0 else ""
     foreign_kill = name == "SIGKILL" and not killed and not asked
@@ -92,6 +96,12 @@ def describe_exit(
             ErrorKind.CRASHED,
             "The engine was killed from outside. Systems do that when memory runs short.",
             f"Send again to start it anew. If it happens again: {SMALLER_LOAD}",
+        )
+    elif not ready and (missing := _IMPORT_ERROR.search(tail)) is not None:
+        error = WeftError(
+            ErrorKind.ENVIRONMENT,
+            f"The engine cannot start, its Python environment is incomplete: {missing.group()}.",
+            "Repair the loader's environment in the settings.",
         )
     else:
         how = f"{name}: {_WORDS.get(name, 'a signal')}" if name else f"exit status {status}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 
 def start(command_pipe: int) -> None:
@@ -49,15 +50,18 @@ def _watch(command_pipe: int, engine: int) -> None:
     os.closerange(3, command_pipe)
     os.closerange(command_pipe + 1, 4096)
     poller = select.poll()
-    poller.register(command_pipe, 0)  # hang-up and error only: the commands are for the engine
+    poller.register(command_pipe, select.POLLHUP)  # not POLLIN: the commands are for the engine
     while True:
         events = poller.poll(60_000)
-        if events and os.getpgrp() == engine:
+        gone = any(flags & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, flags in events)
+        if gone and os.getpgrp() == engine:
             _kill_group(engine)
         if os.getppid() != engine:
             return  # the engine died; its parent, waiting for it, kills what is left of the group
-        if events:
+        if gone:
             _kill_group(engine)
+        if events:
+            time.sleep(0.25)  # a system that reports unread commands too must not make this a busy loop
 
 
 def _kill_group(engine: int) -> None:

@@ -125,6 +125,14 @@ def test_an_exit_says_how_it_came() -> None:
     assert not asked.crashed and asked.error.kind is ErrorKind.CANCELLED
 
 
+def test_a_missing_library_is_an_environment_to_repair() -> None:
+    tail = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'msgspec'"
+    exit = describe_exit(
+        1, asked=False, killed=False, cause=None, pending=(), tail=tail, log_path=Path("x"), oom_kills=0, ready=False
+    )
+    assert exit.error.kind is ErrorKind.ENVIRONMENT and "msgspec" in exit.error.message
+
+
 @pytest.mark.fault
 def test_an_out_of_memory_kill_suggests_a_smaller_setting() -> None:
     certain = _exit(-9, oom_kills=1)
@@ -261,6 +269,32 @@ def test_the_working_folder_is_empty_even_when_somebody_put_a_file_there(tmp_pat
     second = empty_folder(tmp_path)
     assert second != first and not list(second.iterdir())
     second.rmdir()
+
+
+# From a loader's name to an engine
+
+
+def test_an_engine_for_a_loader_runs_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from app import backends
+    from app.core.paths import default_paths
+    from app.engine import launch
+
+    paths = default_paths()
+    loader, spec = next(iter(backends.specs().items()))
+    for name in ("CORE", "LLAMACPP"):
+        monkeypatch.delenv(f"WEFT_PYTHON_{name}", raising=False)
+    with pytest.raises(WeftError) as caught:
+        launch.engine_for(loader, paths)
+    assert caught.value.kind is ErrorKind.ENVIRONMENT and caught.value.hint
+    monkeypatch.setenv(f"WEFT_PYTHON_{spec.environment.upper()}", sys.executable)
+    client = launch.engine_for(loader, paths)
+    assert (client.backend, client.python, client.alive) == (loader, Path(sys.executable), False)
+    assert client.log_path.parent == paths.logs
+    with pytest.raises(WeftError) as caught:
+        launch.engine_for("no_such", paths)
+    assert caught.value.kind is ErrorKind.NOT_FOUND and loader in caught.value.hint
 
 
 # The machine
