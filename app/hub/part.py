@@ -150,7 +150,7 @@ class PartFile:
         try:
             os.fsync(self._file)
             self.close()
-            os.replace(self.path, self.target)
+            self.path.replace(self.target)
             sync_folder(self.target.parent)
             self.journal_path.unlink(missing_ok=True)
         except OSError as error:
@@ -160,7 +160,7 @@ class PartFile:
         """Move what arrived away under a name that nothing takes for a model; returns the new path."""
         self.close()
         aside = self.target.with_name(self.target.name + ".damaged")
-        os.replace(self.path, aside)
+        self.path.replace(aside)
         self.journal_path.unlink(missing_ok=True)
         return aside
 

@@ -16,7 +16,18 @@ _QUANTIZATION = re.compile(
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _PROJECTOR = re.compile(r"(?:^|/)[^/]*mmproj[^/]*\.gguf$", re.IGNORECASE)
 _PLAIN = (".json", ".txt", ".jinja", ".model", ".md", ".tiktoken", ".spm", ".vocab")
-_LEFT_OUT = ("original/", "onnx/", "openvino/", "coreml/", ".git", "flax_model", "tf_model", "rust_model", "training_args.bin", "optimizer.")
+_LEFT_OUT = (
+    "original/",
+    "onnx/",
+    "openvino/",
+    "coreml/",
+    ".git",
+    "flax_model",
+    "tf_model",
+    "rust_model",
+    "training_args.bin",
+    "optimizer.",
+)
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

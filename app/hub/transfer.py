@@ -158,7 +158,7 @@ class Transfer:
                         return
                     start, end = self._todo.pop(0)
                 self._stretch(part, start, end)
-        except BaseException as error:  # handed to the thread that called run(), which raises it
+        except BaseException as error:  # noqa: BLE001  (handed to the thread that called run(), which raises it)
             with self._lock:
                 self._failure = self._failure or error
         finally:

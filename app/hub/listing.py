@@ -1,0 +1,254 @@
+"""What the hub has: search, the files of a repository, who may have them. Through huggingface_hub; runs in a child process.
+
+huggingface_hub is imported inside functions: it is slow to import, and it reads its settings when it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any
+
+import msgspec
+
+from app.core.errors import ErrorKind, WeftError
+from app.hub.reference import HubReference, check_file_path
+from app.hub.selection import is_adapter
+from app.hub.source import RemoteFile
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """A repository at one commit.
+
+    Attributes:
+        repo, revision, commit: which; `revision` is the branch that was asked for.
+        files: all of them. kind: `model` or `adapter`.
+        gated: a licence must be accepted first. tags: the hub's.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+    kind: str = "model"
+    gated: bool = False
+    tags: tuple[str, ...] = ()
+
+
+class SearchHit(msgspec.Struct, frozen=True, kw_only=True):
+    """One repository of a search."""
+
+    repo: str
+    downloads: int = 0
+    likes: int = 0
+    modified: str = ""
+    gated: bool = False
+    tags: tuple[str, ...] = ()
+
+
+def configure(proxy: str = "") -> None:
+    """Set what huggingface_hub reads at import. Call once, before anything else here."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    if proxy:
+        os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = proxy
+
+
+class Hub:
+    """One hub with one token. Every method raises WeftError in words; none is retried here.
+
+    Args:
+        endpoint: the hub's address; "" is what the environment (HF_ENDPOINT) or the library says.
+    """
+
+    def __init__(self, endpoint: str = "", token: str = "") -> None:
+        from huggingface_hub import HfApi
+
+        self._api = HfApi(endpoint=endpoint or None, token=token or False, library_name="weft")
+        self._has_token = bool(token)
+        self.endpoint: str = self._api.endpoint
+
+    def list_files(self, reference: HubReference) -> Listing:
+        """The files of a repository, with their sizes and checksums.
+
+        Raises:
+            WeftError: NOT_FOUND with near names (repository or revision); PERMISSION when it is gated, private or denied;
+                NETWORK; HOSTILE when a file's name would leave the target folder.
+        """
+        try:
+            info: Any = self._api.model_info(reference.repo, revision=reference.revision or None)
+            entries = list(self._api.list_repo_tree(reference.repo, revision=info.sha, recursive=True))
+        except Exception as error:
+            raise self._explained(error, reference) from error
+        files: list[RemoteFile] = []
+        for entry in entries:
+            size = getattr(entry, "size", None)
+            if size is None:
+                continue  # a folder
+            check_file_path(entry.path)
+            lfs = getattr(entry, "lfs", None)
+            files.append(
+                RemoteFile(
+                    repo=info.id,
+                    commit=info.sha,
+                    path=entry.path,
+                    size=size,
+                    sha256=lfs.sha256 if lfs else "",
+                    git_oid="" if lfs else entry.blob_id,
+                )
+            )
+        _refuse_case_collisions(files)
+        return Listing(
+            repo=info.id,
+            revision=reference.revision or "main",
+            commit=info.sha,
+            files=tuple(files),
+            kind="adapter" if is_adapter(files) else "model",
+            gated=bool(info.gated),
+            tags=tuple(info.tags or ()),
+        )
+
+    def search(
+        self, text: str, *, sort: str = "downloads", tags: tuple[str, ...] = (), limit: int = 50
+    ) -> list[SearchHit]:
+        """Repositories whose name matches, best first.
+
+        Args:
+            sort: downloads, likes, last_modified, created_at or trending_score. tags: all must match (`gguf`, `lora`, …).
+        """
+        try:
+            found: list[Any] = list(
+                self._api.list_models(search=text, sort=sort, filter=list(tags) or None, limit=limit)  # pyright: ignore[reportArgumentType]
+            )
+        except Exception as error:
+            raise self._explained(error, None) from error
+        return [
+            SearchHit(
+                repo=hit.id,
+                downloads=hit.downloads or 0,
+                likes=hit.likes or 0,
+                modified=hit.last_modified.isoformat() if hit.last_modified else "",
+                gated=bool(hit.gated),
+                tags=tuple(hit.tags or ()),
+            )
+            for hit in found
+        ]
+
+    def user(self) -> str:
+        """Whose token it is. Raises WeftError PERMISSION when the hub does not know it."""
+        try:
+            return str(self._api.whoami()["name"])
+        except Exception as error:
+            raise self._explained(error, None) from error
+
+    # Trouble in words -------------------------------------------------------------------------------
+
+    def _explained(self, error: Exception, reference: HubReference | None) -> WeftError:
+        from huggingface_hub import errors
+
+        name = reference.repo if reference else "the hub"
+        page = f"{self.endpoint}/{reference.repo}" if reference else self.endpoint
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", 0)
+        if isinstance(error, errors.GatedRepoError):
+            return self._gated(
+                name, page, str(response.headers.get("X-Error-Message", "")) if response is not None else ""
+            )
+        if isinstance(error, errors.RevisionNotFoundError) and reference:
+            return self._no_revision(reference)
+        if isinstance(error, errors.RepositoryNotFoundError) and reference:
+            return self._no_repository(reference)
+        if status in (401, 403):
+            return WeftError(
+                ErrorKind.PERMISSION,
+                f"The hub refuses {name}: the token is not valid or may not read it.",
+                "Make a read token in your hub account and enter it in Settings.",
+            )
+        if status == 429:
+            wait = response.headers.get("Retry-After", "") if response is not None else ""
+            return WeftError(
+                ErrorKind.NETWORK,
+                "The hub asks to slow down." + (f" It says to wait {wait} seconds." if wait else ""),
+                "Try again later; a token in Settings raises the limit.",
+            )
+        if status >= 500:
+            return WeftError(
+                ErrorKind.NETWORK, f"The hub has trouble (it answered {status}).", "Try again in a few minutes."
+            )
+        return _connection_error(error, self.endpoint)
+
+    def _gated(self, name: str, page: str, words: str) -> WeftError:
+        if not self._has_token:
+            return WeftError(
+                ErrorKind.PERMISSION,
+                f"{name} is gated, and no token is set.",
+                f"Accept its licence at {page}, make a read token in your hub account, and enter it in Settings.",
+            )
+        if "reject" in words.lower() or "denied" in words.lower():
+            return WeftError(
+                ErrorKind.PERMISSION,
+                f"The authors of {name} denied your request.",
+                f"See {page}, or use another model.",
+            )
+        return WeftError(
+            ErrorKind.PERMISSION,
+            f"{name} is gated, and its licence is not accepted yet.",
+            f"Accept it at {page}, then try again.",
+        )
+
+    def _no_revision(self, reference: HubReference) -> WeftError:
+        try:
+            refs = self._api.list_repo_refs(reference.repo)
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+        except Exception:  # noqa: BLE001  (the first error is what matters; without names the hint is shorter)
+            names = []
+        close = difflib.get_close_matches(reference.revision, names, n=3) or names[:5]
+        hint = f"It has: {', '.join(close)}." if close else "Leave the branch away to get the default one."
+        return WeftError(
+            ErrorKind.NOT_FOUND, f"{reference.repo} has no branch, tag or commit {reference.revision!r}.", hint
+        )
+
+    def _no_repository(self, reference: HubReference) -> WeftError:
+        try:
+            near = [hit.repo for hit in self.search(reference.repo.partition("/")[2], limit=20)]
+        except WeftError:
+            near = []
+        close = difflib.get_close_matches(reference.repo, near, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "Check the spelling."
+        if not self._has_token:
+            hint += " If it is private, enter a token in Settings."
+        return WeftError(ErrorKind.NOT_FOUND, f"There is no {reference.repo} on the hub.", hint)
+
+
+def _connection_error(error: Exception, endpoint: str) -> WeftError:
+    chain, cause = "", error
+    while cause is not None:
+        chain += f" {type(cause).__name__} {cause}"
+        cause = cause.__cause__ or cause.__context__
+    if "ssl" in chain.lower() or "certificate" in chain.lower():
+        return WeftError(
+            ErrorKind.NETWORK,
+            f"The secure connection to {endpoint} failed.",
+            "Check the date of this computer and the certificates of your proxy.",
+        )
+    if "proxy" in chain.lower():
+        return WeftError(
+            ErrorKind.NETWORK, "The proxy could not be reached or refused.", "Check the proxy in Settings."
+        )
+    if "offline" in chain.lower():
+        return WeftError(
+            ErrorKind.NETWORK, "Weft is told to stay offline (HF_HUB_OFFLINE).", "Unset it to use the hub."
+        )
+    return WeftError(ErrorKind.NETWORK, f"{endpoint} cannot be reached.", "Check the connection, then try again.")
+
+
+def _refuse_case_collisions(files: list[RemoteFile]) -> None:
+    seen: dict[str, str] = {}
+    for file in files:
+        other = seen.setdefault(file.path.casefold(), file.path)
+        if other != file.path:
+            raise WeftError(
+                ErrorKind.HOSTILE,
+                f"{file.repo} holds both {other!r} and {file.path!r}, which are one file on many systems.",
+                "Choose single files instead.",
+            )
