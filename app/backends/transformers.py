@@ -18,7 +18,7 @@ from app.backends.base import Report, Spec
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
-from app.core.memory import Estimate, Machine
+from app.core.memory import Estimate, Machine, kv_cache_bytes, prompt_chunk
 from app.core.options import build, option
 from app.core.sampling import Sampling
 from app.engine.protocol import FinishReason, Generate, Generated, Load, Loaded
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from app.generation.hf_decode import Decoder
 
 GIB = 1024**3
-OVERHEAD = 560 * 1024 * 1024  # bytes: a process with torch and transformers imported, measured
+PROCESS = 350 * 1024 * 1024  # bytes: an engine with torch and transformers at work, measured without a graphics card
 
 MEMORY, PRECISION, CONTEXT, BEHAVIOUR = "Memory", "Precision", "Context", "Behaviour"
 
@@ -282,22 +282,30 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
-    """Bytes that a load takes. Formulas: see the functions below; constants are measured on Linux."""
+    """Bytes that a load takes with a full context: weights, keys and values, the libraries, and a prompt's activations."""
     size = _dtype_size(model, options, machine)
     weights = _weight_bytes(model, options, size)
     shape = model.shape
-    context = options.context_length or shape.context or 2048
-    value_dim = shape.value_dim or shape.head_dim
-    cache = int(shape.layers * shape.kv_heads * (shape.head_dim + value_dim) * context * size)
-    use_gpu = bool(machine.gpus) and not options.cpu
+    context = options.context_length or int((shape.context or 2048) * options.compress_pos_emb)
+    cache = kv_cache_bytes(shape, context, key_bytes=size, value_bytes=size)
+    work = _activation_bytes(model, size, context)
     gpu = 0
-    if use_gpu:
-        room = sum(_gpu_limits(options, machine))
-        gpu = min(weights + cache, room)
-    ram = weights + cache - gpu
-    if options.disk and options.cpu_memory is not None:
-        ram = min(ram, int(options.cpu_memory * GIB) + (0 if use_gpu else cache))
-    return Estimate(weights=weights, cache=cache, overhead=OVERHEAD, gpu=gpu, ram=ram + OVERHEAD)
+    if machine.gpus and not options.cpu:
+        gpu = min(weights + cache + work, sum(_gpu_limits(options, machine)))
+    ram = weights + cache + work - gpu
+    if options.disk and options.cpu_memory is not None and weights > options.cpu_memory * GIB:
+        ram -= max(0, weights - gpu - int(options.cpu_memory * GIB))
+    return Estimate(weights=weights, cache=cache, overhead=PROCESS + work, gpu=gpu, ram=ram + PROCESS)
+
+
+def _activation_bytes(model: ModelEntry, size: float, context: int) -> int:
+    """What lives at once while a chunk of a prompt passes one layer: the MLP's activations, or the attention mask."""
+    shape = model.shape
+    rows = min(prompt_chunk(model.parameters, 512), context)
+    widest = 3 * shape.intermediate + 4 * shape.hidden
+    # A cache grows by copying: the old and the new keys and values of one layer are there at once.
+    grown = 2 * kv_cache_bytes(shape, context, key_bytes=size, value_bytes=size) // max(1, shape.layers)
+    return int(rows * widest * max(size, 4)) + rows * context * 2 + 4 * 3 * shape.vocabulary + grown
 
 
 def _dtype_size(model: ModelEntry, options: Options, machine: Machine) -> float:
@@ -465,6 +473,7 @@ class Backend(base.Backend):
         device, slow = hf_load.place_of(self._model)
         if slow:
             plan.notes.append("Part of the model is read from disk for each token: this is slow.")
+        self._check_quantized(plan)
         self._decoder = Decoder(self._model, device, slow)
         if not self._own_template and not options.chat_template:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
@@ -522,7 +531,7 @@ class Backend(base.Backend):
                 ErrorKind.BAD_INPUT, "load_in_8bit and load_in_4bit are both on.", "Switch one of them off."
             )
         if quantization is None and (options.load_in_8bit or options.load_in_4bit):
-            plan.bitsandbytes = _bitsandbytes(options, plan.dtype)
+            plan.bitsandbytes = _bitsandbytes(options, plan.dtype, cuda)
         elif quantization is None and (options.use_double_quant or options.compute_dtype):
             plan.notes.append("use_double_quant and compute_dtype concern 4-bit loading only.")
         self._plan_attention(plan, options, cuda)
@@ -679,6 +688,18 @@ class Backend(base.Backend):
         added = self._tokenizer.get_added_vocab()
         found.update(added[name] for name in TURN_ENDS if name in added)
         return frozenset(found)
+
+    def _check_quantized(self, plan: Any) -> None:
+        """bitsandbytes leaves out what it cannot replace without a word; then say so."""
+        if plan.bitsandbytes is None:
+            return
+        import torch
+
+        names = [type(m).__name__ for m in self._model.modules() if isinstance(m, torch.nn.Linear)]
+        if not any(name.startswith("Linear4bit") or name.startswith("Linear8bit") for name in names):
+            plan.notes.append(
+                "bitsandbytes found no layer of this model that it can quantize; it is loaded unquantized."
+            )
 
     def _choose_context(self, config: Any, options: Options, notes: list[str]) -> int:
         text = config.get_text_config(decoder=True)
@@ -926,12 +947,13 @@ class Backend(base.Backend):
         return sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
-def _bitsandbytes(options: Options, dtype: Any) -> dict[str, Any]:
+def _bitsandbytes(options: Options, dtype: Any, cuda: bool) -> dict[str, Any]:
     """Arguments of BitsAndBytesConfig."""
     from app.generation.hf_load import DTYPES
 
     if options.load_in_8bit:
-        return {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
+        # With that switch bitsandbytes leaves alone what lies in main memory: only for what overflows from a card.
+        return {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": cuda}
     return {
         "load_in_4bit": True,
         "bnb_4bit_compute_dtype": DTYPES[options.compute_dtype] if options.compute_dtype else dtype,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from app.core.memory import prompt_chunk
 from app.generation.prefix import common_prefix
 
-FIRST_CHUNK = 128  # tokens of a prompt read in one pass, to begin with
-SMALLEST_CHUNK = 64
-LARGEST_CHUNK = 512
-QUICK, SLOW = 0.05, 0.5  # seconds that a pass should take, so that progress shows
+LARGEST_CHUNK = 512  # tokens of a prompt read in one pass
 SINGLE_PASS_COST = 8  # a pass over one token costs about as much as this many tokens of a long pass
 
 
@@ -41,8 +38,9 @@ class Decoder:
     def __init__(self, model: Any, device: torch.device, slow_weights: bool = False) -> None:
         self._model = model
         self._device = device
-        self._chunk = LARGEST_CHUNK if slow_weights else FIRST_CHUNK
-        self._adapt = not slow_weights
+        whole = slow_weights or device.type != "cpu"
+        parameters = 0 if whole else sum(p.numel() for p in model.parameters())
+        self._chunk = LARGEST_CHUNK if whole else prompt_chunk(parameters, LARGEST_CHUNK)
         self._cache: DynamicCache | None = None
         self._tokens: list[int] = []  # what the cache holds
         names = inspect.signature(model.forward).parameters
@@ -94,9 +92,7 @@ class Decoder:
                     return None
                 at = len(self._tokens)
                 size = self._chunk_at(at, len(tokens))
-                start = time.perf_counter()
                 logits = self._forward(tokens[at : at + size])
-                self._tune(time.perf_counter() - start, size)
                 progress(len(self._tokens), len(tokens))
         except _CancelledError:
             return None
@@ -172,14 +168,6 @@ class Decoder:
             return self._chunk
         # Recurrent layers are sure to take a whole text at once, or one token more, but not several more.
         return total if at == 0 else 1
-
-    def _tune(self, seconds: float, size: int) -> None:
-        if not self._adapt or size != self._chunk:
-            return
-        if seconds > SLOW:
-            self._chunk = max(SMALLEST_CHUNK, self._chunk // 2)
-        elif seconds < QUICK:
-            self._chunk = min(LARGEST_CHUNK, self._chunk * 2)
 
 
 def _layers(model: Any) -> list[Any]:

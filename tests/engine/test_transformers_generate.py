@@ -43,7 +43,9 @@ def reference(model: ModelEntry, text: str, count: int) -> list[int]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     net = transformers.AutoModelForCausalLM.from_pretrained(model.path).eval()
     inputs = torch.tensor([tokenizer(text)["input_ids"]])
-    out = net.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False, pad_token_id=1)
+    out = net.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False, pad_token_id=1
+    )
     return out[0, inputs.shape[1] :].tolist()
 
 
@@ -110,7 +112,9 @@ def test_a_chat_reads_its_history_once(llama: Backend) -> None:
     assert llama._decoder.forwarded - read <= two.prompt_tokens - two.reused_tokens + 1
 
 
-def test_long_prompts_are_read_in_chunks_and_cancel_comes_between(models: dict[str, ModelEntry], tmp_path: Path) -> None:
+def test_long_prompts_are_read_in_chunks_and_cancel_comes_between(
+    models: dict[str, ModelEntry], tmp_path: Path
+) -> None:
     model = tiny_models.make(tmp_path / "long", "llama", context=8192, hidden_size=128, num_hidden_layers=4)
     with loaded(Backend(), model) as (backend, _):
         text = LONG * 40
@@ -242,7 +246,13 @@ def test_an_endless_template_does_not_hang_the_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 @pytest.mark.parametrize(
     "text",
-    ["織り機で布を織る", "🧵🪡 Größe — naïve", "  two  blanks\n\n\tand a tab ", "plain words only", "mixed 🧵 and words, again 織"],
+    [
+        "織り機で布を織る",
+        "🧵🪡 Größe — naïve",
+        "  two  blanks\n\n\tand a tab ",
+        "plain words only",
+        "mixed 🧵 and words, again 織",
+    ],
 )
 def test_text_comes_out_whole_whatever_the_tokens(kind: str, text: str) -> None:
     tokenizer = tiny_models.byte_tokenizer() if kind == "byte" else tiny_models.sentencepiece_tokenizer()
@@ -262,7 +272,11 @@ def test_any_tokens_come_out_as_they_decode(models: dict[str, ModelEntry]) -> No
         tokenizer = tiny_models.byte_tokenizer() if kind == "byte" else tiny_models.sentencepiece_tokenizer()
         prompt = tokenizer("The loom", add_special_tokens=False)["input_ids"]
         # Tokens that are whole characters: how a run of broken bytes falls into U+FFFD is each decoder's own business.
-        plain = [i for i in range(5, len(tokenizer)) if "\ufffd" not in tokenizer.decode([i]) and "<0x" not in tokenizer.convert_ids_to_tokens(i)]
+        plain = [
+            i
+            for i in range(5, len(tokenizer))
+            if "\ufffd" not in tokenizer.decode([i]) and "<0x" not in tokenizer.convert_ids_to_tokens(i)
+        ]
         picks = torch.randint(len(plain), (300,), generator=generator).tolist()
         tokens = [plain[i] for i in picks]
         stream = TokenText(tokenizer, prompt)

@@ -38,7 +38,9 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
         yield found
 
 
-def sampler(prompt: list[int] | None = None, breakers: tuple[int, ...] = (), seed: int = 0, **fields: object) -> Sampler:
+def sampler(
+    prompt: list[int] | None = None, breakers: tuple[int, ...] = (), seed: int = 0, **fields: object
+) -> Sampler:
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
     return Sampler(Sampling(**{**neutral, **fields}), seed, prompt or [], lambda: breakers)  # type: ignore[arg-type]
 
@@ -162,7 +164,9 @@ def dry_reference(tokens: list[int], s: Sampling, breakers: set[int]) -> dict[in
     taken: dict[int, float] = {}
     for place in range(len(window) - 1):
         length = 0
-        while length <= place and window[place - length] == window[-1 - length] and window[place - length] not in breakers:
+        while (
+            length <= place and window[place - length] == window[-1 - length] and window[place - length] not in breakers
+        ):
             length += 1
         if length >= s.dry_allowed_length:
             penalty = s.dry_multiplier * s.dry_base ** (length - s.dry_allowed_length)
@@ -174,7 +178,9 @@ def dry_reference(tokens: list[int], s: Sampling, breakers: set[int]) -> dict[in
 def test_dry_equals_its_definition(seed: int, dry_range: int) -> None:
     rng = random.Random(seed)
     for alphabet in (2, 3, 6):
-        fields = Sampling(dry_multiplier=0.8, dry_base=1.75, dry_allowed_length=rng.randrange(1, 4), dry_range=dry_range)
+        fields = Sampling(
+            dry_multiplier=0.8, dry_base=1.75, dry_allowed_length=rng.randrange(1, 4), dry_range=dry_range
+        )
         breakers = {0} if alphabet > 2 else set()
         history, tokens = RepetitionLengths(breakers), []
         for _ in range(60):
@@ -229,14 +235,26 @@ def test_dry_breakers_are_tokens_of_the_model(backend: Backend) -> None:
         ("repetition_penalty", 2.0),
         ("frequency_penalty", 2.0),
         ("presence_penalty", 2.0),
-        ("dry_multiplier", 5.0),
         ("seed", 99),
     ],
 )
 def test_each_parameter_changes_real_answers(backend: Backend, field: str, value: float) -> None:
-    base = {"temperature": 2.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 4, "max_tokens": 80, "dry_allowed_length": 1}
+    base = {
+        "temperature": 2.5,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seed": 4,
+        "max_tokens": 80,
+        "dry_allowed_length": 1,
+    }
     prompt = "aaa aaa aaa loom loom"
     assert ask(backend, prompt, **base)[0] != ask(backend, prompt, **{**base, field: value})[0]
+
+
+def test_dry_changes_real_answers(backend: Backend) -> None:
+    letters = {"grammar": "root ::= [ab]+", "max_tokens": 60}  # so few tokens that they must repeat
+    assert ask(backend, "Say:", **letters)[0] != ask(backend, "Say:", **letters, dry_multiplier=5.0)[0]
 
 
 # Grammars -----------------------------------------------------------------------------------------
@@ -246,7 +264,9 @@ def test_an_answer_follows_a_grammar(backend: Backend) -> None:
     grammar = 'root ::= "yes" | "no" | "per" [a-c]+ "haps"'
     for seed in range(8):
         text, done = ask(backend, "Will it?", grammar=grammar, temperature=1.0, seed=seed, max_tokens=60)
-        assert re.fullmatch(r"yes|no|per[abc]+haps", text) or (done.finish_reason == "length" and text.startswith("per"))
+        assert re.fullmatch(r"yes|no|per[abc]+haps", text) or (
+            done.finish_reason == "length" and text.startswith("per")
+        )
         assert done.finish_reason in ("stop", "length")
 
 
@@ -259,7 +279,9 @@ def test_an_answer_follows_a_schema(backend: Backend) -> None:
         "x-guidance": {"whitespace_flexible": False},
     }
     for seed in range(5):
-        text, done = ask(backend, "Describe:", json_schema=json.dumps(schema), temperature=1.0, seed=seed, max_tokens=80)
+        text, done = ask(
+            backend, "Describe:", json_schema=json.dumps(schema), temperature=1.0, seed=seed, max_tokens=80
+        )
         assert done.finish_reason == "stop"
         value = json.loads(text)
         assert value["name"] in ("warp", "weft") and 0 <= value["picks"] <= 99
@@ -287,5 +309,3 @@ def test_greedy_with_a_schema_is_repeatable(backend: Backend) -> None:
     one, _ = ask(backend, "List:", json_schema=schema, max_tokens=60)
     two, _ = ask(backend, "List:", json_schema=schema, max_tokens=60)
     assert one == two and one.lstrip().startswith("[")
-
-
