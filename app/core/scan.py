@@ -203,7 +203,9 @@ class Scan:
                                 below.append(entry.name)
                         elif entry.name.lower().endswith(_TELLING) and not entry.name.startswith("."):
                             files[entry.name] = entry.stat()
-                    except FileNotFoundError:  # a link to nowhere, or gone
+                    except PermissionError as error:
+                        self._problem(_refused(folder / entry.name, error))
+                    except OSError:  # a link to nowhere or to itself, or gone meanwhile
                         continue
         except FileNotFoundError:
             pass  # deleted during the scan

@@ -81,7 +81,8 @@ class LibraryStore:
         """
         tail, parameters = _query(_MODEL_SORTS, text, sort, descending, limit, offset)
         rows = self._database.rows(
-            f"SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id), name FROM models {tail}", parameters
+            f"SELECT entry, (SELECT last_used FROM usage WHERE usage.id = models.id), name FROM models {tail}",
+            parameters,
         )
         return [_model(row) for row in rows]
 

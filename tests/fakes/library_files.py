@@ -1,6 +1,6 @@
 """Tiny model and adapter files, written with struct alone, and whole libraries of any size.
 
-    python -m tests.fakes.library_files FOLDER [N]      makes a library of N entries (1,000) on disk
+python -m tests.fakes.library_files FOLDER [N]      makes a library of N entries (1,000) on disk
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _typed(value: object) -> tuple[int, bytes]:
     return 9, struct.pack(f"<IQ{len(value)}i", 5, len(value), *value)
 
 
-def gguf_bytes(metadata: Mapping[str, object], tensors: Tensors = (), *, version: int = 3, alignment: int = 32) -> bytes:
+def gguf_bytes(
+    metadata: Mapping[str, object], tensors: Tensors = (), *, version: int = 3, alignment: int = 32
+) -> bytes:
     """A whole GGUF file; tensor data are zeros."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     head += b"".join(gguf_string(key) + gguf_value(value) for key, value in metadata.items())
@@ -106,7 +108,9 @@ def write_gguf_adapter(path: Path, *, rank: int = 4, **more: object) -> Path:
 # safetensors ------------------------------------------------------------------------------------
 
 
-def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+def safetensors_bytes(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """A whole file of named (dtype, shape); data are zeros."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -170,7 +174,9 @@ def write_sharded(folder: Path, shards: int = 2) -> Path:
         tensor = f"model.layers.{number}.mlp.weight"
         (folder / name).write_bytes(safetensors_bytes({tensor: ("BF16", (16, 16))}))
         weight_map[tensor] = name
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 512 * shards}, "weight_map": weight_map})
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": 512 * shards}, "weight_map": weight_map}
+    )
     return folder
 
 

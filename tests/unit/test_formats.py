@@ -104,9 +104,15 @@ def with_tensor(name: bytes, *fields: int, layout: str) -> bytes:
         (gguf_bytes({"general.alignment": 3}, [("a", (4,), 0)]), "alignment"),
         (gguf_bytes({}, [("a", (4,), 0), ("a", (4,), 0)]), "twice"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * (gguf_string("k") + gguf_value(1)), "twice"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<IIQ", 9, 9, 1) + b"\0" * 60, "array"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<IIQ", 9, 9, 1) + b"\0" * 60,
+            "array",
+        ),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<IIQ", 9, 4, 2**61), "elements"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<I", 99) + b"\0" * 60, "unknown type"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<I", 99) + b"\0" * 60,
+            "unknown type",
+        ),
     ],
 )
 def test_impossible_gguf_contents_are_refused(tmp_path: Path, data: bytes, words: str) -> None:
@@ -202,7 +208,9 @@ def test_safetensors_header_holds_what_was_written(tmp_path: Path) -> None:
     data = safetensors_bytes(LLAMA_TENSORS, {"format": "pt", "note": "ü"})
     header = read_safetensors_header(put(tmp_path, data))
     assert header.metadata == {"format": "pt", "note": "ü"}
-    assert [(t.name, t.dtype, t.shape) for t in header.tensors] == [(n, d, tuple(s)) for n, (d, s) in LLAMA_TENSORS.items()]
+    assert [(t.name, t.dtype, t.shape) for t in header.tensors] == [
+        (n, d, tuple(s)) for n, (d, s) in LLAMA_TENSORS.items()
+    ]
     assert sum(t.bytes for t in header.tensors) == len(data) - header.data_offset
 
 
@@ -234,7 +242,13 @@ def info(begin: int, end: int, shape: list[int] | None = None, dtype: str = "U8"
         (raw({"a": {"dtype": "U8", "shape": [1]}}), "no offsets"),
         (raw({"a": info(0, 0, [1] * 2000)}), "does not agree"),
         (raw({"__metadata__": {"a": 5}}), "metadata"),
-        (raw(b'{"a":' + json.dumps(info(0, 4)).encode() + b',"a":' + json.dumps(info(4, 8)).encode() + b"}", b"\0" * 8), "twice"),
+        (
+            raw(
+                b'{"a":' + json.dumps(info(0, 4)).encode() + b',"a":' + json.dumps(info(4, 8)).encode() + b"}",
+                b"\0" * 8,
+            ),
+            "twice",
+        ),
     ],
 )
 def test_impossible_safetensors_contents_are_refused(tmp_path: Path, data: bytes, words: str) -> None:
@@ -325,7 +339,13 @@ def _bomb(name: str, path: Path) -> None:
         body = gguf_string("k") + struct.pack("<IIQ", 9, 8, 2**60)
         path.write_bytes((b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + body)[:49].ljust(49, b"\0"))
     elif name == "nested arrays":
-        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10**6)
+        path.write_bytes(
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 0, 1)
+            + gguf_string("k")
+            + struct.pack("<I", 9)
+            + struct.pack("<IQ", 9, 1) * 10**6
+        )
     elif name == "empty strings":
         data = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + gguf_string("k") + struct.pack("<IIQ", 9, 8, 2**23)
         path.write_bytes(data + b"\0" * (8 * 2**23))
@@ -351,7 +371,9 @@ def _bomb(name: str, path: Path) -> None:
         item = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
         path.write_bytes(raw(b"{" + b",".join(item % n for n in range(190_000)) + b"}"))
     elif name == "long shape":
-        path.write_bytes(raw(b'{"a":{"dtype":"U8","shape":[' + b"1," * (15 * 2**20) + b'1],"data_offsets":[0,1]}}', b"\0"))
+        path.write_bytes(
+            raw(b'{"a":{"dtype":"U8","shape":[' + b"1," * (15 * 2**20) + b'1],"data_offsets":[0,1]}}', b"\0")
+        )
 
 
 @pytest.mark.attack

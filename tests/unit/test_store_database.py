@@ -58,7 +58,9 @@ def test_a_failing_migration_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "weft.sqlite"
     open_and_close(path, ("CREATE TABLE a (x);",))
     with pytest.raises(sqlite3.OperationalError):
-        Database(path, migrations=("CREATE TABLE a (x);", "CREATE TABLE b (x); INSERT INTO nowhere VALUES (1);")).close()
+        Database(
+            path, migrations=("CREATE TABLE a (x);", "CREATE TABLE b (x); INSERT INTO nowhere VALUES (1);")
+        ).close()
     database = Database(path, migrations=("CREATE TABLE a (x);",))
     assert database.row("SELECT count(*) FROM sqlite_master WHERE name = 'b'") == (0,)
     database.close()
@@ -161,7 +163,9 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path: Path) -> None:
     database = Database(path)
     ChatStore(database).create("kept")
     database.close()
-    done = subprocess.run([sys.executable, "-c", _LIMITED, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     kind, written = done.stdout.split()
     assert kind == "disk_full"
@@ -205,7 +209,11 @@ def test_a_place_that_cannot_be_written_can_be_looked_at(tmp_path: Path, there: 
         if folder.stat().st_uid == os.geteuid() and "pytest" in str(folder):
             folder.chmod(folder.stat().st_mode | 0o055)
     done = subprocess.run(
-        [sys.executable, "-c", _READ_ONLY, str(home / "weft.sqlite")], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _READ_ONLY, str(home / "weft.sqlite")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     home.chmod(0o755)
     assert done.returncode == 0, done.stderr
