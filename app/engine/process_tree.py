@@ -13,10 +13,12 @@ from pathlib import Path
 
 import psutil
 
-_MARK = "WEFT_PROCESS_TREE"  # an environment variable that finds descendants which left the group
-
-if sys.platform != "win32":
+if sys.platform == "win32":
+    from app.engine.windows_job import CREATION_FLAGS, Job
+else:
     import signal
+
+_MARK = "WEFT_PROCESS_TREE"  # an environment variable that finds descendants which left the group
 
 
 class ProcessTree:
@@ -28,12 +30,12 @@ class ProcessTree:
 
     def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> None:
         self._mark = uuid.uuid4().hex
-        self._job: _Job | None = None
+        self._lock = threading.Lock()  # between killing and reaping
+        self._reaped = False
         flags = 0
         if sys.platform == "win32":
-            self._job = _Job()
-            suspended = 0x4  # so that it is in the job before it can start anything
-            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW | suspended
+            self._job = Job()
+            flags = CREATION_FLAGS
         self.process = subprocess.Popen(
             list(arguments),
             stdin=subprocess.PIPE,
@@ -46,17 +48,13 @@ class ProcessTree:
             creationflags=flags,
         )
         self.pid = self.process.pid
-        self._reaped = False
-        self._lock = threading.Lock()  # between killing and reaping
-        if self._job is not None:
+        if sys.platform == "win32":
             self._job.adopt(self.process)
 
     def wait(self) -> int:
-        """Block until the child is dead, kill what it left behind, and return its status (negative: a signal).
-
-        The child is reaped last: until then its number, and so its group's, cannot belong to anybody else.
-        """
-        if hasattr(os, "waitid"):
+        """Block until the child is dead, kill what it left behind, and return its status (negative: a signal)."""
+        if sys.platform == "linux":
+            # Reaped last: until then its number, and so its group's, cannot belong to anybody else.
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             with self._lock:
                 self._kill_group()
@@ -67,9 +65,10 @@ class ProcessTree:
             with self._lock:
                 self._kill_group()
                 self._reaped = True
-        self._kill_stragglers()
-        if self._job is not None:
+        if sys.platform == "win32":
             self._job.close()
+        else:
+            self._kill_stragglers()
         return status
 
     def kill(self) -> None:
@@ -95,8 +94,7 @@ class ProcessTree:
 
     def _kill_group(self) -> None:
         if sys.platform == "win32":
-            if self._job is not None:
-                self._job.kill()
+            self._job.kill()
         else:
             # EPERM is what macOS says of a group of zombies.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -105,8 +103,6 @@ class ProcessTree:
     def _kill_stragglers(self) -> None:
         # A descendant that made a session of its own and lost its parent is in no tree any more, but it
         # carries our mark in its environment.
-        if sys.platform == "win32":
-            return  # nobody leaves a job object
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(_MARK) == self._mark:
@@ -118,76 +114,3 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
-
-
-class _Job:
-    """A Windows job object: whatever is in it dies when the last handle closes, also by our own death."""
-
-    def __init__(self) -> None:
-        if sys.platform == "win32":
-            import ctypes
-            from ctypes import wintypes
-
-            class BasicLimits(ctypes.Structure):
-                _fields_ = [
-                    ("PerProcessUserTimeLimit", ctypes.c_int64),
-                    ("PerJobUserTimeLimit", ctypes.c_int64),
-                    ("LimitFlags", wintypes.DWORD),
-                    ("MinimumWorkingSetSize", ctypes.c_size_t),
-                    ("MaximumWorkingSetSize", ctypes.c_size_t),
-                    ("ActiveProcessLimit", wintypes.DWORD),
-                    ("Affinity", ctypes.c_size_t),
-                    ("PriorityClass", wintypes.DWORD),
-                    ("SchedulingClass", wintypes.DWORD),
-                ]
-
-            class ExtendedLimits(ctypes.Structure):
-                _fields_ = [
-                    ("BasicLimitInformation", BasicLimits),
-                    ("IoInfo", ctypes.c_uint64 * 6),
-                    ("ProcessMemoryLimit", ctypes.c_size_t),
-                    ("JobMemoryLimit", ctypes.c_size_t),
-                    ("PeakProcessMemoryUsed", ctypes.c_size_t),
-                    ("PeakJobMemoryUsed", ctypes.c_size_t),
-                ]
-
-            kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-            kernel.CreateJobObjectW.restype = wintypes.HANDLE
-            kernel.AssignProcessToJobObject.argtypes = (wintypes.HANDLE, wintypes.HANDLE)
-            kernel.TerminateJobObject.argtypes = (wintypes.HANDLE, wintypes.UINT)
-            kernel.CloseHandle.argtypes = (wintypes.HANDLE,)
-            kernel.SetInformationJobObject.argtypes = (wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD)
-            self._kernel = kernel
-            self._handle = kernel.CreateJobObjectW(None, None)
-            limits = ExtendedLimits()
-            limits.BasicLimitInformation.LimitFlags = 0x2000  # JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-            extended = 9  # JobObjectExtendedLimitInformation
-            if not self._handle or not kernel.SetInformationJobObject(
-                self._handle, extended, ctypes.byref(limits), ctypes.sizeof(limits)
-            ):
-                raise ctypes.WinError(ctypes.get_last_error())
-
-    def adopt(self, process: subprocess.Popen[bytes]) -> None:
-        """Put a suspended process into the job and let it run."""
-        if sys.platform == "win32":
-            import ctypes
-            from ctypes import wintypes
-
-            handle = int(process._handle)  # pyright: ignore[reportAttributeAccessIssue]
-            if not self._kernel.AssignProcessToJobObject(self._handle, handle):
-                process.kill()
-                raise ctypes.WinError(ctypes.get_last_error())
-            resume = ctypes.WinDLL("ntdll").NtResumeProcess
-            resume.argtypes = (wintypes.HANDLE,)
-            resume(handle)
-
-    def kill(self) -> None:
-        """End everything in the job."""
-        if sys.platform == "win32" and self._handle:
-            self._kernel.TerminateJobObject(self._handle, 1)
-
-    def close(self) -> None:
-        """Give the handle back."""
-        if sys.platform == "win32" and self._handle:
-            self._kernel.CloseHandle(self._handle)
-            self._handle = None

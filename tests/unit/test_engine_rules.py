@@ -331,3 +331,48 @@ def test_a_strange_membership_file_is_no_reason_to_fail(text: str) -> None:
         membership = Path(folder) / "membership"
         membership.write_text(text, encoding="utf-8", errors="replace")
         machine._memory_limits(Path(folder), membership)
+
+
+class _FakeNvml:
+    """Shaped as pynvml with two cards."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:
+        return f"GPU-{handle}abc".encode()
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return f"Card {handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:
+        if handle > 1:
+            raise self.NVMLError
+
+        class Info:
+            total, free = 24 * 1024**3, (handle + 1) * 1024**3
+
+        return Info()
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["Card 0", "Card 1"]), ("1", ["Card 1"]), ("GPU-0", ["Card 0"]), ("", []), ("0,1", ["Card 0", "Card 1"])],
+)
+def test_graphics_cards_that_engines_may_use(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str]
+) -> None:
+    monkeypatch.setattr(machine, "_nvml", _FakeNvml)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus = machine._gpus()
+    assert [gpu.name for gpu in gpus] == names
+    assert all(gpu.free <= gpu.total == 24 * 1024**3 for gpu in gpus)
