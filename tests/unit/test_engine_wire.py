@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine import protocol
 from app.engine.wire import LineSplitter, LineTooLong, encode
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line and line.strip())), st.data())
 def test_lines_come_out_as_they_went_in_whatever_the_chunks(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines) + b"rest"
@@ -41,6 +42,7 @@ def test_a_long_line_in_one_piece_is_refused_too() -> None:
         LineSplitter(limit=10).feed(b"x" * 11 + b"\nshort\n")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(codec=None)))
 def test_any_text_travels_and_only_lone_surrogates_are_replaced(text: str) -> None:
     line = encode(protocol.Tokens(id=1, text=text, count=1))
