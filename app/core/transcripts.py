@@ -119,7 +119,8 @@ def branch(transcript: Transcript) -> list[TranscriptMessage]:
 def export(transcripts: Sequence[Transcript], form: TranscriptFormat) -> str:
     """The text of a file in this format."""
     if form == "markdown":
-        return "\n".join(_to_markdown(transcript) for transcript in transcripts)
+        # Every turn ends in an empty line, the last one too: so no line break of a message is taken for it.
+        return "\n".join(_to_markdown(transcript) for transcript in transcripts) + "\n"
     if form == "sharegpt":
         return json.dumps([_to_sharegpt(t) for t in transcripts], ensure_ascii=False, indent=2) + "\n"
     file = _File(version=_VERSION, conversations=tuple(transcripts))
@@ -324,7 +325,7 @@ def title_of(text: str) -> str:
     words = " ".join(re.sub(r"[`*~#>]+", "", line).split())
     if len(words) <= 56:
         return words
-    cut = words[:56].rsplit(" ", 1)[0]
+    cut = words[:55].rsplit(" ", 1)[0]
     return (cut if len(cut) > 24 else words[:55]) + "…"
 
 

@@ -17,7 +17,6 @@ BlockKind = Literal["markdown", "code", "math", "plain"]
 # A longer paragraph is broken: laying out and parsing one block must stay far below a frame's time.
 MAX_BLOCK = 4000
 PIECE = 2000
-MAX_TABLE = 12_000
 MAX_NESTING = 24
 
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})[ \t]*([^\n]*)$")
@@ -26,7 +25,7 @@ _RULE = re.compile(r"^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})
 _HEADING = re.compile(r"^ {0,3}#{1,6}(?:[ \t]|$)")
 _MATH_OPEN = re.compile(r"^ {0,3}(\$\$|\\\[)")
 _INNER_FENCE = re.compile(r"^\s*(?:[-*+]\s+|\d+[.)]\s+)?(`{3,}|~{3,})")
-_TABLE = re.compile(r"^ {0,3}\|")
+_DELIMITERS = re.compile(r"^ {0,3}\|?(?: *:?-+:? *\|)* *:?-+:? *\|? *$")
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,10 +185,17 @@ class BlockSplitter:
                 self._flush()
             self._append(line)
             self._watch_fence(line)
-            limit = MAX_TABLE if _TABLE.match(self._lines[0]) else MAX_BLOCK
-            if self._size > limit:
-                self._flush()
-                self._continues = True
+            if self._size > MAX_BLOCK:
+                self._break()
+
+    def _break(self) -> None:
+        """The open block is long enough: go on in another; a table takes its header along."""
+        head = self._lines[:2] if len(self._lines) > 2 and _DELIMITERS.match(self._lines[1]) else []
+        self._flush()
+        self._continues = True
+        for line in head:
+            if sum(map(len, head)) < MAX_BLOCK // 4:
+                self._append(line)
 
     def _goes_on(self, indent: int) -> bool:
         """Whether an indented line after an empty one still belongs to the open block."""
@@ -251,6 +257,16 @@ class BlockSplitter:
         text = "\n".join(lines).strip("\n")
         kind: BlockKind = "markdown" if self._markup and not pathological(text) else "plain"
         return Block(kind=kind, text=text, ordinal=self._ordinal, continues=self._continues)
+
+
+def safe_cut(text: str, start: int) -> int:
+    """How far from `start` a paragraph's text can be parsed apart from the rest: 0 when it cannot."""
+    cut = max(text.rfind(". ", start), text.rfind(", ", start), text.rfind(": ", start)) + 2
+    if cut < start + 200:
+        return 0
+    piece = text[start:cut]
+    even = all(piece.count(mark) % 2 == 0 for mark in "`*_$~")
+    return cut if even and piece.count("[") == piece.count("]") and piece.count("(") == piece.count(")") else 0
 
 
 def pathological(text: str) -> bool:

@@ -52,10 +52,20 @@ def _kind(token: _TokenType) -> str:
 
 
 class CodeHighlighter:
-    """Colours one code block of a document, a slice at a time; start again when its text has grown."""
+    """Colours one code block of a document, a slice at a time; start again when its text has grown.
+
+    Args:
+        applied: what earlier runs gave each line; lines that come out the same are not laid out again.
+    """
 
     def __init__(
-        self, document: QTextDocument, position: int, text: str, language: str, colors: dict[str, QColor]
+        self,
+        document: QTextDocument,
+        position: int,
+        text: str,
+        language: str,
+        colors: dict[str, QColor],
+        applied: dict[int, tuple[tuple[int, int, str], ...]],
     ) -> None:
         self._document = document
         self._position = position
@@ -68,40 +78,41 @@ class CodeHighlighter:
             self._formats[kind] = QTextCharFormat()
             self._formats[kind].setForeground(color)
         self._block = document.findBlock(position)
+        self._number = 0
         self._start = 0  # offset of the block's line in the text
-        self._ranges: list[QTextLayout.FormatRange] = []
-        self._read_line()
+        self._applied = applied
+        self._spans: list[tuple[int, int, str]] = []
+        self._changed: tuple[int, int] | None = None  # positions between which lines got other colours
         self._colored = lexer is not None
+        self._read_line()
 
     def step(self, deadline: float) -> bool:
         """Work until `deadline` (time.perf_counter). Returns whether it is finished."""
         if not self._colored:
             return True
-        dirty = self._block.position()
         for offset, token, value in self._tokens:
             self._take(offset, _kind(token), value)
             if time.perf_counter() > deadline:
-                self._dirty(dirty)
+                self._show()
                 return False
         self._apply()
-        self._dirty(dirty)
+        self._show()
         return True
 
     def _take(self, offset: int, kind: str, value: str) -> None:
-        lines = value.split("\n")
-        for index, line in enumerate(lines):
+        for index, line in enumerate(value.split("\n")):
             if index:
                 self._apply()
                 self._block = self._block.next()
+                self._number += 1
                 self._start = offset
                 self._read_line()
-            if kind and line.strip() and self._block.isValid():
-                span = QTextLayout.FormatRange()
+            if kind and line.strip():
                 before = offset - self._start
-                span.start = before if self._plain else _utf16(self._line[:before])
-                span.length = len(line) if self._plain else _utf16(line)
-                span.format = self._formats[kind]
-                self._ranges.append(span)
+                if self._plain:
+                    self._spans.append((before, len(line), kind))
+                else:
+                    self._spans.append((_utf16(self._line[:before]), _utf16(line), kind))
             offset += len(line) + 1
 
     def _read_line(self) -> None:
@@ -109,15 +120,30 @@ class CodeHighlighter:
         self._plain = len(self._line) == self._block.length() - 1  # Qt counts UTF-16 units, Python code points
 
     def _apply(self) -> None:
-        if self._block.isValid():
-            self._block.layout().setFormats(self._ranges)
-        self._ranges = []
+        """Give the line at hand its colours, if they are not the ones it has."""
+        key, self._spans = tuple(self._spans), []
+        if not self._block.isValid() or self._applied.get(self._number, ()) == key:
+            return
+        self._applied[self._number] = key
+        ranges: list[QTextLayout.FormatRange] = []
+        for start, length, kind in key:
+            span = QTextLayout.FormatRange()
+            span.start, span.length, span.format = start, length, self._formats[kind]
+            ranges.append(span)
+        self._block.layout().setFormats(ranges)
+        first = self._changed[0] if self._changed else self._block.position()
+        self._changed = (first, self._block.position() + self._block.length() - 1)
 
-    def _dirty(self, start: int) -> None:
-        end = (
-            self._block.position() + self._block.length() if self._block.isValid() else self._document.characterCount()
-        )
-        self._document.markContentsDirty(start, max(1, end - start - 1))
+    def _show(self) -> None:
+        if self._changed is not None:
+            self._document.markContentsDirty(self._changed[0], max(1, self._changed[1] - self._changed[0]))
+            self._changed = None
+
+
+def warm_up() -> None:
+    """Import the lexers that chats use most; called in a thread of its own when the window is idle."""
+    for language in ("python", "bash", "json", "javascript", "html", "c", "rust", "yaml", "sql"):
+        lexer_for(language)
 
 
 def _utf16(text: str) -> int:

@@ -6,10 +6,12 @@ holds up the window. It never loads a resource and never opens a link by itself.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from typing import Any
 
+import msgspec
 from PySide6.QtCore import QEvent, QRectF, QSizeF, Qt, QTimer, QUrl, Signal, Slot
 from PySide6.QtGui import (
     QGuiApplication,
@@ -23,15 +25,26 @@ from PySide6.QtGui import (
 )
 from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QTextEdit, QWidget
 
-from app.views.chat.blocks import MAX_BLOCK, PIECE, Block, BlockSplitter
+from app.views.chat.blocks import Block, BlockSplitter, safe_cut
 from app.views.chat.code_block import CodeHeader
 from app.views.chat.highlight import CodeHighlighter
 from app.views.chat.style import GRID, ChatStyle
-from app.views.chat.writer import CODE_HEADER, CODE_ID, CODE_PADDING, QUOTE_DEPTH, RULE, DocumentWriter, Mark
+from app.views.chat.writer import (
+    CODE_HEADER,
+    CODE_ID,
+    CODE_PADDING,
+    QUOTE_DEPTH,
+    RULE,
+    CodeBlock,
+    DocumentWriter,
+    Mark,
+)
 
-SLICE = 0.008  # seconds of work at a time
+SLICE = 0.006  # seconds of work at a time
 FRAME = 33  # milliseconds between renderings of a streaming tail
 CODE_SLICE = 6000  # characters of code inserted at a time
+LONG = 700  # characters of a paragraph from where only its end is written again
+_PROSE = re.compile(r"[^\s>|#\-+*=\d`~$\\<]")
 FOLD = 96_000  # a longer message shows its beginning first
 
 
@@ -87,11 +100,14 @@ class MarkdownView(QTextBrowser):
         self._tail_mark: Mark | None = None
         self._tail_text = ""
         self._tail_code = False
-        self._tail_cost = 0.0
         self._tail_due = 0.0
+        self._inline_mark: Mark | None = None  # in a long paragraph: behind what is written for now
+        self._inline_at = 0
+        self._colored_due = 0.0
         self._streaming = False
         self._highlights: deque[tuple[int, CodeHighlighter]] = deque()
         self._highlighted: dict[int, int] = {}  # code id: length of the text last coloured
+        self._applied: dict[int, dict[int, tuple[tuple[int, int, str], ...]]] = {}
         for header in self._headers.values():
             header.deleteLater()
         self._headers = {}
@@ -230,11 +246,13 @@ class MarkdownView(QTextBrowser):
     # -- the unfinished end -----------------------------------------------------------------------
 
     def _drop_tail(self) -> None:
+        self._inline_mark = None
         if self._tail_mark is not None:
             self._writer.rollback(self._tail_mark)
             for gone in [id for id in self._headers if id > self._tail_mark.codes]:
                 self._headers.pop(gone).deleteLater()
                 self._highlighted.pop(gone, None)
+                self._applied.pop(gone, None)
             self._highlights = deque(entry for entry in self._highlights if entry[0] <= self._tail_mark.codes)
             self._tail_mark = None
             self._tail_code = False
@@ -249,14 +267,14 @@ class MarkdownView(QTextBrowser):
             self._write_tail_code(tail)
             return
         now = time.perf_counter()
+        if self._tail_mark is not None and tail.text == self._tail_text:
+            return
         if self._tail_mark is not None and tail.text.startswith(self._tail_text):
-            if tail.text == self._tail_text:
+            if self._inline_mark is not None:
+                self._write_tail_inline(tail.text)
                 return
             # Rewriting may take a tenth of the time at most; in between, text is just appended.
-            if now < self._tail_due or len(tail.text) > MAX_BLOCK + PIECE:
-                if not self._tail_code:
-                    self._writer.append_text(tail.text[len(self._tail_text) :])
-                    self._tail_text = tail.text
+            if now < self._tail_due:
                 return
         self._drop_tail()
         self._tail_mark = self._writer.mark()
@@ -264,6 +282,26 @@ class MarkdownView(QTextBrowser):
         self._watch_codes()
         self._tail_text = tail.text
         self._tail_due = now + max(FRAME / 1000, 10 * (time.perf_counter() - now))
+        if len(tail.text) > LONG and tail.kind == "markdown" and _PROSE.match(tail.text):
+            self._inline_at = safe_cut(tail.text, 0)
+            if self._inline_at:
+                self._writer.rollback(self._tail_mark)
+                self._writer.write(msgspec.structs.replace(tail, text=tail.text[: self._inline_at].rstrip()))
+                self._inline_mark = self._writer.mark()
+                self._tail_text = ""
+                self._write_tail_inline(tail.text)
+
+    def _write_tail_inline(self, text: str) -> None:
+        """A long paragraph: only its last sentences are written again."""
+        assert self._inline_mark is not None
+        self._writer.rollback(self._inline_mark)
+        if cut := safe_cut(text, self._inline_at):
+            self._writer.write_inline(" " + text[self._inline_at : cut].strip())
+            self._inline_mark = self._writer.mark()
+            self._inline_at = cut
+        if rest := text[self._inline_at :].strip():
+            self._writer.write_inline(" " + rest)
+        self._tail_text = text
 
     def _write_tail_code(self, tail: Block) -> None:
         if self._tail_mark is None or not self._tail_code:
@@ -288,15 +326,26 @@ class MarkdownView(QTextBrowser):
                 self._headers[code.id] = header
                 header.show()
             if code.highlightable and self._highlighted.get(code.id) != len(code.text):
-                if any(id == code.id for id, _ in self._highlights):
-                    continue  # when that run ends, the next one starts
-                self._highlighted[code.id] = len(code.text)
-                self._highlights.append(
-                    (
-                        code.id,
-                        CodeHighlighter(self.document(), code.position, code.text, code.language, self._style.syntax()),
-                    )
-                )
+                self._color(code)
+
+    def _color(self, code: CodeBlock) -> None:
+        if any(id == code.id for id, _ in self._highlights):
+            return  # when that run ends, the next one starts
+        now = time.perf_counter()
+        if self._tail_code and code is self._writer.codes[-1]:
+            if now < self._colored_due:
+                return  # it still grows: lexing it all again for each batch would be quadratic
+            self._colored_due = now + 0.2 + len(code.text) / 30_000
+        self._highlighted[code.id] = len(code.text)
+        applied = self._applied.setdefault(code.id, {})
+        self._highlights.append(
+            (
+                code.id,
+                CodeHighlighter(
+                    self.document(), code.position, code.text, code.language, self._style.syntax(), applied
+                ),
+            )
+        )
 
     def _highlight(self, deadline: float) -> bool:
         # Layout is the dear part: colour only where the layout has room left in this slice.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from app.views.chat.composer import Composer
 from app.views.chat.conversation_list import ConversationPanel
 from app.views.chat.find import Finder, matches_in
 from app.views.chat.find_bar import FindBar
+from app.views.chat.highlight import warm_up
 from app.views.chat.link_dialog import LinkDialog
 from app.views.chat.message_view import INSET
 from app.views.chat.side_panel import SidePanel
@@ -64,6 +66,7 @@ class ChatPage(Page):
         self._workers: list[TranscriptWorker] = []
         self._shown_conversation = -1
         self._progress_text = ""
+        self._warmed = False
         self.controller = ChatController(store, loadout, self._defaults, self)
         self.model = ConversationList(store, self)
         self._build()
@@ -172,8 +175,16 @@ class ChatPage(Page):
     # Page -------------------------------------------------------------------------------------------
 
     def entered(self) -> None:
+        if not self._warmed:
+            self._warmed = True
+            QTimer.singleShot(1500, self, self._warm_up)
         self._refresh_list()
         self.composer.edit.setFocus()
+
+    @Slot()
+    def _warm_up(self) -> None:
+        # Importing a lexer takes up to a tenth of a second: not when the first code block comes.
+        threading.Thread(target=warm_up, name="lexers", daemon=True).start()
 
     def commands(self) -> list[PaletteCommand]:
         busy = bool(self.controller.writing_conversation)

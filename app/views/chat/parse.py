@@ -36,6 +36,11 @@ def parse(text: str, environment: dict[str, Any]) -> list[Token]:
     return _parser().parse(text, environment)
 
 
+def parse_inline(text: str, environment: dict[str, Any]) -> list[Token]:
+    """Tokens of a piece of a paragraph."""
+    return [child for token in _parser().parseInline(text, environment) for child in token.children or []]
+
+
 def _math_rule(state: StateInline, silent: bool) -> bool:
     """Take `$…$`, `$$…$$`, `\\(…\\)` and `\\[…\\]` as they are, so that neither `_` nor `\\` in them is markup."""
     start, source = state.pos, state.src

@@ -27,7 +27,7 @@ from PySide6.QtGui import (
 )
 
 from app.views.chat.blocks import PIECE, Block
-from app.views.chat.parse import parse, safe_link, split_links
+from app.views.chat.parse import parse, parse_inline, safe_link, split_links
 from app.views.chat.style import ChatStyle, mix
 
 CODE_ID = QTextFormat.Property.UserProperty.value + 1  # of a code line: which code block it belongs to
@@ -128,6 +128,15 @@ class DocumentWriter:
         else:
             self.join(block)
             _TokenWriter(self, block).write(parse(block.text, self._environment))
+        self._cursor.endEditBlock()
+
+    def write_inline(self, text: str) -> None:
+        """Append a piece of a paragraph, with its markup, to the last block."""
+        self._cursor.movePosition(QTextCursor.MoveOperation.End)
+        self._cursor.beginEditBlock()
+        _TokenWriter(self, Block(kind="markdown", text=text)).inline(
+            parse_inline(text, self._environment), self._char()
+        )
         self._cursor.endEditBlock()
 
     def append_text(self, text: str) -> None:
@@ -367,9 +376,9 @@ class _TokenWriter:
             form = self._writer._cursor.blockFormat()
             form.setMarker(marker)
             self._writer._cursor.setBlockFormat(form)
-        self._inline(children, char)
+        self.inline(children, char)
 
-    def _inline(self, children: list[Token], char: QTextCharFormat) -> None:
+    def inline(self, children: list[Token], char: QTextCharFormat) -> None:
         """Write inline tokens at the cursor."""
         cursor, style = self._writer._cursor, self._writer.style
         stack = [char]
@@ -487,7 +496,7 @@ class _TokenWriter:
         align.setAlignment(_ALIGN.get(str(parent.attrs.get("style", "")), Qt.AlignmentFlag.AlignLeft))
         writer._cursor.setBlockFormat(align)
         writer._cursor.setBlockCharFormat(char)
-        self._inline(list(inline.children or []), char)
+        self.inline(list(inline.children or []), char)
         writer._cursor = saved
 
 
