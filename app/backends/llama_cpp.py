@@ -63,6 +63,7 @@ def _demand(options: Options) -> memory.LlamaDemand:
         cache_on_gpu=options.offload_kqv,
         full_window=options.swa_full,
         flash_attention=options.flash_attention != "off",
+        repack=options.repack and not (options.no_mmap or options.direct_io),
     )
 
 

@@ -10,8 +10,11 @@ from app.core.library import ModelEntry, ModelShape
 
 MIB = 2**20
 PAD = 256  # llama.cpp rounds a context up to a multiple of this
-PROCESS = 80 * MIB  # the interpreter, numpy and llama.cpp itself
-VOCABULARY = 200  # bytes for each token of the vocabulary: its text, twice, and its score
+PROCESS = 42 * MIB  # the interpreter, numpy and llama.cpp itself
+VOCABULARY = 60  # bytes for each token of the vocabulary beside its text in the file
+# Weights that llama.cpp reorders for the CPU while loading, as a share of the layers' matrices. With a memory map the
+# file's own pages stay counted beside them.
+REPACKED = {"Q4_0": 1.0, "IQ4_NL": 1.0, "Q4_K_S": 0.95, "Q4_K_M": 0.65}
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +73,7 @@ class LlamaDemand(msgspec.Struct, frozen=True, kw_only=True):
         gpu_layers: None for as many as fit, -1 for all.
         full_window: layers with sliding-window attention keep the whole context.
         score_rows: rows of logits that room is made for.
+        repack: a memory-mapped file, of which some weights are reordered beside it.
     """
 
     context: int | None = None
@@ -81,6 +85,7 @@ class LlamaDemand(msgspec.Struct, frozen=True, kw_only=True):
     full_window: bool = True
     flash_attention: bool = True
     score_rows: int = 128
+    repack: bool = True
 
 
 def kv_cache_bytes(
@@ -139,19 +144,26 @@ def automatic_context(shape: ModelShape, demand: LlamaDemand, free: int, weights
 def llama_overhead(shape: ModelShape, demand: LlamaDemand, context: int) -> int:
     """Bytes that llama.cpp takes beside weights and cache: its compute buffer, logits, vocabulary and the process.
 
-    The compute buffer holds the largest set of activations that live at once for `ubatch` tokens. Measured against
-    what the library reports for a dozen shapes; tests/engine/test_memory_estimates.py holds it to that.
+    The compute buffer holds what lives at once for `ubatch` tokens: the widest activations, or the logits of as many
+    tokens as may have them, and the attention mask. Fitted to what the library reports for models of several shapes;
+    tests/engine/test_memory_estimates.py holds it to that.
     """
-    tokens = demand.ubatch
+    tokens = min(demand.ubatch, context or demand.ubatch)
     rows = max(1, min(demand.score_rows, 32 * MIB // (4 * max(1, shape.vocabulary))))
-    attention = shape.heads * shape.head_dim + 2 * (shape.kv_heads or shape.heads) * shape.head_dim
-    widest = max(2 * shape.hidden + 2 * shape.intermediate, 2 * shape.hidden + 2 * attention)
-    compute = 4 * tokens * widest
-    if not demand.flash_attention:
-        compute += 4 * tokens * context * shape.heads * 2
-    mask = 6 * tokens * context  # as float32, and as float16 for flash attention
-    logits = 4 * shape.vocabulary * (rows + 1)
-    return PROCESS + compute + mask + logits + VOCABULARY * shape.vocabulary
+    activations = 4 * tokens * (3 * shape.intermediate + 3.5 * shape.hidden)
+    mask = 2 * tokens * context
+    scores = 0 if demand.flash_attention else (4 * shape.heads + 2) * tokens * context
+    compute = max(activations, 4 * shape.vocabulary * rows) + mask + scores
+    return PROCESS + round(compute) + (4 + VOCABULARY) * shape.vocabulary
+
+
+def repacked_bytes(model: ModelEntry) -> int:
+    """Bytes of the weights that llama.cpp will hold a second, reordered copy of. See REPACKED."""
+    share = REPACKED.get(model.quantization.upper(), 0.0)
+    if not share or not model.parameters:
+        return 0
+    embeddings = 2 * model.shape.vocabulary * model.shape.hidden
+    return round((model.weight_bytes or model.bytes) * share * max(0.0, 1 - embeddings / model.parameters))
 
 
 def llama_estimate(model: ModelEntry, machine: Machine, demand: LlamaDemand) -> Estimate:
@@ -175,6 +187,8 @@ def llama_estimate(model: ModelEntry, machine: Machine, demand: LlamaDemand) -> 
         ubatch=demand.ubatch,
     )
     overhead = llama_overhead(shape, demand, context)
+    if demand.repack and not layers:
+        weights += repacked_bytes(model)
     on_gpu = round(weights * share) + (round(cache * share) if demand.cache_on_gpu else 0)
     on_gpu += overhead - PROCESS if layers else 0
     total = weights + cache + overhead

@@ -119,10 +119,10 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     files = [path] if not split else sorted(path.parent.glob(f"{path.stem}-*.gguf"))
-    return entry(files)
+    return entry(files, kind)
 
 
-def entry(files: list[Path]) -> ModelEntry:
+def entry(files: list[Path], kind: str = "") -> ModelEntry:
     """What the library would say about these files."""
     reader = gguf.GGUFReader(files[0])
 
@@ -151,6 +151,7 @@ def entry(files: list[Path]) -> ModelEntry:
         path=str(files[0]),
         format=ModelFormat.GGUF,
         architecture="llama",
+        quantization=kind,
         parameters=sum(int(t.n_elements) for t in tensors),
         bytes=sum(file.stat().st_size for file in files),
         weight_bytes=sum(int(t.n_bytes) for t in tensors),
@@ -172,4 +173,4 @@ def _quantized(path: Path, kind: str, **options: Any) -> ModelEntry:
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params)
     source.unlink()
     assert not failed
-    return entry([path])
+    return entry([path], kind)
