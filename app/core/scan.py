@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import AdapterEntry, ModelEntry
+from app.core.library import AdapterEntry, ModelEntry, ModelShape
 from app.core.recognise import cache_name, cache_snapshot
 from app.core.recognise_adapter import lone_adapter, peft_adapter
 from app.core.recognise_folder import folder_model
@@ -26,7 +26,10 @@ from app.core.scan_ollama import ollama_candidates
 
 Entry = ModelEntry | AdapterEntry
 
-VERSION = 1  # raise it when recognition improves: everything is then read once more
+_RECOGNITION = 1  # raise it when recognition improves: everything is then read once more
+# Entries that were stored with other fields are read again too.
+_FIELDS = (*ModelEntry.__struct_fields__, *ModelShape.__struct_fields__, *AdapterEntry.__struct_fields__)
+VERSION = f"{_RECOGNITION}.{hashlib.blake2b(' '.join(_FIELDS).encode(), digest_size=4).hexdigest()}"
 MAX_DEPTH = 10
 MAX_FOLDERS = 100_000
 _WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -38,11 +41,11 @@ _NOT_ADAPTERS = re.compile(r"(pytorch_model|model|tf_model|flax_model|optimizer|
 
 
 class Found(NamedTuple):
-    """An entry, the state of the files that it was read from, and whether it was read in this scan."""
+    """A model or adapter: its id, the state of the files it was read from, and the entry; None when it is known already."""
 
-    entry: Entry
+    id: str
     signature: str
-    fresh: bool
+    entry: Entry | None
 
 
 class Candidate(NamedTuple):
@@ -81,21 +84,20 @@ class Scan:
         self._visited: set[tuple[int, int]] = set()
         self._ids: set[str] = set()
 
-    def root(self, root: Root, known: Mapping[str, tuple[str, Entry]] | None = None) -> Iterator[Found]:
+    def root(self, root: Root, known: Mapping[str, str] | None = None) -> Iterator[Found]:
         """Everything under one root.
 
         Args:
-            known: signature and entry by id, as the index holds them; what did not change is not read again.
+            known: signatures by id, as the index holds them; what did not change is not read again.
         """
         for candidate in self._candidates(root):
             if self._cancelled():
                 return
             if candidate.id in self._ids:
                 continue
-            before = (known or {}).get(candidate.id)
-            if before is not None and before[0] == candidate.signature:
+            if (known or {}).get(candidate.id) == candidate.signature:
                 self._ids.add(candidate.id)
-                yield Found(before[1], candidate.signature, False)
+                yield Found(candidate.id, candidate.signature, None)
                 continue
             try:
                 entry = candidate.read()
@@ -110,7 +112,7 @@ class Scan:
                 continue
             if entry is not None:
                 self._ids.add(candidate.id)
-                yield Found(_filed(entry, candidate, root), candidate.signature, True)
+                yield Found(candidate.id, candidate.signature, _filed(entry, candidate, root))
 
     def _candidates(self, root: Root) -> Iterator[Candidate]:
         if root.kind is RootKind.OLLAMA:
@@ -224,7 +226,8 @@ def scan(
     one = Scan(problem, cancelled)
     for root in roots:
         for found in one.root(root if isinstance(root, Root) else Root(path=str(Path(root).absolute()))):
-            yield found.entry
+            if found.entry is not None:
+                yield found.entry
 
 
 def _starts(root: Path) -> list[Path]:

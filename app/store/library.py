@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -49,13 +49,6 @@ _ADAPTER_SORTS = {
 }
 _CHUNK = 300  # rows per write transaction: the window's own writes never wait longer than for these
 _STARTER = {"starter": "model", "starter (gguf)": "*.gguf"}
-
-
-class Known(NamedTuple):
-    """What the index remembers of a place, to tell whether it has to be read again."""
-
-    signature: str
-    entry: Entry
 
 
 class LibraryStore:
@@ -280,18 +273,15 @@ class LibraryStore:
 
     # Upkeep -----------------------------------------------------------------------------------------
 
-    def known(self, root: str) -> dict[str, Known]:
-        """What the index holds of a root, by id."""
-        result: dict[str, Known] = {}
-        for table, kind in (("models", ModelEntry), ("adapters", AdapterEntry)):
-            for key, signature, blob in self._database.rows(
-                f"SELECT id, signature, entry FROM {table} WHERE root = ?", (root,)
-            ):
-                try:
-                    result[key] = Known(signature, msgspec.msgpack.decode(blob, type=kind))
-                except msgspec.DecodeError:
-                    continue  # written by another version: it is read from disk again
-        return result
+    def known(self, root: str) -> dict[str, str]:
+        """Signatures of what the index holds of a root, by id, to tell what has to be read again.
+
+        Not the entries: 10,000 of them would set off a full garbage collection, which stops every thread.
+        """
+        rows: list[tuple[str, str]] = []
+        for table in ("models", "adapters"):
+            rows += self._database.rows(f"SELECT id, signature FROM {table} WHERE root = ?", (root,))
+        return dict(rows)
 
     def roots(self) -> list[str]:
         """Every root that the index holds something of."""

@@ -63,10 +63,10 @@ def refresh(
         batch: list[Entry] = []
         signatures: dict[str, str] = {}
         for found in scan.root(root, known):
-            seen.add(found.entry.id)
-            if found.fresh:
+            seen.add(found.id)
+            if found.entry is not None:
                 batch.append(found.entry)
-                signatures[found.entry.id] = found.signature
+                signatures[found.id] = found.signature
             if len(batch) >= _BATCH:
                 store.put(batch, signatures)
                 changes += len(batch)

@@ -19,6 +19,7 @@ SETTLE_MS = 500  # changes come in bursts: wait this long after the first
 POLL_MS = 60_000  # how often to look where watching does not reach
 MAX_PROBLEMS = 20  # told of per scan
 _CHANGED_SECONDS = 0.2
+_WATCHED_AT_ONCE = 25
 _WORK_SECONDS, _REST_SECONDS = 0.004, 0.001
 
 
@@ -195,11 +196,14 @@ class _Watcher(QObject):
         incomplete = self._worker.library.incomplete_files(limit=100)
         watched = set(self._files.directories()) | set(self._files.files())
         keep = set(wanted[:MAX_WATCHED]) | {path for path in incomplete if Path(path).exists()}
-        stale = list(watched - keep)
-        if stale:
-            self._files.removePaths(stale)
-        new = list(keep - watched)
-        refused = self._files.addPaths(new) if new else []
+        refused: list[str] = []
+        # Qt holds Python's lock during each call: a few folders at a time, or the window waits for all of them.
+        for paths, change in ((watched - keep, self._files.removePaths), (keep - watched, self._files.addPaths)):
+            rest = list(paths)
+            while rest and not self._worker.interrupted:
+                refused += change(rest[:_WATCHED_AT_ONCE])
+                del rest[:_WATCHED_AT_ONCE]
+                time.sleep(_REST_SECONDS)
         if refused or len(wanted) > MAX_WATCHED or any(root not in folders for root in roots):
             self._poll.start()
         else:

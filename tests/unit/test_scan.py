@@ -18,8 +18,8 @@ from app.core.paths import default_paths, resources
 from app.core.recognise import recognise_adapter, recognise_model
 from app.core.roots import Root, RootKind, found_roots, own_roots
 from app.core.scan import Scan, scan
-from app.store.settings import Settings
 from app.store.refresh import library_roots
+from app.store.settings import Settings
 from tests.fakes.library_files import (
     gguf_bytes,
     make_library,
@@ -340,17 +340,17 @@ def test_only_what_changed_is_read_again(tmp_path: Path) -> None:
     make_library(tmp_path, 30)
     root = Root(path=str(tmp_path))
     first = list(Scan().root(root))
-    assert len(first) == 30 and all(found.fresh for found in first)
-    known = {found.entry.id: (found.signature, found.entry) for found in first}
+    assert len(first) == 30 and all(found.entry for found in first)
+    known = {found.id: found.signature for found in first}
     again = list(Scan().root(root, known))
-    assert [found.entry for found in again] == [found.entry for found in first]
-    assert not any(found.fresh for found in again)
+    assert [found.id for found in again] == [found.id for found in first]
+    assert not any(found.entry for found in again)
     changed = next(e for e in known if e.endswith("model-1"))
     config = Path(changed) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 99}))
     gguf = next(e for e in known if e.endswith("model-3-Q4_K_M.gguf"))
     os.utime(gguf, (1, 1))
-    fresh = [found.entry.id for found in Scan().root(root, known) if found.fresh]
+    fresh = [found.id for found in Scan().root(root, known) if found.entry]
     assert sorted(fresh) == sorted([changed, gguf])
 
 
@@ -360,7 +360,7 @@ def test_a_scan_of_known_files_is_much_faster(tmp_path: Path) -> None:
     start = time.perf_counter()
     first = list(Scan().root(root))
     middle = time.perf_counter()
-    known = {found.entry.id: (found.signature, found.entry) for found in first}
+    known = {found.id: found.signature for found in first}
     list(Scan().root(root, known))
     end = time.perf_counter()
     print(f"400 entries: first scan {(middle - start) * 1e3:.0f} ms, again {(end - middle) * 1e3:.0f} ms")

@@ -153,7 +153,7 @@ def test_search_follows_changes(chats: ChatStore) -> None:
 
 def test_ten_thousand_conversations_are_fluid(chats: ChatStore, database: Database) -> None:
     random_ = random.Random(0)
-    words = "tree river stone cloud ember quartz willow harbor lantern meadow".split()
+    words = ("tree", "river", "stone", "cloud", "ember", "quartz", "willow", "harbor", "lantern", "meadow")
     with database.transaction():
         for number in range(10_000):
             chat = chats.create(f"{random_.choice(words)} {number}")
