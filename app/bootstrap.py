@@ -1,21 +1,29 @@
-"""The composition root: the only place that builds stores, workers and the window, and ties them."""
+"""The composition root: a frame of a window first, then (app.house) stores, workers and pages, and the ties between them.
+
+Nothing is imported at the top that the first paint does not need: it comes at the price of a bare Qt window.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from PySide6.QtCore import QSettings, Qt
+from PySide6.QtCore import QObject, QSettings, Qt, Slot
 from PySide6.QtGui import QGuiApplication
 from PySide6.QtWidgets import QApplication
 
-from app import __version__, logs
-from app.core.errors import ErrorKind, WeftError
+from app import __version__
 from app.core.paths import Paths, default_paths
-from app.house import House
+from app.rail import RAIL
 from app.views import theme
+from app.views.main_window import MainWindow
 from app.workers.single_instance import SingleInstance, absolute
+
+if TYPE_CHECKING:
+    from app.core.errors import WeftError
+    from app.house import House
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,22 +36,76 @@ def main(argv: Sequence[str]) -> int:
     application.setApplicationVersion(__version__)
     application.setDesktopFileName("weft")
     arguments = absolute(list(argv))
+    from app.core.errors import WeftError
+
     try:
         instance = SingleInstance(paths)
         if not instance.claim():
             instance.hand_over(arguments)
             return 0
-        reporter = logs.install(paths.logs)
-        house = House(application, paths, window_state(paths), reporter)
     except (WeftError, OSError) as error:
         return _cannot_start(error)
-    instance.received.connect(house.second_start)
-    house.open(arguments)
+    start = Start(application, paths, instance, arguments)
     status = application.exec()
-    house.close()
+    start.close()
     instance.release()
-    logs.uninstall()
-    return status
+    return start.status or status
+
+
+class Start(QObject):
+    """From the frame of the window to the furnished house."""
+
+    def __init__(self, application: QApplication, paths: Paths, instance: SingleInstance, arguments: Sequence[str]) -> None:
+        super().__init__(application)
+        self._application = application
+        self._paths = paths
+        self._instance = instance
+        self._arguments = list(arguments)
+        self.house: House | None = None
+        self.status = 0
+        self.theme = theme.install(application, saved_appearance(paths))
+        self.window = MainWindow(RAIL, state=window_state(paths))
+        self.window.painted.connect(self._furnish)
+        self.window.show_page(self.window.remembered_page("chat"))
+        self.window.show()
+
+    @Slot()
+    def _furnish(self) -> None:
+        """The frame is on the screen: build everything else."""
+        from app import logs
+        from app.core.errors import WeftError
+        from app.house import House
+
+        try:
+            reporter = logs.install(self._paths.logs)
+            self.house = House(self._application, self._paths, self.window, self.theme, reporter)
+            self._instance.received.connect(self.house.second_start)
+            self._instance.listen()
+        except (WeftError, OSError) as error:
+            self.window.hide()
+            self.status = _cannot_start(error)
+            self._application.quit()
+            return
+        self.house.open(self._arguments)
+
+    def close(self) -> None:
+        """End what was begun, in the reverse order."""
+        if self.house is not None:
+            self.house.close()
+        from app import logs
+
+        logs.uninstall()
+
+
+def saved_appearance(paths: Paths) -> theme.Appearance:
+    """The colours that were chosen: a quick look that the settings' store repeats with care a moment later."""
+    import tomllib
+
+    try:
+        found = tomllib.loads(paths.settings.read_text("utf-8")).get("appearance")
+    except (OSError, ValueError):
+        return "system"
+    return found if found in ("light", "dark") else "system"
 
 
 def window_state(paths: Paths) -> QSettings:
@@ -54,7 +116,8 @@ def window_state(paths: Paths) -> QSettings:
 
 
 def _cannot_start(error: WeftError | OSError) -> int:
-    """There is no window yet to show it in: a dialog of its own, and the terminal."""
+    """There is no window to show it in: a dialog of its own, and the terminal."""
+    from app.core.errors import ErrorKind, WeftError
     from app.views.dialogs import ErrorDialog
 
     if not isinstance(error, WeftError):
@@ -64,5 +127,3 @@ def _cannot_start(error: WeftError | OSError) -> int:
         theme.theme()
         ErrorDialog(error).exec()
     return 1
-
-

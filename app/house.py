@@ -1,6 +1,6 @@
 """House: everything that lives as long as the window, and the ties between it. Part of the composition root.
 
-What first paint does not need is built after it, or when it is first asked for.
+Built after the window's first paint; pages when they are first shown.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PySide6.QtCore import QObject, QSettings, QTimer, Slot
+from PySide6.QtCore import QObject, QTimer, Slot
 from PySide6.QtWidgets import QApplication, QDialog, QWidget
 
 from app import logs
 from app.core.errors import ErrorKind, WeftError
-from app.core.jobs import JobState
 from app.core.library import ModelEntry
 from app.core.paths import Paths
 from app.engine.environments import Environments, EnvironmentState
@@ -31,7 +30,7 @@ from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.settings import EngineList, SettingsView
 from app.views import theme
 from app.views.main_window import MainWindow
-from app.views.page import Notice, Page, PageSpec, PaletteCommand
+from app.views.page import Notice, Page, PaletteCommand
 
 if TYPE_CHECKING:
     from app.workers.engine_worker import EngineWorker
@@ -45,11 +44,13 @@ class House(QObject):
     """Builds stores, view models, workers and the window.
 
     Args:
-        state: where the window's geometry is remembered.
+        window: a frame that is shown already; it is furnished here.
         reporter: brings unexpected exceptions here.
     """
 
-    def __init__(self, application: QApplication, paths: Paths, state: QSettings, reporter: logs.Reporter) -> None:
+    def __init__(
+        self, application: QApplication, paths: Paths, window: MainWindow, look: theme.Theme, reporter: logs.Reporter
+    ) -> None:
         super().__init__(application)
         self._application = application
         self.paths = paths
@@ -60,7 +61,8 @@ class House(QObject):
         self.library = LibraryStore(self.database)
         self.model_settings = ModelSettings(self.database)
         self.environments = Environments(paths.environments)
-        self.theme = theme.install(application, self.settings.settings.appearance)
+        self.theme = look
+        self.theme.set_appearance(self.settings.settings.appearance)
         self.machine = MachineWatch(self)
         self.settings_view = SettingsView(self.settings, self)
         self.roots = LibraryRoots(self.settings, paths, self)
@@ -78,19 +80,20 @@ class House(QObject):
         )
         self._library_worker: LibraryWorker | None = None
         self._arguments: list[str] = []
-        self.window = MainWindow(self._pages(), state=state, header=self._header, commands=self._commands, notify=self._notify)
+        self.window = window
+        self._builders = {
+            "chat": self._chat_page,
+            "models": self._models_page,
+            "jobs": self._jobs_page,
+            "settings": self._settings_page,
+        }
         self._tie(reporter)
 
     # Pages ------------------------------------------------------------------------------------------
 
-    def _pages(self) -> list[PageSpec]:
-        """The rail, from top to bottom. Another page is another line here and its builder below."""
-        return [
-            PageSpec(name="chat", title="Chat", icon="chat", build=self._chat_page, loadout_bar=True),
-            PageSpec(name="models", title="Models", icon="models", build=self._models_page),
-            PageSpec(name="jobs", title="Jobs", icon="jobs", build=self._jobs_page, bottom=True),
-            PageSpec(name="settings", title="Settings", icon="settings", build=self._settings_page, bottom=True),
-        ]
+    def build(self, name: str) -> Page:
+        """Make the page of this name (see `app.rail`)."""
+        return self._builders[name]()
 
     def _chat_page(self) -> Page:
         from app.views.chat.page import ChatPage
@@ -128,12 +131,14 @@ class House(QObject):
         from app.viewmodels.fitting import judge
         from app.viewmodels.model_table import ModelTable
         from app.views.loadout_bar import LoadoutBar
-    
+
         def table() -> ModelTable:
             return ModelTable(
                 self.library,
                 fitting=lambda entry: judge(entry, self.machine.now()),
-                loaded=lambda: self.loadout.model.id if self.loadout.is_loaded and self.loadout.model is not None else "",
+                loaded=lambda: (
+                    self.loadout.model.id if self.loadout.is_loaded and self.loadout.model is not None else ""
+                ),
                 parent=self,
             )
 
@@ -165,10 +170,9 @@ class House(QObject):
     # Opening and closing ----------------------------------------------------------------------------
 
     def open(self, arguments: Sequence[str] = ()) -> None:
-        """Show the window; what first paint does not need starts after it."""
+        """Furnish the window; what its first page does not need starts after it is shown."""
         self._arguments = list(arguments)
-        self.window.show_page(self.window.remembered_page("chat"))
-        self.window.show()
+        self.window.furnish(build=self.build, header=self._header, commands=self._commands, notify=self._notify)
         QTimer.singleShot(0, self, self._settle)
 
     @Slot()
@@ -225,7 +229,10 @@ class House(QObject):
         files = [Path(argument) for argument in arguments if "://" not in argument]
         if files and not self.window.take(files):
             self.window.show_notice(
-                Notice(text=f"Weft has no use for {files[0].name}. It opens .gguf files and folders of models.", tone="warning")
+                Notice(
+                    text=f"Weft has no use for {files[0].name}. It opens .gguf files and folders of models.",
+                    tone="warning",
+                )
             )
 
     def close(self) -> None:
@@ -330,7 +337,11 @@ class House(QObject):
     @Slot(object)
     def _load_failed(self, error: WeftError) -> None:
         # The environment's own failure has been told already, with the way to its log.
-        if error.kind in (ErrorKind.NETWORK, ErrorKind.DISK_FULL) and not self.loadout.is_loaded and self.loadout.loader is None:
+        if (
+            error.kind in (ErrorKind.NETWORK, ErrorKind.DISK_FULL)
+            and not self.loadout.is_loaded
+            and self.loadout.loader is None
+        ):
             return
 
         def build() -> QDialog:
@@ -446,7 +457,9 @@ class House(QObject):
             from app.views.dialogs import ErrorDialog
 
             error = WeftError(
-                ErrorKind.INTERNAL, f"Weft met something unexpected. {summary}", "Your work is kept. Please report this with the log."
+                ErrorKind.INTERNAL,
+                f"Weft met something unexpected. {summary}",
+                "Your work is kept. Please report this with the log.",
             )
             return ErrorDialog(error, self.window, details=trace, log=self.paths.logs / logs.FILE)
 
@@ -479,17 +492,36 @@ class House(QObject):
 
         loadout = self.loadout
         found = [
-            PaletteCommand(title="Choose a model…", group="Model", icon="models", run=self._open_picker, shortcut="Ctrl+L"),
-            PaletteCommand(title="Eject the model", group="Model", icon="eject", run=loadout.unload, enabled=loadout.is_loaded),
-            PaletteCommand(title="Load the model again", group="Model", icon="reload", run=loadout.reload, enabled=loadout.model is not None),
+            PaletteCommand(
+                title="Choose a model…", group="Model", icon="models", run=self._open_picker, shortcut="Ctrl+L"
+            ),
+            PaletteCommand(
+                title="Eject the model", group="Model", icon="eject", run=loadout.unload, enabled=loadout.is_loaded
+            ),
+            PaletteCommand(
+                title="Load the model again",
+                group="Model",
+                icon="reload",
+                run=loadout.reload,
+                enabled=loadout.model is not None,
+            ),
         ]
-        for value, text in (("system", "Colours like the system"), ("light", "Light colours"), ("dark", "Dark colours")):
+        for value, text in (
+            ("system", "Colours like the system"),
+            ("light", "Light colours"),
+            ("dark", "Dark colours"),
+        ):
             found.append(
                 PaletteCommand(
-                    title=text, group="Appearance", icon="appearance", run=lambda value=value: self.settings_view.set("appearance", value)
+                    title=text,
+                    group="Appearance",
+                    icon="appearance",
+                    run=lambda value=value: self.settings_view.set("appearance", value),
                 )
             )
-        found.append(PaletteCommand(title="Open the logs", group="Weft", icon="log", run=lambda: open_locally(self.paths.logs)))
+        found.append(
+            PaletteCommand(title="Open the logs", group="Weft", icon="log", run=lambda: open_locally(self.paths.logs))
+        )
         try:
             entries = self.library.models(limit=PALETTE_MODELS)
         except WeftError:

@@ -29,7 +29,10 @@ class _Work(QRunnable):
             result, error = None, known
         except Exception as unknown:
             log.exception("Background work failed")
-            result, error = None, WeftError(ErrorKind.INTERNAL, f"{type(unknown).__name__}: {unknown}", "The window's log says more.")
+            result, error = (
+                None,
+                WeftError(ErrorKind.INTERNAL, f"{type(unknown).__name__}: {unknown}", "The window's log says more."),
+            )
         self._bridge.done.emit(self._key, result, error)
 
 

@@ -78,5 +78,9 @@ def judge(
         return Fitting(fit=Fit.UNKNOWN, word="–", tone="plain", numbers=error.message)
     found = fit(estimate, machine)
     return Fitting(
-        fit=found, word=_WORDS[found], tone=_TONES[found], estimate=estimate, numbers=f"{spec.title}\n{breakdown(estimate, machine)}"
+        fit=found,
+        word=_WORDS[found],
+        tone=_TONES[found],
+        estimate=estimate,
+        numbers=f"{spec.title}\n{breakdown(estimate, machine)}",
     )

@@ -115,7 +115,9 @@ class JobCenter(QObject):
 
     def is_installing(self, name: str) -> bool:
         """Whether it is being installed now, or waits for its turn."""
-        return (self.running is not None and self.running.environment == name) or any(name == queued for queued, _ in self._queue)
+        return (self.running is not None and self.running.environment == name) or any(
+            name == queued for queued, _ in self._queue
+        )
 
     def install(self, name: str, *, repair: bool = False) -> None:
         """Install an environment as a job, after those that wait already. Does nothing when it is under way."""
@@ -301,7 +303,11 @@ class JobTable(QAbstractTableModel):
     def refresh(self) -> None:
         jobs = self._center.jobs()
         if [job.id for job in jobs] == [job.id for job in self.jobs]:
-            changed = [row for row, (old, new) in enumerate(zip(self.jobs, jobs, strict=True)) if old != new or not new.state.ended]
+            changed = [
+                row
+                for row, (old, new) in enumerate(zip(self.jobs, jobs, strict=True))
+                if old != new or not new.state.ended
+            ]
             self.jobs = jobs
             for row in changed:
                 self.dataChanged.emit(self.index(row, 0), self.index(row, len(_HEADERS) - 1))
@@ -356,5 +362,3 @@ class JobTable(QAbstractTableModel):
             return readable_when(job.started or job.created)
         end = job.ended or (time.time() if not job.state.ended else 0)
         return readable_seconds(end - job.started) if job.started and end else "–"
-
-

@@ -56,7 +56,9 @@ class LibraryRoots(QObject):
                 raise WeftError(ErrorKind.NOT_FOUND, f"{place} is not there.", "Choose a file or folder that exists.")
             if place.is_file() and place.suffix.lower() not in FILES:
                 raise WeftError(
-                    ErrorKind.BAD_INPUT, f"{place.name} is not a model.", "Add a .gguf file, or the folder that holds a model's files."
+                    ErrorKind.BAD_INPUT,
+                    f"{place.name} is not a model.",
+                    "Add a .gguf file, or the folder that holds a model's files.",
                 )
             if self._covered(place):
                 known.append(place)
@@ -65,7 +67,9 @@ class LibraryRoots(QObject):
         if not new:
             where = "it lies" if len(known) == 1 else "they lie"
             self.changed.emit()
-            return Added(text=f"{_names(known)}: already in the library, because {where} in a folder that Weft indexes.")
+            return Added(
+                text=f"{_names(known)}: already in the library, because {where} in a folder that Weft indexes."
+            )
         before = self._settings.settings.roots
         self._settings.update(roots=(*before, *new))
         self.changed.emit()
@@ -77,7 +81,9 @@ class LibraryRoots(QObject):
             parts.append(f"{_names(folders)} {verb} indexed from now on.")
         if files:
             verb = "is" if len(files) == 1 else "are"
-            parts.append(f"{_names(files)} {verb} used where {'it lies' if len(files) == 1 else 'they lie'}; nothing was copied.")
+            parts.append(
+                f"{_names(files)} {verb} used where {'it lies' if len(files) == 1 else 'they lie'}; nothing was copied."
+            )
         return Added(text=" ".join(parts), undo=lambda: self._set(before))
 
     def remove(self, path: str) -> Callable[[], None]:

@@ -308,7 +308,10 @@ class Loadout(QObject):
         """Answer. Returns the id that the signals bear; if nothing is loaded any more, the model is loaded first."""
         made = next(self._ids)
         self._last_use = time.monotonic()
-        if self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE) and self._session is not None:
+        if (
+            self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE)
+            and self._session is not None
+        ):
             self._send(made, request)
         elif self.state in (LoadoutState.STARTING, LoadoutState.LOADING):
             self._queued[made] = request
@@ -329,7 +332,9 @@ class Loadout(QObject):
                     # Asked whether it fits, or failed at once: the answer does not wait for a dialog.
                     if self._queued.pop(made, None) is not None:
                         why = self.error or WeftError(
-                            ErrorKind.OUT_OF_MEMORY, "The model was not loaded.", "Load it from the bar above, then send again."
+                            ErrorKind.OUT_OF_MEMORY,
+                            "The model was not loaded.",
+                            "Load it from the bar above, then send again.",
                         )
                         self._fail_later(made, why)
         return made
@@ -362,7 +367,9 @@ class Loadout(QObject):
                     raise OSError("it is larger than 4 MiB")
                 content = path.read_bytes()
             except OSError as error:
-                raise WeftError(ErrorKind.BAD_INPUT, f"{path} cannot be read: {error}.", "Download the model again.") from error
+                raise WeftError(
+                    ErrorKind.BAD_INPUT, f"{path} cannot be read: {error}.", "Download the model again."
+                ) from error
             digest.update(f"{name}\0{len(content)}\0".encode())
             digest.update(content)
         return digest.hexdigest()
@@ -526,8 +533,6 @@ class Loadout(QObject):
         self._last_use = time.monotonic()
         self._set(LoadoutState.READY)
         self._idle.start()
-        for note in self.loaded.notes if self.loaded is not None else ():
-            self.notice.emit(note)
         queued, self._queued = self._queued, {}
         for ours, request in queued.items():
             self._send(ours, request)
@@ -573,7 +578,11 @@ class Loadout(QObject):
                 self._fail_later(request, error)
             self.code_asked.emit(
                 CodeQuestion(
-                    entry=plan.entry, loader=plan.spec, options=plan.options, files=plan.entry.custom_code, digest=digest
+                    entry=plan.entry,
+                    loader=plan.spec,
+                    options=plan.options,
+                    files=plan.entry.custom_code,
+                    digest=digest,
                 )
             )
             return

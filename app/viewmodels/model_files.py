@@ -52,7 +52,9 @@ def move_to_trash(entry: ModelEntry) -> Callable[[], None] | None:
             raise WeftError(ErrorKind.NOT_FOUND, f"{path} is not there any more.", "Refresh the library.") from error
         except (TrashPermissionError, PermissionError) as error:
             raise WeftError(
-                ErrorKind.PERMISSION, f"{path} cannot be moved to the trash.", "Check the permissions of its folder and disk."
+                ErrorKind.PERMISSION,
+                f"{path} cannot be moved to the trash.",
+                "Check the permissions of its folder and disk.",
             ) from error
         except OSError as error:
             raise WeftError(

@@ -73,6 +73,11 @@ class EngineList(QObject):
         """Optional parts that could not be installed, with the reason."""
         return self._environments.failed_layers(name)
 
+    def outside(self, name: str) -> str:
+        """The Python that a developer put in place of this environment; "" when it is Weft's own."""
+        python = self._environments.python(name)
+        return "" if python == self._environments.interpreter(name) else str(python)
+
     def is_installing(self, name: str) -> bool:
         return self._jobs.is_installing(name)
 

@@ -82,7 +82,9 @@ class _Delegate(QStyledItemDelegate):
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
         return QSize(200, 36)
 
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> None:
+    def paint(
+        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> None:
         command: PaletteCommand = index.data(Qt.ItemDataRole.UserRole)
         look = theme()
         box: QRect = option.rect.adjusted(8, 0, -8, 0)  # type: ignore[attr-defined]
@@ -145,7 +147,10 @@ class CommandPalette(QDialog):
         width = min(640, parent.width() - 64)
         height = min(440, parent.height() - 120)
         self.setFixedSize(width, height)
-        self.move(parent.mapToGlobal(parent.rect().topLeft()).x() + (parent.width() - width) // 2, parent.mapToGlobal(parent.rect().topLeft()).y() + 72)
+        self.move(
+            parent.mapToGlobal(parent.rect().topLeft()).x() + (parent.width() - width) // 2,
+            parent.mapToGlobal(parent.rect().topLeft()).y() + 72,
+        )
 
     def _filter(self, text: str) -> None:
         self.model.filter(text)

@@ -57,7 +57,9 @@ def reveal(path: Path) -> bool:
     return open_locally(path.parent if path.parent.is_dir() else path)
 
 
-def text_box(text: str = "", *, mono: bool = True, name: str = "Details", parent: QWidget | None = None) -> QPlainTextEdit:
+def text_box(
+    text: str = "", *, mono: bool = True, name: str = "Details", parent: QWidget | None = None
+) -> QPlainTextEdit:
     """A read-only box for logs and the like."""
     box = QPlainTextEdit(parent)
     box.setReadOnly(True)
@@ -74,7 +76,9 @@ def text_box(text: str = "", *, mono: bool = True, name: str = "Details", parent
 class _Sheet(QDialog):
     """Icon, heading, sentences, whatever is between, and buttons at the lower right."""
 
-    def __init__(self, parent: QWidget | None, mark: str, role: str, heading: str, sentences: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, parent: QWidget | None, mark: str, role: str, heading: str, sentences: Sequence[tuple[str, str]]
+    ) -> None:
         super().__init__(parent)
         self.setWindowTitle("Weft")
         self.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
@@ -113,7 +117,9 @@ class _Sheet(QDialog):
 class ErrorDialog(_Sheet):
     """A WeftError, with its hint and, folded, its details."""
 
-    def __init__(self, error: WeftError, parent: QWidget | None = None, *, details: str = "", log: Path | None = None) -> None:
+    def __init__(
+        self, error: WeftError, parent: QWidget | None = None, *, details: str = "", log: Path | None = None
+    ) -> None:
         mark = ("shield", "warning") if error.kind is ErrorKind.HOSTILE else ("error", "negative")
         super().__init__(parent, *mark, _HEADINGS[error.kind], [(error.message, ""), (error.hint, "muted")])
         self.error = error
@@ -122,7 +128,9 @@ class ErrorDialog(_Sheet):
             box = text_box(details, name="Details")
             box.setMinimumHeight(160)
             self.body.addWidget(Fold("Details", box), 1)
-        self.buttons.insertWidget(0, button("Copy", self._copy, kind="link", icon_name="copy", tip="Copy everything shown here"))
+        self.buttons.insertWidget(
+            0, button("Copy", self._copy, kind="link", icon_name="copy", tip="Copy everything shown here")
+        )
         if log is not None:
             self.buttons.insertWidget(1, button("Open log", lambda: open_locally(log), kind="link", icon_name="log"))
         close = self.add_close()
@@ -138,9 +146,15 @@ class CrashDialog(_Sheet):
     """An engine died: what was going on, the end of its log, and starting it again."""
 
     def __init__(
-        self, error: WeftError, log: Path | None, start_again: Callable[[], object] | None, parent: QWidget | None = None
+        self,
+        error: WeftError,
+        log: Path | None,
+        start_again: Callable[[], object] | None,
+        parent: QWidget | None = None,
     ) -> None:
-        super().__init__(parent, "error", "negative", _HEADINGS[error.kind], [(error.message, ""), (error.hint, "muted")])
+        super().__init__(
+            parent, "error", "negative", _HEADINGS[error.kind], [(error.message, ""), (error.hint, "muted")]
+        )
         self.error = error
         self._log = log
         self._tail = read_tail(log) if log is not None else ""
@@ -150,7 +164,9 @@ class CrashDialog(_Sheet):
             box.setMinimumSize(560, 200)
             box.moveCursor(QTextCursor.MoveOperation.End)
             self.body.addWidget(box, 1)
-        self.buttons.insertWidget(0, button("Copy", self._copy, kind="link", icon_name="copy", tip="Copy everything shown here"))
+        self.buttons.insertWidget(
+            0, button("Copy", self._copy, kind="link", icon_name="copy", tip="Copy everything shown here")
+        )
         if log is not None:
             self.buttons.insertWidget(1, button("Open log", lambda: open_locally(log), kind="link", icon_name="log"))
         close = self.add_close()
@@ -162,7 +178,9 @@ class CrashDialog(_Sheet):
             close.setDefault(True)
 
     def _copy(self) -> None:
-        QGuiApplication.clipboard().setText("\n\n".join(part for part in (self.error.message, self.error.hint, self._tail) if part))
+        QGuiApplication.clipboard().setText(
+            "\n\n".join(part for part in (self.error.message, self.error.hint, self._tail) if part)
+        )
 
 
 class ConfirmDialog(_Sheet):

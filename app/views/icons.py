@@ -12,7 +12,7 @@ from app.core.paths import resources
 from app.views.theme import theme
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source(name: str) -> bytes:
     return (resources() / "icons" / f"{name}.svg").read_bytes()
 
@@ -48,7 +48,7 @@ class _Engine(QIconEngine):
         return pixmap
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def icon(name: str, role: str = "text", on_role: str = "") -> QIcon:
     """The icon of this name (a file of resources/icons), in the palette's colour `role`; `on_role` when checked."""
     return QIcon(_Engine(name, role, on_role or role))

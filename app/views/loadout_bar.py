@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from PySide6.QtCore import QSize, Qt, Signal, Slot
 from PySide6.QtGui import QFontMetrics, QResizeEvent
-from PySide6.QtWidgets import QFrame, QMenu, QProgressBar, QPushButton, QSizePolicy, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QFrame, QMenu, QProgressBar, QPushButton, QSizePolicy, QToolTip, QVBoxLayout, QWidget
 
 from app import backends
 from app.core.jobs import Progress
@@ -97,6 +97,8 @@ class LoadoutBar(QWidget):
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedWidth(120)
+        self.note = icon_button("info", "Notes about this load", self._show_notes)
+        self.note.setIconSize(QSize(16, 16))
         self.state = ElidedLabel()
         self.state.setProperty("tone", "muted")
         self.state.setMinimumWidth(40)
@@ -109,10 +111,29 @@ class LoadoutBar(QWidget):
         self.options = icon_button("settings", "Options of this model", self._open_options)
         self.reload = icon_button("reload", "Load the model again", self._reload)
         self.eject = icon_button("eject", "Eject the model and give its memory back", loadout.unload)
-        layout = row(self.picker, self.loader, self.chip, self.bar, self.state, margins=(16, 0, 8, 0), spacing=8, parent=bar)
+        layout = row(
+            self.picker,
+            self.loader,
+            self.chip,
+            self.bar,
+            self.note,
+            self.state,
+            margins=(16, 0, 8, 0),
+            spacing=8,
+            parent=bar,
+        )
         layout.setStretch(0, 3)
-        layout.setStretch(4, 4)
-        for widget in (self.memory_icon, self.memory, self.load, self.cancel, self.end, self.options, self.reload, self.eject):
+        layout.setStretch(5, 4)
+        for widget in (
+            self.memory_icon,
+            self.memory,
+            self.load,
+            self.cancel,
+            self.end,
+            self.options,
+            self.reload,
+            self.eject,
+        ):
             layout.addWidget(widget)
         self._column: QVBoxLayout = column(bar, spacing=0, parent=self)
         self._banner: Banner | None = None
@@ -152,6 +173,10 @@ class LoadoutBar(QWidget):
                 f"The model takes {readable_bytes(now.memory)}, measured. {readable_bytes(here.ram_free)} of "
                 f"{readable_bytes(here.ram_total)} main memory is free."
             )
+        notes = now.loaded.notes if now.loaded is not None else ()
+        self.note.setVisible(bool(notes))
+        self.note.setToolTip("\n".join(notes))
+        self.note.setAccessibleDescription(" ".join(notes))
         self.load.setVisible(model is not None and now.state in (LoadoutState.EMPTY, LoadoutState.FAILED))
         self.load.setText("Load again" if now.state is LoadoutState.FAILED else "Load")
         self.load.setAccessibleName(self.load.text())
@@ -233,6 +258,9 @@ class LoadoutBar(QWidget):
             self._loadout.load_again()
         elif self._loadout.model is not None:
             self._loadout.load(self._loadout.model)
+
+    def _show_notes(self) -> None:
+        QToolTip.showText(self.note.mapToGlobal(self.note.rect().bottomLeft()), self.note.toolTip(), self.note)
 
     def _reload(self) -> None:
         self._loadout.reload()

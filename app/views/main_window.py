@@ -1,7 +1,8 @@
 """The window: rail, loadout bar, pages, toasts and dialogs. It builds a page when it is first shown.
 
-Adding a page is one `PageSpec` in `bootstrap._pages`; a page's class derives from `app.views.page.Page`, takes what it needs as
-keyword arguments (stores and view models, never other pages), and imports nothing heavy at module level.
+The window is shown as a frame first (rail and nothing beside it), so that something is there at once; `furnish` then hands it what
+pages are made with. Adding a page is one `PageSpec` in `app.rail` and one builder in `app.house.House`; a page's class derives from
+`app.views.page.Page`, takes what it needs as arguments (stores and view models, never other pages), and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PySide6.QtCore import QByteArray, QEvent, QSettings, Qt, QTimer, Signal, Slot
+from PySide6.QtCore import QByteArray, QEvent, QObject, QSettings, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QAction, QCloseEvent, QDragEnterEvent, QDropEvent
 from PySide6.QtWidgets import QDialog, QMainWindow, QStackedWidget, QVBoxLayout, QWidget
 
@@ -29,22 +30,15 @@ class MainWindow(QMainWindow):
     Args:
         specs: the pages, in the order of the rail.
         state: where geometry is remembered.
-        header: builds the loadout bar (and whatever stands along the top); shown on pages whose spec asks for it.
-        commands: what Ctrl+K offers besides pages and their own commands.
-        notify: hands a notice to the desktop when the window is not in front; the return value is not used.
+
+    Signals:
+        painted: the window's first paint has happened. closing: it is about to close.
     """
 
+    painted = Signal()
     closing = Signal()
 
-    def __init__(
-        self,
-        specs: Sequence[PageSpec],
-        *,
-        state: QSettings,
-        header: Callable[[], QWidget] | None = None,
-        commands: Callable[[], list[PaletteCommand]] = list,
-        notify: Callable[[str, str], object] | None = None,
-    ) -> None:
+    def __init__(self, specs: Sequence[PageSpec], *, state: QSettings) -> None:
         super().__init__()
         self.setWindowTitle("Weft")
         self.setWindowIcon(window_icon())
@@ -53,11 +47,13 @@ class MainWindow(QMainWindow):
         self._specs = {spec.name: spec for spec in specs}
         self._pages: dict[str, Page] = {}
         self._state = state
-        self._header_factory = header
+        self._build: Callable[[str], Page] | None = None
+        self._header_factory: Callable[[], QWidget] | None = None
         self._header: QWidget | None = None
-        self._commands = commands
-        self._notify = notify
+        self._commands: Callable[[], list[PaletteCommand]] = list
+        self._notify: Callable[[str, str], object] | None = None
         self._current = ""
+        self._wanted = ""
         self._dialog: QDialog | None = None
         self._waiting_dialogs: list[Callable[[], QDialog]] = []
         self.rail = Rail(specs)
@@ -71,6 +67,37 @@ class MainWindow(QMainWindow):
         self.toasts = Toasts(body)
         self._add_actions()
         self._restore()
+        body.installEventFilter(self)
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
+        if event.type() == QEvent.Type.Paint:
+            watched.removeEventFilter(self)
+            QTimer.singleShot(0, self, self._tell_painted)
+        return False
+
+    @Slot()
+    def _tell_painted(self) -> None:
+        self.painted.emit()
+
+    def furnish(
+        self,
+        *,
+        build: Callable[[str], Page],
+        header: Callable[[], QWidget] | None = None,
+        commands: Callable[[], list[PaletteCommand]] = list,
+        notify: Callable[[str, str], object] | None = None,
+    ) -> None:
+        """Hand over what pages are made with; the page that was asked for meanwhile is shown.
+
+        Args:
+            build: makes the page of this name.
+            header: builds the loadout bar (and whatever stands along the top); shown on pages whose spec asks for it.
+            commands: what Ctrl+K offers besides pages and their own commands.
+            notify: hands a notice to the desktop when the window is not in front.
+        """
+        self._build, self._header_factory, self._commands, self._notify = build, header, commands, notify
+        if self._wanted:
+            self.show_page(self._wanted)
 
     # Pages ----------------------------------------------------------------------------------------
 
@@ -78,6 +105,10 @@ class MainWindow(QMainWindow):
     def show_page(self, name: str) -> None:
         """Bring a page to the front, building it on its first time."""
         spec = self._specs[name]
+        if self._build is None:
+            self._wanted = name
+            self.rail.show_page(name)
+            return
         page = self.page(name)
         if spec.loadout_bar and self._header is None and self._header_factory is not None:
             self._header = self._header_factory()
@@ -95,7 +126,8 @@ class MainWindow(QMainWindow):
     def page(self, name: str) -> Page:
         """The page with this name, built if need be."""
         if name not in self._pages:
-            page = self._specs[name].build()
+            assert self._build is not None, "a page was asked for before the window was furnished"
+            page = self._build(name)
             page.notice.connect(self.show_notice)
             page.failed.connect(self.show_error)
             page.page_wanted.connect(self.show_page)
@@ -203,7 +235,11 @@ class MainWindow(QMainWindow):
             if name in icons:
                 found.append(
                     PaletteCommand(
-                        title=made.text(), group="Window", icon=icons[name], run=made.trigger, shortcut=made.shortcut().toString()
+                        title=made.text(),
+                        group="Window",
+                        icon=icons[name],
+                        run=made.trigger,
+                        shortcut=made.shortcut().toString(),
                     )
                 )
         for page in self._pages.values():
@@ -211,15 +247,19 @@ class MainWindow(QMainWindow):
         return found + self._commands()
 
     def show_palette(self) -> None:
+        if self._build is None:
+            return
         from app.views.command_palette import CommandPalette
 
         CommandPalette(self.all_commands(), self).show()
 
     def _toggle_side(self) -> None:
-        self.page(self._current).toggle_side()
+        if self._current:
+            self.page(self._current).toggle_side()
 
     def _find(self) -> None:
-        self.page(self._current).find()
+        if self._current:
+            self.page(self._current).find()
 
     def _toggle_full_screen(self) -> None:
         self.setWindowState(self.windowState() ^ Qt.WindowState.WindowFullScreen)
@@ -235,6 +275,8 @@ class MainWindow(QMainWindow):
 
     def take(self, paths: list[Path]) -> bool:
         """Give files to the page in front if it wants them, else to the first that does. False when none does."""
+        if self._build is None:
+            return False
         order = [self._current, *(name for name in self.rail.names if name != self._current)]
         for name in order:
             if name and self.page(name).accepts(paths):
@@ -252,7 +294,9 @@ class MainWindow(QMainWindow):
         event.acceptProposedAction()
         if not self.take(paths):
             names = ", ".join(path.name for path in paths[:3])
-            self.show_notice(Notice(text=f"Weft has no use for {names}. Drop a .gguf file or a model's folder.", tone="warning"))
+            self.show_notice(
+                Notice(text=f"Weft has no use for {names}. Drop a .gguf file or a model's folder.", tone="warning")
+            )
 
     # State ----------------------------------------------------------------------------------------
 

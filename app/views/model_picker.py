@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from PySide6.QtCore import QEvent, QModelIndex, QObject, QPersistentModelIndex, QPoint, QRect, QSize, Qt, Signal
 from PySide6.QtGui import QKeyEvent, QPainter
-from PySide6.QtWidgets import QDialog, QFrame, QLineEdit, QListView, QPushButton, QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
+from PySide6.QtWidgets import (
+    QDialog,
+    QFrame,
+    QLineEdit,
+    QListView,
+    QPushButton,
+    QStyle,
+    QStyledItemDelegate,
+    QStyleOptionViewItem,
+    QWidget,
+)
 
 from app.core.library import ModelEntry
 from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole, ModelTable, format_title
@@ -20,7 +30,9 @@ class _Delegate(QStyledItemDelegate):
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
         return QSize(200, ROW)
 
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> None:
+    def paint(
+        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> None:
         entry: ModelEntry | None = index.data(EntryRole)
         if entry is None:
             return
@@ -45,10 +57,17 @@ class _Delegate(QStyledItemDelegate):
         painter.drawText(top, right, note)
         painter.setPen(look.color("text"))
         painter.drawText(
-            top.adjusted(0, 0, -width - 12, 0), left, metrics.elidedText(entry.name, Qt.TextElideMode.ElideMiddle, top.width() - width - 12)
+            top.adjusted(0, 0, -width - 12, 0),
+            left,
+            metrics.elidedText(entry.name, Qt.TextElideMode.ElideMiddle, top.width() - width - 12),
         )
         painter.setPen(look.color("muted"))
-        parts = [format_title(entry), readable_count(entry.parameters), readable_bytes(entry.bytes), entry.model_type or entry.architecture]
+        parts = [
+            format_title(entry),
+            readable_count(entry.parameters),
+            readable_bytes(entry.bytes),
+            entry.model_type or entry.architecture,
+        ]
         line = " · ".join(part for part in parts if part and part != "–")
         painter.drawText(bottom, left, metrics.elidedText(line, Qt.TextElideMode.ElideRight, bottom.width()))
         painter.restore()
@@ -62,7 +81,11 @@ def _note(entry: ModelEntry, index: QModelIndex | QPersistentModelIndex) -> tupl
     fitting = index.data(FittingRole)
     if fitting is None:
         return "", "muted"
-    return ("Does not fit", "negative") if fitting.tone == "negative" else (f"Fits {fitting.word}" if fitting.tone == "positive" else "", "muted")
+    return (
+        ("Does not fit", "negative")
+        if fitting.tone == "negative"
+        else (f"Fits {fitting.word}" if fitting.tone == "positive" else "", "muted")
+    )
 
 
 class ModelPicker(QDialog):
@@ -122,7 +145,9 @@ class ModelPicker(QDialog):
         count = self._model.rowCount()
         self.list.setVisible(count > 0)
         self._none.setVisible(count == 0)
-        self._none.setText("No model has that name." if self.field.text() else "No models found yet. Add a folder on the Models page.")
+        self._none.setText(
+            "No model has that name." if self.field.text() else "No models found yet. Add a folder on the Models page."
+        )
         if count:
             loaded = next((row for row in range(min(count, 50)) if self._model.index(row, 0).data(LoadedRole)), 0)
             self.list.setCurrentIndex(self._model.index(loaded if not self.field.text() else 0, 0))

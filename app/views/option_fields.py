@@ -38,13 +38,15 @@ class NumberBox(QDoubleSpinBox):
         super().__init__(parent)
         self._low = -_FAR if field.minimum is None else field.minimum
         self._high = _FAR if field.maximum is None else field.maximum
+        self._unit = f" {field.unit}" if field.unit else ""
+        self._automatic = False
         self.setDecimals(0 if self._whole else 6)
         self.setRange(-_FAR, _FAR)
         self.setKeyboardTracking(True)
         self.setCorrectionMode(QAbstractSpinBox.CorrectionMode.CorrectToPreviousValue)
         self.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-        if field.unit:
-            self.setSuffix(f" {field.unit}")
+        self.setSuffix(self._unit)
+        self.lineEdit().setTextMargins(6, 0, 0, 0)  # a style sheet's padding does not reach the text here
         span = self._high - self._low
         if self._whole and span > 256:
             self.setStepType(QAbstractSpinBox.StepType.AdaptiveDecimalStepType)
@@ -54,7 +56,15 @@ class NumberBox(QDoubleSpinBox):
     def number(self) -> int | float:
         return int(self.value()) if self._whole else round(self.value(), 6)
 
+    def set_automatic(self, automatic: bool) -> None:
+        """Show "Auto" instead of the number."""
+        self._automatic = automatic
+        self.setSuffix("" if automatic else self._unit)
+        self.setValue(self.value())
+
     def textFromValue(self, value: float) -> str:
+        if self._automatic:
+            return "Auto"
         return f"{value:.0f}" if self._whole else f"{round(value, 6):.15g}"
 
     def valueFromText(self, text: str) -> float:
@@ -65,6 +75,8 @@ class NumberBox(QDoubleSpinBox):
             return self.value()
 
     def validate(self, text: str, position: int) -> object:
+        if self._automatic:
+            return QValidator.State.Acceptable, text, position
         body = text.removesuffix(self.suffix()).strip().replace(",", ".")
         try:
             float(body)
@@ -186,7 +198,9 @@ class FieldRow(QWidget):
             check = QCheckBox()
             check.toggled.connect(self._touched)
             return check
-        placeholder = f"Auto: {field.automatic}" if field.optional and field.automatic else "Auto" if field.optional else ""
+        placeholder = (
+            f"Auto: {field.automatic}" if field.optional and field.automatic else "Auto" if field.optional else ""
+        )
         if field.multiline:
             text = QPlainTextEdit()
             text.setPlaceholderText(placeholder)
@@ -233,6 +247,12 @@ class FieldRow(QWidget):
         text = control.toPlainText() if isinstance(control, QPlainTextEdit) else control.text()  # type: ignore[attr-defined]
         return None if self.field.optional and not text.strip() else text
 
+    def suggest(self, value: OptionValue) -> None:
+        """The number to begin with when Auto is switched off."""
+        self._suggested = value
+
+    _suggested: OptionValue = None
+
     def set_value(self, value: OptionValue) -> None:
         """Show a value without reporting it as a change."""
         self._setting = True
@@ -241,8 +261,8 @@ class FieldRow(QWidget):
             self.auto.setChecked(value is None)
             control.setEnabled(value is not None and not self.blocked)
         if isinstance(control, NumberBox):
-            fallback = max(self.field.minimum or 0, 0)
-            control.setValue(float(value) if isinstance(value, int | float) else fallback)
+            control.set_automatic(value is None)
+            control.setValue(float(value) if isinstance(value, int | float) else max(self.field.minimum or 0, 0))
         elif isinstance(control, QComboBox):
             place = control.findData(value)
             control.setCurrentIndex(max(place, 0))
@@ -277,6 +297,12 @@ class FieldRow(QWidget):
 
     def _auto_toggled(self, automatic: bool) -> None:
         self.control.setEnabled(not automatic and not self.blocked)
+        if isinstance(self.control, NumberBox) and not self._setting:
+            self._setting = True
+            self.control.set_automatic(automatic)
+            if not automatic and isinstance(self._suggested, int | float):
+                self.control.setValue(self._suggested)
+            self._setting = False
         self._touched()
 
     def _touched(self, *_: object) -> None:

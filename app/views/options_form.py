@@ -53,6 +53,7 @@ class OptionsForm(QWidget):
         self._served = None if served is None else frozenset(served)
         self._reason = reason
         self._checks = dict(checks or {})
+        self._suggestions: dict[str, OptionValue] = {}
         self._pending: dict[str, OptionValue] = {}  # values of rows not built yet
         self._advanced: Fold | None = None
         layout = column(spacing=8, parent=self)
@@ -87,6 +88,12 @@ class OptionsForm(QWidget):
                 self._pending[name] = value
         self._title_advanced()
 
+    def suggest(self, values: Mapping[str, OptionValue]) -> None:
+        """Numbers that fields begin with when their Auto is switched off."""
+        self._suggestions = dict(values)
+        for name, row in self.rows.items():
+            row.suggest(self._suggestions.get(name))
+
     def problems(self) -> dict[str, str]:
         """What is wrong, by field: empty when the values can be used."""
         found = {name: row.complaint() for name, row in self.rows.items()}
@@ -102,7 +109,9 @@ class OptionsForm(QWidget):
         served = None if served is None else frozenset(served)
         if served == self._served and (not reason or reason == self._reason):
             return
-        values = self.values() | {name: row.value() for name, row in self.rows.items() if row.blocked and row.value() != row.field.default}
+        values = self.values() | {
+            name: row.value() for name, row in self.rows.items() if row.blocked and row.value() != row.field.default
+        }
         self._served = served
         self._reason = reason or self._reason
         for name, old in list(self.rows.items()):
@@ -135,6 +144,7 @@ class OptionsForm(QWidget):
 
     def _make_row(self, field: OptionField) -> FieldRow:
         made = FieldRow(field, blocked=self._blocked(field), check=self._checks.get(field.name))
+        made.suggest(self._suggestions.get(field.name))
         made.changed.connect(self._row_changed)
         self.rows[field.name] = made
         return made
@@ -147,6 +157,7 @@ class OptionsForm(QWidget):
             if len(groups) > 1 or name != "General":
                 head = label(name)
                 head.setFont(title_font(head, 0))
+                head.setContentsMargins(0, 8, 0, 0)
                 layout.addWidget(head)
             for field in members:
                 layout.addWidget(self._make_row(field))

@@ -1,8 +1,7 @@
 """What a page is, and the one line that adds it to the window.
 
-The window is handed a list of `PageSpec`s by the composition root (`bootstrap._pages`). A spec's `build` imports the page's
-module and makes the page with what it needs; it runs when the page is first shown, so hidden pages cost nothing at start.
-A page speaks to the window through the signals below, and knows nothing of other pages.
+The rail is a tuple of `PageSpec`s (`app.rail`). `House.build` imports a page's module and makes it with what it needs when it is
+first shown, so hidden pages cost nothing at start. A page speaks to the window through the signals below, and knows nothing of other pages.
 """
 
 from __future__ import annotations
@@ -86,7 +85,6 @@ class PageSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: stable, for code and settings. title: on the rail. icon: file of resources/icons.
-        build: makes the page; runs once, when it is first needed.
         bottom: stands in the lower part of the rail.
         loadout_bar: the loadout bar runs along the top of this page.
     """
@@ -94,6 +92,5 @@ class PageSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     title: str
     icon: str
-    build: Callable[[], Page]
     bottom: bool = False
     loadout_bar: bool = False

@@ -42,7 +42,11 @@ class Toast(QFrame):
 
     @Slot()
     def _expire(self) -> None:
-        if self.underMouse() or self.isAncestorOf(self.focusWidget() or self) and self.focusWidget() is not None and self.focusWidget().hasFocus():
+        if self.underMouse() or (
+            self.isAncestorOf(self.focusWidget() or self)
+            and self.focusWidget() is not None
+            and self.focusWidget().hasFocus()
+        ):
             self._timer.start()
         else:
             self.close()

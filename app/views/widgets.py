@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PySide6.QtCore import QEvent, QRect, QSize, Qt, Signal
+from PySide6.QtCore import QRect, QSize, Qt, Signal
 from PySide6.QtGui import QAction, QFontMetrics, QPainter, QPaintEvent, QPalette, QResizeEvent
 from PySide6.QtWidgets import (
     QFrame,
@@ -20,13 +20,19 @@ from PySide6.QtWidgets import (
 )
 
 from app.views.icons import icon, pixmap
-from app.views.theme import set_property, theme, title_font
+from app.views.theme import set_property, title_font
 
 GRID = 8
 
 
 def button(
-    text: str, run: Callable[[], object] | None = None, *, kind: str = "", icon_name: str = "", tip: str = "", parent: QWidget | None = None
+    text: str,
+    run: Callable[[], object] | None = None,
+    *,
+    kind: str = "",
+    icon_name: str = "",
+    tip: str = "",
+    parent: QWidget | None = None,
 ) -> QPushButton:
     """A push button. `kind` is "", primary, danger or link."""
     made = QPushButton(text, parent)
@@ -44,7 +50,13 @@ def button(
 
 
 def icon_button(
-    name: str, title: str, run: Callable[[], object] | None = None, *, shortcut: str = "", role: str = "muted", parent: QWidget | None = None
+    name: str,
+    title: str,
+    run: Callable[[], object] | None = None,
+    *,
+    shortcut: str = "",
+    role: str = "muted",
+    parent: QWidget | None = None,
 ) -> QToolButton:
     """A button that shows only an icon; `title` is its tooltip and accessible name."""
     made = QToolButton(parent)
@@ -58,7 +70,9 @@ def icon_button(
     return made
 
 
-def label(text: str = "", *, tone: str = "", wrap: bool = False, selectable: bool = False, parent: QWidget | None = None) -> QLabel:
+def label(
+    text: str = "", *, tone: str = "", wrap: bool = False, selectable: bool = False, parent: QWidget | None = None
+) -> QLabel:
     """A label of plain text: what it shows may come from a file, so markup is never read."""
     made = QLabel(parent)
     made.setTextFormat(Qt.TextFormat.PlainText)
@@ -67,7 +81,9 @@ def label(text: str = "", *, tone: str = "", wrap: bool = False, selectable: boo
         made.setProperty("tone", tone)
     made.setWordWrap(wrap)
     if selectable:
-        made.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse | Qt.TextInteractionFlag.TextSelectableByKeyboard)
+        made.setTextInteractionFlags(
+            Qt.TextInteractionFlag.TextSelectableByMouse | Qt.TextInteractionFlag.TextSelectableByKeyboard
+        )
     return made
 
 
@@ -88,21 +104,27 @@ def rule(parent: QWidget | None = None, *, vertical: bool = False) -> QFrame:
     return made
 
 
-def column(*items: QWidget | int, spacing: int = GRID, margins: Sequence[int] = (0, 0, 0, 0), parent: QWidget | None = None) -> QVBoxLayout:
+def column(
+    *items: QWidget | int, spacing: int = GRID, margins: Sequence[int] = (0, 0, 0, 0), parent: QWidget | None = None
+) -> QVBoxLayout:
     """A vertical layout; an int is a stretch."""
     made = QVBoxLayout(parent) if parent is not None else QVBoxLayout()
     _fill(made, items, spacing, margins)
     return made
 
 
-def row(*items: QWidget | int, spacing: int = GRID, margins: Sequence[int] = (0, 0, 0, 0), parent: QWidget | None = None) -> QHBoxLayout:
+def row(
+    *items: QWidget | int, spacing: int = GRID, margins: Sequence[int] = (0, 0, 0, 0), parent: QWidget | None = None
+) -> QHBoxLayout:
     """A horizontal layout; an int is a stretch."""
     made = QHBoxLayout(parent) if parent is not None else QHBoxLayout()
     _fill(made, items, spacing, margins)
     return made
 
 
-def _fill(made: QVBoxLayout | QHBoxLayout, items: Sequence[QWidget | int], spacing: int, margins: Sequence[int]) -> None:
+def _fill(
+    made: QVBoxLayout | QHBoxLayout, items: Sequence[QWidget | int], spacing: int, margins: Sequence[int]
+) -> None:
     made.setContentsMargins(*margins)
     made.setSpacing(spacing)
     for item in items:
@@ -115,7 +137,9 @@ def _fill(made: QVBoxLayout | QHBoxLayout, items: Sequence[QWidget | int], spaci
 class ElidedLabel(QLabel):
     """One line of text that is shortened in the middle or at the end instead of widening the window."""
 
-    def __init__(self, text: str = "", mode: Qt.TextElideMode = Qt.TextElideMode.ElideRight, parent: QWidget | None = None) -> None:
+    def __init__(
+        self, text: str = "", mode: Qt.TextElideMode = Qt.TextElideMode.ElideRight, parent: QWidget | None = None
+    ) -> None:
         super().__init__(parent)
         self._mode = mode
         self.setTextFormat(Qt.TextFormat.PlainText)
@@ -178,12 +202,19 @@ class Banner(QFrame):
         self.bar.setTextVisible(False)
         self.bar.setFixedWidth(160)
         self.bar.hide()
-        self._row = row(self._icon, self.text, self.bar, margins=(16, 8, 16, 8) if slim else (12, 8, 12, 8), spacing=12, parent=self)
+        self._row = row(
+            self._icon, self.text, self.bar, margins=(16, 8, 16, 8) if slim else (12, 8, 12, 8), spacing=12, parent=self
+        )
         self._row.setStretch(1, 1)
         self.set_tone(tone)
 
     def set_tone(self, tone: str) -> None:
-        names = {"info": ("info", "on_selection"), "warning": ("warning",) * 2, "negative": ("error", "negative"), "positive": ("done", "positive")}
+        names = {
+            "info": ("info", "on_selection"),
+            "warning": ("warning",) * 2,
+            "negative": ("error", "negative"),
+            "positive": ("done", "positive"),
+        }
         self._icon.set_icon(*names[tone])
         set_property(self, "banner", tone)
         self.text.style().unpolish(self.text)
@@ -194,22 +225,28 @@ class Banner(QFrame):
 
 
 class EmptyState(QWidget):
-    """One sentence, one button, and a place to drop files on."""
+    """One sentence and at most one button. The page around it takes drops."""
 
-    dropped = Signal(list)  # list[Path]
-
-    def __init__(self, icon_name: str, heading: str, sentence: str, action: QPushButton | None = None, parent: QWidget | None = None) -> None:
+    def __init__(
+        self,
+        icon_name: str,
+        heading: str,
+        sentence: str,
+        action: QPushButton | None = None,
+        parent: QWidget | None = None,
+    ) -> None:
         super().__init__(parent)
-        mark = IconLabel(icon_name, 48, "control")
-        head = title(heading)
         self.sentence = label(sentence, tone="muted", wrap=True)
-        self.sentence.setMaximumWidth(480)
+        self.sentence.setFixedWidth(440)
         self.sentence.setAlignment(Qt.AlignmentFlag.AlignHCenter)
         layout = column(parent=self, spacing=12, margins=(24, 24, 24, 24))
         layout.addStretch(2)
-        for widget in (mark, head, self.sentence, *((action,) if action is not None else ())):
-            layout.addWidget(widget, 0, Qt.AlignmentFlag.AlignHCenter)
-        self.sentence.setMinimumWidth(280)
+        layout.addWidget(IconLabel(icon_name, 48, "control"), 0, Qt.AlignmentFlag.AlignHCenter)
+        layout.addWidget(title(heading), 0, Qt.AlignmentFlag.AlignHCenter)
+        # In a row of its own: an alignment flag would take the label's height for another width.
+        layout.addLayout(row(1, self.sentence, 1))
+        if action is not None:
+            layout.addWidget(action, 0, Qt.AlignmentFlag.AlignHCenter)
         layout.addStretch(3)
 
 
@@ -273,33 +310,3 @@ def action(parent: QWidget, text: str, run: Callable[[], object], shortcut: str 
     made.triggered.connect(lambda _checked=False: run())
     parent.addAction(made)
     return made
-
-
-class RestyleOnTheme:
-    """Mixin: repaint painted (not styled) widgets when the palette changes."""
-
-    def changeEvent(self, event: QEvent) -> None:
-        super().changeEvent(event)  # type: ignore[misc]
-        if event.type() == QEvent.Type.PaletteChange:
-            self.update()  # type: ignore[attr-defined]
-
-
-__all__ = [
-    "GRID",
-    "Banner",
-    "Chip",
-    "ElidedLabel",
-    "EmptyState",
-    "Fold",
-    "IconLabel",
-    "action",
-    "button",
-    "column",
-    "icon_button",
-    "label",
-    "local_paths",
-    "row",
-    "rule",
-    "theme",
-    "title",
-]

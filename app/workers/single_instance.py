@@ -6,17 +6,19 @@ messages, so a stale socket of a killed instance is simply replaced by the owner
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
 from PySide6.QtCore import QLockFile, QObject, Signal, Slot
-from PySide6.QtNetwork import QLocalServer, QLocalSocket
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import Paths
+
+if TYPE_CHECKING:
+    from PySide6.QtNetwork import QLocalServer, QLocalSocket
 
 MAX_MESSAGE = 1024 * 1024
 HAND_OVER_SECONDS = 10.0
@@ -24,11 +26,12 @@ HAND_OVER_SECONDS = 10.0
 
 def socket_name(paths: Paths) -> str:
     """Name of the socket of this data folder. Short, because a Unix socket's path is limited to about 100 bytes."""
-    key = hashlib.sha256(str(paths.data).encode()).hexdigest()[:16]
     beside = paths.runtime / "window.sock"
     if os.name == "posix" and len(os.fsencode(beside)) < 90:
         return str(beside)
-    return f"weft-{key}"
+    import hashlib
+
+    return f"weft-{hashlib.sha256(str(paths.data).encode()).hexdigest()[:16]}"
 
 
 class SingleInstance(QObject):
@@ -63,13 +66,18 @@ class SingleInstance(QObject):
                 f"{self._lock.fileName()} cannot be made.",
                 "Check the permissions of that folder, or set WEFT_HOME to a folder of your own.",
             )
+        return True
+
+    def listen(self) -> None:
+        """Take what later starts hand over. After the first paint: until then they wait."""
+        from PySide6.QtNetwork import QLocalServer
+
         QLocalServer.removeServer(self._name)
         server = QLocalServer(self)
         server.setSocketOptions(QLocalServer.SocketOption.UserAccessOption)
         if server.listen(self._name):
             server.newConnection.connect(self._greet)
             self._server = server
-        return True
 
     def hand_over(self, arguments: list[str]) -> None:
         """Give the arguments to the instance that is running; it comes to the front.
@@ -77,6 +85,10 @@ class SingleInstance(QObject):
         Raises:
             WeftError: BUSY when it does not answer in time.
         """
+        import json
+
+        from PySide6.QtNetwork import QLocalSocket
+
         deadline = time.monotonic() + HAND_OVER_SECONDS
         message = json.dumps(arguments).encode() + b"\n"
         while time.monotonic() < deadline:
@@ -86,7 +98,10 @@ class SingleInstance(QObject):
             if socket.waitForConnected(500):
                 socket.write(message)
                 socket.flush()
-                if socket.waitForReadyRead(int(1000 * max(0.5, deadline - time.monotonic()))) and socket.read(2) == b"ok":
+                if (
+                    socket.waitForReadyRead(int(1000 * max(0.5, deadline - time.monotonic())))
+                    and socket.read(2) == b"ok"
+                ):
                     socket.disconnectFromServer()
                     return
             socket.abort()
@@ -117,18 +132,20 @@ class SingleInstance(QObject):
 
     @Slot()
     def _read(self) -> None:
-        socket = self.sender()
-        if isinstance(socket, QLocalSocket):
-            self._take(socket)
+        for socket in list(self._buffers):
+            if socket.bytesAvailable():
+                self._take(socket)
 
     @Slot()
     def _gone(self) -> None:
-        socket = self.sender()
-        if isinstance(socket, QLocalSocket):
-            self._buffers.pop(socket, None)
-            socket.deleteLater()
+        for socket in list(self._buffers):
+            if socket.state() == socket.LocalSocketState.UnconnectedState:
+                del self._buffers[socket]
+                socket.deleteLater()
 
     def _take(self, socket: QLocalSocket) -> None:
+        import json
+
         buffer = self._buffers.get(socket, b"") + bytes(socket.readAll().data())
         self._buffers[socket] = buffer
         if len(buffer) > MAX_MESSAGE:

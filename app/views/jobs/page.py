@@ -34,7 +34,9 @@ class _Delegate(QStyledItemDelegate):
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
         return QSize(80, ROW)
 
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> None:
+    def paint(
+        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> None:
         look = theme()
         job: Job = index.data(JobRole)
         box: QRect = option.rect  # type: ignore[attr-defined]
@@ -55,7 +57,9 @@ class _Delegate(QStyledItemDelegate):
         elif index.column() != JOB and not selected:
             color = "muted"
         painter.setPen(look.color(color))
-        text = painter.fontMetrics().elidedText(str(index.data() or "").replace("\n", " "), Qt.TextElideMode.ElideRight, inner.width())
+        text = painter.fontMetrics().elidedText(
+            str(index.data() or "").replace("\n", " "), Qt.TextElideMode.ElideRight, inner.width()
+        )
         painter.drawText(inner, Qt.AlignmentFlag.AlignVCenter | Qt.AlignmentFlag.AlignLeft, text)
         painter.restore()
 
@@ -99,7 +103,10 @@ class JobsPage(Page):
         splitter.setHandleWidth(1)
         splitter.setChildrenCollapsible(False)
         self._empty = EmptyState(
-            "jobs", "No jobs yet", "Long work, such as installing an engine, appears here with its progress and its log.", None
+            "jobs",
+            "No jobs yet",
+            "Long work, such as installing an engine, appears here with its progress and its log.",
+            None,
         )
         self._stack = QStackedWidget()
         self._stack.addWidget(splitter)
@@ -218,5 +225,3 @@ class JobsPage(Page):
     def _remove(self) -> None:
         if self.selected is not None:
             self._jobs.remove(self.selected)
-
-

@@ -13,7 +13,7 @@ from app.backends.base import Spec
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.core.memory import Machine
-from app.core.options import build
+from app.core.options import OptionValue, build, describe
 from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
 from app.viewmodels.fitting import breakdown, judge, shortage
@@ -122,7 +122,17 @@ class ModelDetails(QFrame):
         self._template_fold.toggled.connect(self._read_facts)
         inside = QWidget()
         body = column(spacing=12, margins=(16, 16, 16, 16), parent=inside)
-        for item in (top, place, chips, self._problem, actions, self._estimate, self._loader_row(), self._loader_help, self._code):
+        for item in (
+            top,
+            place,
+            chips,
+            self._problem,
+            actions,
+            self._estimate,
+            self._loader_row(),
+            self._loader_help,
+            self._code,
+        ):
             body.addWidget(item) if isinstance(item, QWidget) else body.addLayout(item)
         body.addLayout(saved)
         body.addLayout(self._form_place)
@@ -199,8 +209,10 @@ class ModelDetails(QFrame):
 
     def _automatic(self, entry: ModelEntry) -> Spec | None:
         try:
-            return self._loadout.choose_loader(entry) if not self._model_settings.get(entry.id)[0] else backends.choose(
-                entry, ready=lambda _: True, cuda=bool(self._machine().gpus)
+            return (
+                self._loadout.choose_loader(entry)
+                if not self._model_settings.get(entry.id)[0]
+                else backends.choose(entry, ready=lambda _: True, cuda=bool(self._machine().gpus))
             )
         except WeftError:
             return None
@@ -225,11 +237,18 @@ class ModelDetails(QFrame):
             self.form.hide()
             self.form = None
         if spec is None:
-            reasons = {backends.refusal(s, entry, cuda=bool(self._machine().gpus)) for s in backends.specs().values() if entry.format in s.formats}
-            self._loader_help.setText(" ".join(sorted(filter(None, reasons))) or f"No loader takes {entry.format.value} models yet.")
+            reasons = {
+                backends.refusal(s, entry, cuda=bool(self._machine().gpus))
+                for s in backends.specs().values()
+                if entry.format in s.formats
+            }
+            self._loader_help.setText(
+                " ".join(sorted(filter(None, reasons))) or f"No loader takes {entry.format.value} models yet."
+            )
         else:
             self._loader_help.setText(spec.summary)
             self.form = self._form_of(spec)
+            self.form.suggest(_suggestions(entry, spec))
             self.form.set_values(self._loadout.saved_options(entry, spec))
             self.form.show()
         self._show_saved()
@@ -293,7 +312,9 @@ class ModelDetails(QFrame):
             free += f", and {readable_bytes(here.vram_free)} of graphics memory"
         self._estimate.set_tone("warning" if lacking else "info")
         self._estimate.text.setText(
-            f"{lacking} A shorter context length helps." if lacking else f"Needs about {readable_bytes(found.estimate.total)}; {free}."
+            f"{lacking} A shorter context length helps."
+            if lacking
+            else f"Needs about {readable_bytes(found.estimate.total)}; {free}."
         )
         self._estimate.setToolTip(breakdown(found.estimate, here))
         self._estimate.setVisible(True)
@@ -307,8 +328,13 @@ class ModelDetails(QFrame):
         this = now.model is not None and now.model.id == entry.id
         loading = this and now.state in (LoadoutState.STARTING, LoadoutState.LOADING)
         loaded = this and now.is_loaded
-        differs = loaded and self.form is not None and (
-            self.form.values() != now.options or (now.loader is not None and self._spec is not None and now.loader.id != self._spec.id)
+        differs = (
+            loaded
+            and self.form is not None
+            and (
+                self.form.values() != now.options
+                or (now.loader is not None and self._spec is not None and now.loader.id != self._spec.id)
+            )
         )
         self._load.setText("Reload to apply" if differs else "Reload" if loaded else "Load")
         self._load.setAccessibleName(self._load.text())
@@ -327,10 +353,18 @@ class ModelDetails(QFrame):
         lines = [
             ("Architecture", entry.architecture or entry.model_type),
             ("Parameters", f"{entry.parameters:,}" if entry.parameters else ""),
-            ("Size", f"{readable_bytes(entry.bytes)} in {len(entry.files)} file{'s' if len(entry.files) != 1 else ''}" if entry.files else ""),
+            (
+                "Size",
+                f"{readable_bytes(entry.bytes)} in {len(entry.files)} file{'s' if len(entry.files) != 1 else ''}"
+                if entry.files
+                else "",
+            ),
             ("Context", f"{readable_tokens(shape.context)} tokens" if shape.context else ""),
             ("Layers", f"{shape.layers}, {shape.hidden:,} wide{experts}" if shape.layers else ""),
-            ("Attention", f"{shape.heads} heads, {shape.kv_heads or shape.heads} for keys and values" if shape.heads else ""),
+            (
+                "Attention",
+                f"{shape.heads} heads, {shape.kv_heads or shape.heads} for keys and values" if shape.heads else "",
+            ),
             ("Vocabulary", f"{shape.vocabulary:,} tokens" if shape.vocabulary else ""),
             ("Chat template", "yes" if entry.has_chat_template else "none: a plain one is used"),
             ("Vision", "yes" if entry.vision else ""),
@@ -360,7 +394,9 @@ class ModelDetails(QFrame):
         facts = result if isinstance(result, ModelFacts) else ModelFacts(problem=str(error))
         lines = [facts.problem] if facts.problem else [f"{name} = {value}" for name, value in facts.facts]
         self._header_box.setPlainText("\n".join(lines))
-        self._template_box.setPlainText(facts.template or "The model has no chat template. A plain one (ChatML) is used.")
+        self._template_box.setPlainText(
+            facts.template or "The model has no chat template. A plain one (ChatML) is used."
+        )
 
     # Doing ------------------------------------------------------------------------------------------
 
@@ -433,3 +469,14 @@ class ModelDetails(QFrame):
             self._save_later.stop()
             self.save()
         self._background.close()
+
+
+def _suggestions(entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:
+    """Context lengths begin at what the model was trained for, up to a size that most machines hold."""
+    trained = min(entry.shape.context or 4096, 8192)
+    fields = describe(spec.options)
+    return {
+        field.name: trained
+        for field in fields
+        if field.optional and field.unit == "tokens" and "context" in field.title.lower()
+    }

@@ -103,7 +103,18 @@ class ModelsPage(Page):
         head = QFrame()
         head.setObjectName("pageHeader")
         head.setFixedHeight(56)
-        bar = row(title("Models"), self._count, 1, self.field, self._add, again, self._side, margins=(16, 0, 8, 0), spacing=8, parent=head)
+        bar = row(
+            title("Models"),
+            self._count,
+            1,
+            self.field,
+            self._add,
+            again,
+            self._side,
+            margins=(16, 0, 8, 0),
+            spacing=8,
+            parent=head,
+        )
         bar.setStretch(3, 3)
         self._splitter = QSplitter(Qt.Orientation.Horizontal)
         self._splitter.addWidget(self.view)
@@ -121,7 +132,9 @@ class ModelsPage(Page):
             add,
         )
         clear = button("Clear the filter", self.field.clear, kind="primary")
-        self._nothing = EmptyState("search", "Nothing matches", "No model has all of these words in its name, format or folder.", clear)
+        self._nothing = EmptyState(
+            "search", "Nothing matches", "No model has all of these words in its name, format or folder.", clear
+        )
         self._stack = QStackedWidget()
         for widget in (self._splitter, self._empty, self._nothing):
             self._stack.addWidget(widget)
@@ -184,7 +197,9 @@ class ModelsPage(Page):
         return [
             PaletteCommand(title="Add a folder of models…", group="Models", icon="folder-add", run=self._add_folder),
             PaletteCommand(title="Add a model file…", group="Models", icon="plus", run=self._add_file),
-            PaletteCommand(title="Refresh the library", group="Models", icon="reload", run=self._refresh, shortcut="F5"),
+            PaletteCommand(
+                title="Refresh the library", group="Models", icon="reload", run=self._refresh, shortcut="F5"
+            ),
         ]
 
     @Slot()
@@ -379,7 +394,9 @@ class ModelsPage(Page):
         except WeftError as error:
             self.failed.emit(error)
         except OSError as error:
-            self.notice.emit(Notice(text=f"It could not be restored: {error}. Take it out of the trash by hand.", tone="negative"))
+            self.notice.emit(
+                Notice(text=f"It could not be restored: {error}. Take it out of the trash by hand.", tone="negative")
+            )
         self._refresh()
 
     @Slot()
@@ -411,5 +428,3 @@ class ModelsPage(Page):
         if self.accepts(paths):
             event.acceptProposedAction()
             self.take(paths)
-
-

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from PySide6.QtCore import QModelIndex, QPersistentModelIndex, QRect, QSize, Qt, Signal
 from PySide6.QtGui import QBrush, QKeyEvent, QPainter, QPen, QResizeEvent
-from PySide6.QtWidgets import QAbstractItemView, QHeaderView, QStyle, QStyledItemDelegate, QStyleOptionViewItem, QTableView, QWidget
+from PySide6.QtWidgets import (
+    QAbstractItemView,
+    QHeaderView,
+    QStyle,
+    QStyledItemDelegate,
+    QStyleOptionViewItem,
+    QTableView,
+    QWidget,
+)
 
 from app.core.library import ModelEntry
 from app.viewmodels import model_table
@@ -14,7 +22,7 @@ from app.views.theme import theme
 
 ROW = 36
 # Wished widths; the name takes the rest. Columns go in the order of _GIVES_WAY until the name has its minimum.
-_WIDTHS = {1: 144, 2: 96, 3: 96, 4: 80, 5: 80, 6: 88, 7: 176, 8: 120}
+_WIDTHS = {1: 144, 2: 96, 3: 88, 4: 72, 5: 72, 6: 88, 7: 144, 8: 104}
 _GIVES_WAY = (
     model_table.WHERE,
     model_table.ARCHITECTURE,
@@ -23,7 +31,7 @@ _GIVES_WAY = (
     model_table.PARAMETERS,
     model_table.FORMAT,
 )
-_NAME_MINIMUM = 208
+_NAME_MINIMUM = 200
 
 
 class RowDelegate(QStyledItemDelegate):
@@ -32,7 +40,9 @@ class RowDelegate(QStyledItemDelegate):
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
         return QSize(80, ROW)
 
-    def paint(self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> None:
+    def paint(
+        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> None:
         look = theme()
         box: QRect = option.rect  # type: ignore[attr-defined]
         selected = bool(option.state & QStyle.StateFlag.State_Selected)  # type: ignore[attr-defined]
@@ -56,21 +66,29 @@ class RowDelegate(QStyledItemDelegate):
             color = "muted"
         painter.setPen(look.color(color))
         text = str(index.data() or "")
-        mode = Qt.TextElideMode.ElideMiddle if column in (model_table.NAME, model_table.WHERE) else Qt.TextElideMode.ElideRight
+        mode = (
+            Qt.TextElideMode.ElideMiddle
+            if column in (model_table.NAME, model_table.WHERE)
+            else Qt.TextElideMode.ElideRight
+        )
         alignment = Qt.AlignmentFlag(int(index.data(Qt.ItemDataRole.TextAlignmentRole) or 0))
         painter.drawText(inner, alignment, painter.fontMetrics().elidedText(text, mode, inner.width()))
         self._focus_ring(painter, option, index, box)
         painter.restore()
 
-    def _mark(self, painter: QPainter, inner: QRect, index: QModelIndex | QPersistentModelIndex, entry: ModelEntry) -> QRect:
+    def _mark(
+        self, painter: QPainter, inner: QRect, index: QModelIndex | QPersistentModelIndex, entry: ModelEntry
+    ) -> QRect:
         if entry.problem:
             icon("warning", "warning").paint(painter, QRect(inner.x(), inner.y() + (ROW - 16) // 2, 16, 16))
-        elif index.data(LoadedRole):
+            return inner.adjusted(22, 0, 0, 0)
+        if index.data(LoadedRole):
             painter.setRenderHint(QPainter.RenderHint.Antialiasing)
             painter.setPen(Qt.PenStyle.NoPen)
             painter.setBrush(theme().color("positive"))
-            painter.drawEllipse(inner.x() + 4, inner.y() + ROW // 2 - 4, 8, 8)
-        return inner.adjusted(24, 0, 0, 0)
+            painter.drawEllipse(inner.x(), inner.y() + ROW // 2 - 4, 8, 8)
+            return inner.adjusted(16, 0, 0, 0)
+        return inner
 
     def _focus_ring(
         self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex, box: QRect
@@ -147,9 +165,10 @@ class ModelView(QTableView):
             Qt.Key.Key_F2: self.rename_wanted,
             Qt.Key.Key_Delete: self.trash_wanted,
         }.get(Qt.Key(event.key()))
-        if wanted is not None and event.modifiers() in (Qt.KeyboardModifier.NoModifier, Qt.KeyboardModifier.KeypadModifier):
+        if wanted is not None and event.modifiers() in (
+            Qt.KeyboardModifier.NoModifier,
+            Qt.KeyboardModifier.KeypadModifier,
+        ):
             wanted.emit()
             return
         super().keyPressEvent(event)
-
-

@@ -63,20 +63,27 @@ class EngineCard(QFrame):
         word, tone = ("Installing…", "plain") if installing else ("Removing…", "plain") if removing else _STATES[state]
         self._chip.set(word, tone)
         there = state in (EnvironmentState.READY, EnvironmentState.OUTDATED)
+        outside = self._engines.outside(self.name) if there else ""
         size = self._engines.size(self.name)
         about = f"About {readable_bytes(self._spec.bytes)} and {self._spec.minutes} minutes to install."
-        if state is EnvironmentState.MISSING or size is None:
+        if outside:
+            self._size.setText(f"Uses {outside}, as the environment variable says.")
+        elif state is EnvironmentState.MISSING or not size:
             self._size.setText(about if not there else "")
         else:
             self._size.setText(f"{readable_bytes(size)} on disk." + ("" if there else f" {about}"))
         self._size.setVisible(bool(self._size.text()))
         problems = self._engines.problems(self.name) if there else {}
-        self._problems.setText("\n".join(f"{part} could not be installed: {reason}" for part, reason in problems.items()))
+        self._problems.setText(
+            "\n".join(f"{part} could not be installed: {reason}" for part, reason in problems.items())
+        )
         self._problems.setVisible(bool(problems))
-        idle = not installing and not removing
+        idle = not installing and not removing and not outside
         words = {EnvironmentState.OUTDATED: "Update", EnvironmentState.INCOMPLETE: "Go on"}
         self.install.setText(words.get(state, "Install"))
-        self.install.setVisible(idle and state in (EnvironmentState.MISSING, EnvironmentState.INCOMPLETE, EnvironmentState.OUTDATED))
+        self.install.setVisible(
+            idle and state in (EnvironmentState.MISSING, EnvironmentState.INCOMPLETE, EnvironmentState.OUTDATED)
+        )
         self.cancel.setVisible(installing)
         self.repair.setVisible(idle and (there or state is EnvironmentState.BROKEN))
         self.remove.setVisible(idle and state is not EnvironmentState.MISSING)

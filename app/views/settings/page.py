@@ -61,7 +61,13 @@ class SettingsPage(Page):
     remove_environment = Signal(str)
 
     def __init__(
-        self, *, settings: SettingsView, roots: LibraryRoots, engines: EngineList, paths: Paths, parent: QWidget | None = None
+        self,
+        *,
+        settings: SettingsView,
+        roots: LibraryRoots,
+        engines: EngineList,
+        paths: Paths,
+        parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
         self._settings = settings
@@ -147,7 +153,9 @@ class SettingsPage(Page):
 
     def _engine_section(self) -> None:
         self._section(
-            "engines", "Engines", "Each family of loaders runs in a Python environment of its own, apart from your system's."
+            "engines",
+            "Engines",
+            "Each family of loaders runs in a Python environment of its own, apart from your system's.",
         )
         section = EnginesSection(self._engines)
         section.remove_wanted.connect(self.remove_environment)
@@ -189,6 +197,7 @@ class SettingsPage(Page):
         idle.setValue(self._settings.now.unload_idle_minutes)
         idle.setAccessibleName("Unload a model that is not used")
         idle.setFixedWidth(120)
+        idle.lineEdit().setTextMargins(6, 0, 0, 0)
         idle.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
         idle.valueChanged.connect(lambda minutes: self._settings.set("unload_idle_minutes", minutes))
         self._body.addLayout(self._field("Unload a model that is not used, after", idle))
@@ -227,7 +236,9 @@ class SettingsPage(Page):
         name.setFixedWidth(96)
         where = ElidedLabel(short_path(str(path), str(Path.home())), Qt.TextElideMode.ElideMiddle)
         where.setProperty("tone", "muted")
-        reveal = icon_button("folder", f"Open the folder of {text.lower()}", lambda: open_locally(path if path.is_dir() else path.parent))
+        reveal = icon_button(
+            "folder", f"Open the folder of {text.lower()}", lambda: open_locally(path if path.is_dir() else path.parent)
+        )
         made = row(name, where, reveal)
         made.setStretch(1, 1)
         return made
@@ -245,12 +256,14 @@ class SettingsPage(Page):
     def _root_row(self, root: Root) -> QWidget:
         holder = QWidget()
         path = Path(root.path)
-        kind = Chip(root.title)
-        kind.setFixedWidth(160)
+        kind = label(root.title)
+        kind.setFixedWidth(152)
         where = ElidedLabel(short_path(root.path, str(Path.home())), Qt.TextElideMode.ElideMiddle)
         if not path.exists():
             where.setProperty("tone", "muted")
-            where.setText(f"{where.text()}  (not there yet)" if root.kind is RootKind.OWN else f"{where.text()}  (not there)")
+            where.setText(
+                f"{where.text()}  (not there yet)" if root.kind is RootKind.OWN else f"{where.text()}  (not there)"
+            )
         made = row(kind, where, margins=(0, 4, 0, 4), spacing=12, parent=holder)
         made.setStretch(1, 1)
         show = icon_button("folder", f"Open {root.path}", lambda: open_locally(path if path.is_dir() else path.parent))
