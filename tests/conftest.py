@@ -95,7 +95,7 @@ def _wait_until_empty(left: Callable[[], list[str]]) -> list[str]:
 def _watch_qthreads(request: pytest.FixtureRequest) -> Callable[[], list[str]]:
     """Remember every QThread that a test starts; the function returned names those that still run."""
     if "PySide6.QtCore" not in sys.modules:
-        return lambda: []
+        return list
     from PySide6.QtCore import QThread
 
     monkeypatch = request.getfixturevalue("monkeypatch")

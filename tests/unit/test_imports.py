@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,42 @@ def test_workers_and_viewmodels_know_no_widgets() -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "PySide6.QtWidgets" not in json.loads(ran.stdout)[1]
+
+
+DISTRIBUTIONS = {
+    "PySide6": "pyside6-essentials", "markdown_it": "markdown-it-py", "pynvml": "nvidia-ml-py", "huggingface_hub": "huggingface-hub",
+}  # fmt: skip
+
+
+def _imported(*folders: str) -> dict[str, str]:
+    """Top-level names that are imported anywhere below, each with a file that does."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for path in (ROOT / folder).rglob("*.py") if (ROOT / folder).is_dir() else [ROOT / folder]:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                found |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
+    return {name: path for name, path in found.items() if name not in sys.stdlib_module_names and name not in ("app", "__future__")}
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {r.split("==")[0].split("[")[0].lower().replace("_", "-") for r in requirements}
+
+
+def test_what_the_window_imports_is_declared() -> None:
+    children = {"app/generation", "app/backends"}
+    rooms = [f"app/{path.name}" for path in (ROOT / "app").iterdir() if path.name != "__pycache__"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = _names(project["dependencies"])
+    for name, path in _imported(*(room for room in rooms if room not in children)).items():
+        assert DISTRIBUTIONS.get(name, name).lower().replace("_", "-") in declared, f"{path} imports {name}"
+
+
+def test_what_engines_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = _names([*project["optional-dependencies"]["core"], *project["optional-dependencies"]["llamacpp"]])
+    for name, path in _imported("app/generation", "app/backends").items():
+        known = {"llama_cpp": "llama-cpp-python"}.get(name, name).lower().replace("_", "-")
+        assert known in declared, f"{path} imports {name}"
