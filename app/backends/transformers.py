@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 PROCESS = 350 * 1024 * 1024  # bytes: an engine with torch and transformers at work, measured without a graphics card
+BITSANDBYTES = 45 * 1024 * 1024  # bytes: what its import adds, measured
 
 MEMORY, PRECISION, CONTEXT, BEHAVIOUR = "Memory", "Precision", "Context", "Behaviour"
 
@@ -295,7 +297,14 @@ def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     ram = weights + cache + work - gpu
     if options.disk and options.cpu_memory is not None and weights > options.cpu_memory * GIB:
         ram -= max(0, weights - gpu - int(options.cpu_memory * GIB))
-    return Estimate(weights=weights, cache=cache, overhead=PROCESS + work, gpu=gpu, ram=ram + PROCESS)
+    # While loading, files whose numbers are converted lie in memory beside what is made of them.
+    stored = model.weight_bytes or model.bytes
+    passing = max(0, stored - cache - work) if abs(weights - stored) > stored // 8 else 0
+    if options.load_in_4bit or options.load_in_8bit:
+        passing += BITSANDBYTES + 12 * shape.hidden * shape.intermediate  # the library; one matrix at work
+    return Estimate(
+        weights=weights, cache=cache, overhead=PROCESS + work + passing, gpu=gpu, ram=ram + PROCESS + passing
+    )
 
 
 def _activation_bytes(model: ModelEntry, size: float, context: int) -> int:
@@ -473,7 +482,10 @@ class Backend(base.Backend):
         device, slow = hf_load.place_of(self._model)
         if slow:
             plan.notes.append("Part of the model is read from disk for each token: this is slow.")
-        self._check_quantized(plan)
+        if plan.bitsandbytes is not None:
+            self._check_quantized(plan)
+            hf_load.unmap(self._model)
+        _give_back()
         self._decoder = Decoder(self._model, device, slow)
         if not self._own_template and not options.chat_template:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
@@ -691,8 +703,6 @@ class Backend(base.Backend):
 
     def _check_quantized(self, plan: Any) -> None:
         """bitsandbytes leaves out what it cannot replace without a word; then say so."""
-        if plan.bitsandbytes is None:
-            return
         import torch
 
         names = [type(m).__name__ for m in self._model.modules() if isinstance(m, torch.nn.Linear)]
@@ -736,7 +746,7 @@ class Backend(base.Backend):
                 folder.close() if isinstance(folder, hf_files.Stage) else folder.cleanup()
         self._stage = self._offload = None
         if had_model:
-            gc.collect()
+            _give_back()
             torch = sys.modules["torch"]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -972,6 +982,16 @@ def _has_mps() -> bool:
     import torch
 
     return torch.backends.mps.is_available()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: quantizing leaves as much behind in the allocator as the weights took before."""
+    gc.collect()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            return  # another C library than glibc, which keeps less
 
 
 def _resident() -> int:

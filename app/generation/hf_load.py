@@ -172,6 +172,13 @@ def check_weights(plan: Plan) -> None:
             check(path)
 
 
+def unmap(model: Any) -> None:
+    """Copy what still lies in the mapped weight files, so that the files' pages leave memory after quantization."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
 def place_of(model: Any) -> tuple[torch.device, bool]:
     """Where input tokens go, and whether weights are read from disk at every step."""
     places = set((getattr(model, "hf_device_map", None) or {}).values())

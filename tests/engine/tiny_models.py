@@ -16,6 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from app.core.library import ModelEntry, ModelFormat, ModelShape
 
+transformers.utils.logging.disable_progress_bar()  # its monitor thread would outlive a slow test
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
