@@ -27,7 +27,7 @@ def split_position(name: str) -> tuple[str, int, int] | None:
 def parts_of(path: Path) -> tuple[list[Path], list[int]]:
     """All files of the set that a GGUF file belongs to, in order, and the numbers of those missing."""
     split = split_position(path.name)
-    if split is None or not 1 <= split[2] <= MAX_PARTS:
+    if split is None or not 1 <= split[1] <= split[2] <= MAX_PARTS:
         return [path], []
     stem, _, parts = split
     found: list[Path] = []

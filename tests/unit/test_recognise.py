@@ -314,6 +314,8 @@ def test_a_split_set_is_one_entry(tmp_path: Path) -> None:
     assert "Part 3 of 3 is missing" in model(tmp_path / "Big-00001-of-00003.gguf").problem
     write_gguf_model(tmp_path / "Huge-00001-of-99999.gguf")
     assert model(tmp_path / "Huge-00001-of-99999.gguf").name  # a count that nobody believes costs nothing
+    for odd in ("odd-00007-of-00002.gguf", "odd-00000-of-00000.gguf"):
+        assert model(write_gguf_model(tmp_path / odd[:-5] / odd).parent).files
 
 
 def projector(path: Path, width: int) -> Path:
