@@ -45,7 +45,9 @@ NASTY = [
 def _tree(rng: random.Random, size: int) -> Transcript:
     messages: list[TranscriptMessage] = []
     for index in range(size):
-        text = rng.choice(NASTY) + "".join(rng.choices(string.printable.replace("\r", "") + "äß漢", k=rng.randrange(40)))
+        text = rng.choice(NASTY) + "".join(
+            rng.choices(string.printable.replace("\r", "") + "äß漢", k=rng.randrange(40))
+        )
         messages.append(
             TranscriptMessage(
                 role=rng.choice(("user", "assistant")),
@@ -95,7 +97,15 @@ def test_markdown_and_sharegpt_keep_the_branch_that_is_shown(form: str) -> None:
 
 
 def test_sharegpt_and_messages_from_elsewhere() -> None:
-    share = [{"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]
+    share = [
+        {
+            "conversations": [
+                {"from": "system", "value": "S"},
+                {"from": "human", "value": "Q"},
+                {"from": "gpt", "value": "A"},
+            ]
+        }
+    ]
     found = read(json.dumps(share).encode(), "x.json")[0]
     assert (found.system, _turns(found), found.title) == ("S", [("user", "Q"), ("assistant", "A")], "Q")
     lines = "\n".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) for i in range(3))

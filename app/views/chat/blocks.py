@@ -17,7 +17,11 @@ BlockKind = Literal["markdown", "code", "math", "plain"]
 # A longer paragraph is broken: laying out and parsing one block must stay far below a frame's time.
 MAX_BLOCK = 4000
 PIECE = 2000
+MAX_BARS = 240  # of table cells; each costs as much as a line of text
 MAX_NESTING = 24
+FOLD = 96_000  # characters, or what takes as long to lay out: that much of a message is shown at first
+LINE_WEIGHT = 10
+BAR_WEIGHT = 60
 
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})[ \t]*([^\n]*)$")
 _ITEM = re.compile(r"^ {0,1}([-*+]|(\d{1,9})([.)]))(?:[ \t]+|$)")
@@ -57,7 +61,7 @@ class BlockSplitter:
         self._markup = markup
         self._finished: list[Block] = []
         self._lines: list[str] = []
-        self._size = 0
+        self._size = self._bars = 0
         self._partial = ""
         self._blank = False  # an empty line came since the last text line
         self._fence: tuple[str, int, str] | None = None  # open top-level fence: mark, indent, language
@@ -185,7 +189,8 @@ class BlockSplitter:
                 self._flush()
             self._append(line)
             self._watch_fence(line)
-            if self._size > MAX_BLOCK:
+            self._bars += line.count("|")
+            if self._size > MAX_BLOCK or self._bars > MAX_BARS:
                 self._break()
 
     def _break(self) -> None:
@@ -193,8 +198,8 @@ class BlockSplitter:
         head = self._lines[:2] if len(self._lines) > 2 and _DELIMITERS.match(self._lines[1]) else []
         self._flush()
         self._continues = True
-        for line in head:
-            if sum(map(len, head)) < MAX_BLOCK // 4:
+        if sum(map(len, head)) < MAX_BLOCK // 4:
+            for line in head:
                 self._append(line)
 
     def _goes_on(self, indent: int) -> bool:
@@ -248,7 +253,7 @@ class BlockSplitter:
 
     def _reset(self) -> None:
         self._lines = []
-        self._size = 0
+        self._size = self._bars = 0
         self._marker = self._inner_fence = self._math = ""
         self._ordinal = None
         self._blank = False
@@ -257,6 +262,20 @@ class BlockSplitter:
         text = "\n".join(lines).strip("\n")
         kind: BlockKind = "markdown" if self._markup and not pathological(text) else "plain"
         return Block(kind=kind, text=text, ordinal=self._ordinal, continues=self._continues)
+
+
+def fold_at(text: str) -> int:
+    """Where a very long message is folded: what comes before can be laid out in a moment. Its length when it need not be."""
+    if len(text) < FOLD // BAR_WEIGHT:
+        return len(text)
+    at = weight = 0
+    for line in text.split("\n"):
+        cost = len(line) + LINE_WEIGHT + BAR_WEIGHT * line.count("|")
+        if weight + cost > FOLD:
+            return at or FOLD
+        weight += cost
+        at += len(line) + 1
+    return len(text)
 
 
 def safe_cut(text: str, start: int) -> int:
@@ -271,10 +290,7 @@ def safe_cut(text: str, start: int) -> int:
 
 def pathological(text: str) -> bool:
     """Whether a block is built to make a parser or a layout slow, rather than to be read."""
-    if text.count("[") > 400 or text.count("|") > 3000:
-        return True
-    columns = text.split("\n", 1)[0].count("|")
-    if columns > 40:
+    if text.count("[") > 400 or text.count("|") > 2 * MAX_BARS:
         return True
     return any(_depth(line) > MAX_NESTING for line in text.split("\n", 400)[:400])
 

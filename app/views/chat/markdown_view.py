@@ -25,7 +25,7 @@ from PySide6.QtGui import (
 )
 from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QTextEdit, QWidget
 
-from app.views.chat.blocks import Block, BlockSplitter, safe_cut
+from app.views.chat.blocks import Block, BlockSplitter, fold_at, safe_cut
 from app.views.chat.code_block import CodeHeader
 from app.views.chat.highlight import CodeHighlighter
 from app.views.chat.style import GRID, ChatStyle
@@ -45,7 +45,6 @@ FRAME = 33  # milliseconds between renderings of a streaming tail
 CODE_SLICE = 6000  # characters of code inserted at a time
 LONG = 700  # characters of a paragraph from where only its end is written again
 _PROSE = re.compile(r"[^\s>|#\-+*=\d`~$\\<]")
-FOLD = 96_000  # a longer message shows its beginning first
 
 
 class MarkdownView(QTextBrowser):
@@ -105,6 +104,7 @@ class MarkdownView(QTextBrowser):
         self._inline_at = 0
         self._colored_due = 0.0
         self._streaming = False
+        self._hidden = ""
         self._highlights: deque[tuple[int, CodeHighlighter]] = deque()
         self._highlighted: dict[int, int] = {}  # code id: length of the text last coloured
         self._applied: dict[int, dict[int, tuple[tuple[int, int, str], ...]]] = {}
@@ -114,10 +114,28 @@ class MarkdownView(QTextBrowser):
 
     # -- text -------------------------------------------------------------------------------------
 
-    def set_markdown(self, text: str) -> None:
-        """Show a whole text. Long ones appear piece by piece."""
+    def set_markdown(self, text: str, *, folded: bool = True) -> None:
+        """Show a whole text. Long ones appear piece by piece, and of very long ones the beginning: see `hidden`."""
         self._restart()
-        self._splitter.feed(text)
+        cut = fold_at(text) if folded else len(text)
+        self._hidden = text[cut:]
+        self._splitter.feed(text[:cut])
+        self._splitter.finish()
+        self._queue.extend(self._splitter.take())
+        self._work()
+
+    @property
+    def hidden(self) -> str:
+        """The rest of a very long text, not shown."""
+        return self._hidden
+
+    def show_more(self) -> None:
+        """Show the next part of what is hidden."""
+        rest, self._hidden = self._hidden, ""
+        cut = fold_at(rest)
+        self._hidden = rest[cut:]
+        self._splitter = BlockSplitter(markup=self._markup)
+        self._splitter.feed(rest[:cut])
         self._splitter.finish()
         self._queue.extend(self._splitter.take())
         self._work()
@@ -278,7 +296,7 @@ class MarkdownView(QTextBrowser):
                 return
         self._drop_tail()
         self._tail_mark = self._writer.mark()
-        self._writer.write(tail)
+        self._writer.write(tail, final=False)
         self._watch_codes()
         self._tail_text = tail.text
         self._tail_due = now + max(FRAME / 1000, 10 * (time.perf_counter() - now))
@@ -286,7 +304,9 @@ class MarkdownView(QTextBrowser):
             self._inline_at = safe_cut(tail.text, 0)
             if self._inline_at:
                 self._writer.rollback(self._tail_mark)
-                self._writer.write(msgspec.structs.replace(tail, text=tail.text[: self._inline_at].rstrip()))
+                self._writer.write(
+                    msgspec.structs.replace(tail, text=tail.text[: self._inline_at].rstrip()), final=False
+                )
                 self._inline_mark = self._writer.mark()
                 self._tail_text = ""
                 self._write_tail_inline(tail.text)

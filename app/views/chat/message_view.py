@@ -15,7 +15,7 @@ from PySide6.QtGui import (
     QPen,
     QTextCursor,
 )
-from PySide6.QtWidgets import QApplication, QLabel, QMenu, QWidget
+from PySide6.QtWidgets import QApplication, QLabel, QMenu, QPushButton, QWidget
 
 from app.core.conversation import StoredMessage
 from app.core.errors import WeftError
@@ -64,6 +64,7 @@ class MessageView(QWidget):
         self._reasoning: ReasoningFold | None = None
         self._banner: Banner | None = None
         self._marker: QLabel | None = None
+        self._more: QPushButton | None = None
         self._activity = ""
         self.setFocusPolicy(Qt.FocusPolicy.TabFocus)
         self.view = MarkdownView(style, markup=not self._user, parent=self)
@@ -123,6 +124,26 @@ class MessageView(QWidget):
 
     def _show_text(self, text: str, *, whole: bool) -> None:
         self._text = text
+        self._show_answer(text, whole)
+        self._offer_more()
+
+    def _offer_more(self) -> None:
+        """A very long message is shown in parts."""
+        hidden = len(self.view.hidden)
+        if hidden and self._more is None:
+            self._more = button("", self._show_more, kind="link", parent=self)
+            self._more.show()
+        if self._more is not None:
+            self._more.setVisible(bool(hidden))
+            self._more.setText(f"Show more ({hidden:,} characters)")
+            self._more.setAccessibleName(self._more.text())
+
+    def _show_more(self) -> None:
+        self.view.show_more()
+        self._offer_more()
+        self.height_changed.emit()
+
+    def _show_answer(self, text: str, whole: bool) -> None:
         if self._user:
             self._split = Split(answer=text)
             self.view.set_markdown(text)
@@ -264,7 +285,14 @@ class MessageView(QWidget):
         self.view.setGeometry(self._bubble.x() + PADDING, y + PADDING - 4, inner, height)
         tall = self.footer.height_for(buttons)
         self.footer.setGeometry(self._bubble.x() - buttons - 4, self._bubble.bottom() - tall, buttons, tall)
-        return self._bubble.bottom() + 1
+        return self._place_more(self._bubble.x(), self._bubble.bottom() + 1)
+
+    def _place_more(self, x: int, y: int) -> int:
+        if self._more is None or self._more.isHidden():
+            return y
+        size = self._more.sizeHint()
+        self._more.setGeometry(x, y + 4, size.width(), size.height())
+        return y + size.height() + 4
 
     def _place_answer(self, width: int, y: int) -> int:
         if self._reasoning is not None:
@@ -273,7 +301,7 @@ class MessageView(QWidget):
             y += height
         height = self.view.height_for(width) if self._shown_answer else 0
         self.view.setGeometry(INSET, y, width, height)
-        y += height
+        y = self._place_more(INSET, y + height)
         if self._banner is not None:
             tall = max(48, self._banner.heightForWidth(width) if self._banner.hasHeightForWidth() else 0)
             self._banner.setGeometry(INSET, y + 4, width, tall)

@@ -26,7 +26,7 @@ from PySide6.QtGui import (
     QTextTableFormat,
 )
 
-from app.views.chat.blocks import PIECE, Block
+from app.views.chat.blocks import Block
 from app.views.chat.parse import parse, parse_inline, safe_link, split_links
 from app.views.chat.style import ChatStyle, mix
 
@@ -37,6 +37,7 @@ CODE_HEADER = 28  # pixels above the first line, where the language and the copy
 CODE_PADDING = 8
 PARAGRAPH = 10  # pixels between paragraphs
 INDENT = 24
+LINE = 4000  # characters of a line of code, before it is broken
 _HEADING_SCALE = {1: 1.45, 2: 1.28, 3: 1.14, 4: 1.0, 5: 1.0, 6: 1.0}
 _ALIGN = {
     "text-align:center": Qt.AlignmentFlag.AlignHCenter,
@@ -52,6 +53,7 @@ class CodeBlock(msgspec.Struct, kw_only=True):
     text: str
     position: int
     highlightable: bool = True
+    column: int = 0  # characters in its last line as shown
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +115,8 @@ class DocumentWriter:
 
     # -- blocks -----------------------------------------------------------------------------------
 
-    def write(self, block: Block) -> None:
-        """Append one finished or unfinished block."""
+    def write(self, block: Block, *, final: bool = True) -> None:
+        """Append one block. What an unfinished one seems to define as a link's target is not kept."""
         self._cursor.beginEditBlock()
         if block.kind == "code":
             self.open_code(block.language)
@@ -127,15 +129,20 @@ class DocumentWriter:
             self._plain(block)
         else:
             self.join(block)
-            _TokenWriter(self, block).write(parse(block.text, self._environment))
+            _TokenWriter(self, block).write(parse(block.text, self._scope(final)))
         self._cursor.endEditBlock()
+
+    def _scope(self, final: bool) -> dict[str, Any]:
+        if final:
+            return self._environment
+        return {"references": dict(self._environment.get("references", {}))}
 
     def write_inline(self, text: str) -> None:
         """Append a piece of a paragraph, with its markup, to the last block."""
         self._cursor.movePosition(QTextCursor.MoveOperation.End)
         self._cursor.beginEditBlock()
         _TokenWriter(self, Block(kind="markdown", text=text)).inline(
-            parse_inline(text, self._environment), self._char()
+            parse_inline(text, self._scope(False)), self._char()
         )
         self._cursor.endEditBlock()
 
@@ -183,8 +190,7 @@ class DocumentWriter:
         code, cursor = self._open_code, self._cursor
         assert code is not None
         code.text += text
-        shown, broken = _break_lines(text)
-        code.highlightable = code.highlightable and not broken
+        shown = self._broken(code, text)
         cursor.movePosition(QTextCursor.MoveOperation.End)
         cursor.beginEditBlock()
         first, *rest = shown.split("\n")
@@ -203,6 +209,22 @@ class DocumentWriter:
             cursor.insertBlock(last, self._code_char())
             cursor.insertText(rest[-1], self._code_char())
         cursor.endEditBlock()
+
+    def _broken(self, code: CodeBlock, text: str) -> str:
+        """Break overlong lines for the eye; the same way however the text arrives."""
+        lines: list[str] = []
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                code.column = 0
+            pieces: list[str] = []
+            while code.column + len(line) > LINE:
+                room = LINE - code.column
+                pieces.append(line[:room])
+                line, code.column = line[room:], 0
+                code.highlightable = False
+            code.column += len(line)
+            lines.append("\n".join([*pieces, line]))
+        return "\n".join(lines)
 
     def close_code(self) -> None:
         """The open code block is complete."""
@@ -522,13 +544,3 @@ def _math_text(text: str) -> str:
                 inner = before.rstrip() + ("\n" + after.strip() if after.strip() else "")
             break
     return inner.strip().replace("\n", "\u2028")
-
-
-def _break_lines(text: str) -> tuple[str, bool]:
-    """Break overlong code lines for the eye. Returns the text and whether any was broken."""
-    if all(len(line) <= 2 * PIECE for line in text.split("\n")):
-        return text, False
-    pieces: list[str] = []
-    for line in text.split("\n"):
-        pieces.extend(line[i : i + PIECE] for i in range(0, max(1, len(line)), PIECE))
-    return "\n".join(pieces), True
