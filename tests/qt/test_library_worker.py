@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PySide6.QtCore import QElapsedTimer, QObject, QThread, QTimer, Slot
@@ -19,7 +20,7 @@ from app.store.library import LibraryStore
 from app.workers.library_worker import LibraryWorker
 from tests.fakes.library_files import make_library, write_folder, write_gguf_model
 
-Start = Callable[..., LibraryWorker]
+Start = Callable[..., Any]
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def start(qtbot: QtBot, library: LibraryStore) -> Iterator[Start]:
     def begin(*roots: Path) -> LibraryWorker:
         worker = LibraryWorker(library, [Root(path=str(root)) for root in roots])
         workers.append(worker)
+        worker.recorder = Recorder(worker)  # type: ignore[attr-defined]  # before the first scan can begin
         worker.start()
         return worker
 
@@ -68,7 +70,7 @@ class Recorder(QObject):
 def test_it_scans_at_start_and_tells(qtbot: QtBot, library: LibraryStore, start: Start, tmp_path: Path) -> None:
     make_library(tmp_path / "root", 9)
     worker = start(tmp_path / "root")
-    recorder = Recorder(worker)
+    recorder = worker.recorder
     qtbot.waitUntil(lambda: recorder.scans[-1:] == [False], timeout=20_000)
     assert library.count() == 6 and library.adapter_count() == 3
     assert recorder.threads == {QThread.currentThread()} and not recorder.problems
@@ -119,7 +121,7 @@ def test_other_roots(qtbot: QtBot, library: LibraryStore, start: Start, tmp_path
 
 def test_refresh_finds_what_watching_cannot(qtbot: QtBot, library: LibraryStore, start: Start, tmp_path: Path) -> None:
     worker = start(tmp_path / "later")  # there is nothing to watch yet
-    recorder = Recorder(worker)
+    recorder = worker.recorder
     qtbot.waitUntil(lambda: recorder.scans[-1:] == [False], timeout=20_000)
     make_library(tmp_path / "later", 3)
     worker.refresh()
@@ -136,7 +138,7 @@ def test_problems_are_told_once(
     monkeypatch.setattr("app.core.scan.os.scandir", refuse)
     make_library(tmp_path / "root", 3)
     worker = start(tmp_path / "root")
-    recorder = Recorder(worker)
+    recorder = worker.recorder
     qtbot.waitUntil(lambda: recorder.scans.count(False) == 1, timeout=20_000)
     worker.refresh()
     qtbot.waitUntil(lambda: recorder.scans.count(False) == 2, timeout=20_000)
@@ -155,7 +157,7 @@ def test_a_full_disk_is_told_and_the_thread_lives(
 
     monkeypatch.setattr(LibraryStore, "put", full)
     worker = start(tmp_path / "root")
-    recorder = Recorder(worker)
+    recorder = worker.recorder
     qtbot.waitUntil(lambda: bool(recorder.problems), timeout=20_000)
     assert recorder.problems[0].kind is ErrorKind.DISK_FULL
     monkeypatch.setattr(LibraryStore, "put", real)
@@ -166,8 +168,8 @@ def test_a_full_disk_is_told_and_the_thread_lives(
 def test_it_stops_in_the_middle_of_a_scan(qtbot: QtBot, library: LibraryStore, start: Start, tmp_path: Path) -> None:
     make_library(tmp_path / "root", 300)
     worker = start(tmp_path / "root")
-    recorder = Recorder(worker)
-    qtbot.waitUntil(lambda: recorder.scans == [True], timeout=20_000)
+    recorder = worker.recorder
+    qtbot.waitUntil(lambda: recorder.scans[:1] == [True], timeout=20_000)
     began = time.monotonic()
     worker.stop()
     assert time.monotonic() - began < 5 and worker.isFinished()
@@ -206,7 +208,7 @@ def test_ten_thousand_entries_never_stall_the_window(
         heart = Heart()
         heart.start()
         worker = start(tmp_path / "root")
-        recorder = Recorder(worker)
+        recorder = worker.recorder
         began = time.monotonic()
         qtbot.waitUntil(lambda recorder=recorder: recorder.scans[-1:] == [False], timeout=300_000)
         seconds = time.monotonic() - began
