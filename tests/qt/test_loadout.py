@@ -1,0 +1,227 @@
+"""The loadout over real engine processes that follow a script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from pytestqt.qtbot import QtBot
+
+from app.core.conversation import Message
+from app.core.errors import ErrorKind, WeftError
+from app.engine.protocol import Generate
+from app.viewmodels.loadout import Loadout, LoadoutState
+from tests.fakes.fake_engine import Problem, Script
+from tests.qt.shell_parts import GB, Rooms, model
+
+ASK = Generate(messages=(Message(role="user", content="Hello"),))
+
+
+@pytest.fixture
+def rooms(home: object, qtbot: QtBot) -> Iterator[Rooms]:
+    made = Rooms.build()
+    yield made
+    made.close()
+    qtbot.wait(20)
+
+
+def wait_for(qtbot: QtBot, loadout: Loadout, state: LoadoutState, timeout: int = 15_000) -> None:
+    qtbot.waitUntil(lambda: loadout.state is state, timeout=timeout)
+
+
+def test_load_generate_unload(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(answers=("one two three",), context=4096, memory=5 * GB)
+    loadout = rooms.loadout()
+    entry = model()
+    rooms.library.put([entry])
+    loadout.load(entry)
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert loadout.context == 4096
+    assert loadout.memory == 5 * GB
+    assert rooms.library.model(entry.id).last_used > 0
+    assert rooms.settings.settings.last_model == entry.id
+    texts: list[str] = []
+    loadout.tokens.connect(lambda _id, text, _count: texts.append(text))
+    with qtbot.waitSignal(loadout.finished, timeout=10_000) as done:
+        asked = loadout.generate(ASK)
+        assert loadout.state is LoadoutState.BUSY
+    assert done.args is not None
+    assert done.args[0] == asked
+    assert "".join(texts).split() == ["one", "two", "three"]
+    assert loadout.state is LoadoutState.READY
+    assert loadout._session is not None
+    process = psutil.Process(loadout._session.worker.client.pid)
+    loadout.unload()
+    assert loadout.state is LoadoutState.EMPTY
+    assert loadout.model is None
+    qtbot.waitUntil(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, timeout=3000)
+
+
+def test_request_during_load_waits_for_it(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_seconds=0.4, tokens=3)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    with qtbot.waitSignal(loadout.finished, timeout=15_000):
+        loadout.generate(ASK)
+
+
+def test_cancel_of_a_load(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_seconds=30, load_ignores_cancel=True)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.LOADING)
+    failures: list[WeftError] = []
+    loadout.failed.connect(lambda _id, error: failures.append(error))
+    loadout.generate(ASK)
+    loadout.cancel_load()
+    assert loadout.state is LoadoutState.EMPTY
+    assert loadout.model is not None
+    qtbot.waitUntil(lambda: len(failures) == 1, timeout=2000)
+    assert failures[0].kind is ErrorKind.CANCELLED
+
+
+def test_failed_load_says_why(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_error=Problem(kind="corrupt", message="The file is cut short.", hint="Download it again."))
+    loadout = rooms.loadout()
+    with qtbot.waitSignal(loadout.load_failed, timeout=15_000) as failed:
+        loadout.load(model())
+    assert failed.args is not None
+    assert failed.args[0].message == "The file is cut short."
+    assert loadout.state is LoadoutState.FAILED
+
+
+@pytest.mark.fault
+def test_crash_is_told_and_the_next_request_starts_again(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(crash_at=2, tokens=5)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    ended: list[tuple[int, Any]] = []
+    loadout.failed.connect(lambda number, error: ended.append((number, error)))
+    with qtbot.waitSignal(loadout.crashed, timeout=15_000) as crash:
+        first = loadout.generate(ASK)
+    qtbot.waitUntil(lambda: len(ended) == 1, timeout=2000)
+    assert ended[0][0] == first
+    assert ended[0][1].kind is ErrorKind.CRASHED
+    assert crash.args is not None
+    assert crash.args[0].again
+    assert loadout.state is LoadoutState.FAILED
+    rooms.script = Script(tokens=3)
+    with qtbot.waitSignal(loadout.finished, timeout=15_000):
+        loadout.generate(ASK)
+    assert len(rooms.made) == 2
+
+
+@pytest.mark.fault
+def test_four_crashes_stop_the_restarts_and_say_so(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(crash_at=0)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    for again in (True, True, True, False):
+        with qtbot.waitSignal(loadout.crashed, timeout=15_000) as crash:
+            loadout.generate(ASK)
+        assert crash.args is not None
+        assert crash.args[0].again is again
+        qtbot.wait(10)
+    made = len(rooms.made)
+    with qtbot.waitSignal(loadout.failed, timeout=3000) as refused:
+        loadout.generate(ASK)
+    assert refused.args is not None
+    assert "4 times" in refused.args[1].message
+    assert len(rooms.made) == made
+
+
+@pytest.mark.fault
+def test_crash_while_loading(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_crash="segv")
+    loadout = rooms.loadout()
+    with qtbot.waitSignal(loadout.crashed, timeout=15_000):
+        loadout.load(model())
+    assert loadout.state is LoadoutState.FAILED
+    assert loadout.error is not None
+
+
+def test_too_big_is_asked_before_anything_starts(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.free = GB
+    loadout = rooms.loadout()
+    entry = model(size=8 * GB)
+    with qtbot.waitSignal(loadout.fit_asked, timeout=1000) as asked:
+        loadout.load(entry)
+    assert not rooms.made
+    assert asked.args is not None
+    assert "is free" in asked.args[0].message
+    loadout.load(entry, anyway=True)
+    wait_for(qtbot, loadout, LoadoutState.READY)
+
+
+def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
+    loadout = rooms.loadout()
+    entry = model()
+    environment = loadout.choose_loader(entry).environment
+    rooms.environments.missing.add(environment)
+    with qtbot.waitSignal(loadout.environment_wanted, timeout=1000) as wanted:
+        loadout.load(entry)
+    assert wanted.args == [environment]
+    assert loadout.state is LoadoutState.STARTING
+    rooms.environments.missing.clear()
+    loadout.environment_ready(environment)
+    wait_for(qtbot, loadout, LoadoutState.READY)
+
+
+def test_saved_options_are_loaded_and_stale_ones_left_out(rooms: Rooms, qtbot: QtBot) -> None:
+    loadout = rooms.loadout()
+    entry = model()
+    spec = loadout.choose_loader(entry)
+    rooms.model_settings.set(entry.id, spec.id, {"n_ctx": 1024, "no_such_option": 3})
+    loadout.load(entry)
+    assert loadout.options == {"n_ctx": 1024}
+    wait_for(qtbot, loadout, LoadoutState.READY)
+
+
+def test_select_without_autoload_waits(rooms: Rooms) -> None:
+    rooms.settings.update(autoload=False)
+    loadout = rooms.loadout()
+    loadout.select(model())
+    assert loadout.state is LoadoutState.EMPTY
+    assert loadout.model is not None
+    assert not rooms.made
+
+
+def test_no_model_is_said_later_never_from_within(rooms: Rooms, qtbot: QtBot) -> None:
+    loadout = rooms.loadout()
+    with qtbot.waitSignal(loadout.failed, timeout=1000) as failed:
+        number = loadout.generate(ASK)
+    assert failed.args is not None
+    assert failed.args[0] == number
+    assert failed.args[1].kind is ErrorKind.NOT_FOUND
+
+
+@pytest.mark.fault
+def test_stopped_engine_is_noticed_and_can_be_ended(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(hang_at=1, hang="stop")
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    loadout.generate(ASK)
+    wait_for(qtbot, loadout, LoadoutState.UNRESPONSIVE, timeout=12_000)
+    loadout.end_engine()
+    assert loadout.state is LoadoutState.FAILED
+    rooms.script = Script(tokens=2)
+    with qtbot.waitSignal(loadout.finished, timeout=15_000):
+        loadout.generate(ASK)
+
+
+def test_custom_code_permission_holds_for_these_files_only(rooms: Rooms, tmp_path: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "modeling.py").write_text("print('one')")
+    entry = model(path=str(folder), custom_code=("modeling.py",))
+    loadout = rooms.loadout()
+    assert not loadout.trusts_code(entry)
+    loadout.allow_code(entry, loadout.code_digest(entry))
+    assert loadout.trusts_code(entry)
+    (folder / "modeling.py").write_text("print('two')")
+    assert not loadout.trusts_code(entry)
