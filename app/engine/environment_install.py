@@ -53,7 +53,7 @@ class Installation:
         try:
             self._prepare()
             self._install_layers()
-        except WeftError:
+        except BaseException:  # Ctrl+C included
             if repair and aside.exists():
                 discard(self._folder, self._spec.title)
                 aside.rename(self._folder)

@@ -303,6 +303,25 @@ def test_a_repair_that_fails_gives_back_what_was_there(world: World) -> None:
     assert [path.name for path in world.environments.root.iterdir() if path.is_dir()] == ["thing"]
 
 
+@pytest.mark.fault
+def test_ctrl_c_during_a_repair_gives_back_what_was_there_and_ends_the_tree(world: World) -> None:
+    world.install()
+    (world.environments.folder("thing") / "mine").touch()
+    world.plan(native={"child": True, "sleep": 60})
+    pid_file = world.folder / "child.pid"
+
+    def interrupted() -> bool:
+        if pid_file.exists() and pid_file.read_text():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        world.install(interrupted, repair=True)
+    assert not _runs(int(pid_file.read_text()))
+    assert world.state is EnvironmentState.READY
+    assert (world.environments.folder("thing") / "mine").exists()
+
+
 def test_removing_leaves_nothing_but_the_lock(world: World) -> None:
     world.environments.remove("thing")  # nothing there: nothing happens
     world.install()
