@@ -446,9 +446,10 @@ class ChatController(QObject):
         generation = self._generation
         if generation is None or id != generation.id:
             return
-        if not generation.received:
-            self.activity_changed.emit()
+        first = not generation.received
         generation.take(text, count)
+        if first:
+            self.activity_changed.emit()
         if not self._timer.isActive():
             self._timer.start()
         if generation.conversation == self.conversation_id:

@@ -132,6 +132,7 @@ class Composer(QFrame):
         self.edit.focused.connect(self._focused)
         self._why = label("", tone="muted")
         self._help = button("", kind="link")
+        self._help.setAccessibleName("Help")
         self._help.clicked.connect(self.help_wanted)
         self._help.hide()
         row = QHBoxLayout()
@@ -186,7 +187,7 @@ class Composer(QFrame):
         self._reason, self._writing = reason, writing
         self._why.setText(reason)
         self._help.setText(help_text)
-        self._help.setAccessibleName(help_text)
+        self._help.setAccessibleName(help_text or "Help")
         self._help.setVisible(bool(help_text))
         self._update()
 

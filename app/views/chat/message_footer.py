@@ -10,18 +10,19 @@ from app.views.chat.style import ChatStyle
 from app.views.widgets import ElidedLabel, icon_button
 
 HEIGHT = 30
+_INTERRUPTED = "Interrupted \N{EM DASH} what was received is kept"
 _REASONS = {
-    "cancelled": "stopped",
-    "length": "cut at the length limit",
-    "crashed": "the engine crashed \N{EM DASH} what was received is kept",
-    "failed": "broken off",
+    "cancelled": "Stopped",
+    "length": "Cut at the length limit",
+    "crashed": "The engine crashed \N{EM DASH} what was received is kept",
+    "failed": "Broken off",
 }
 
 
 def describe_statistics(statistics: AnswerStatistics | None, *, complete: bool) -> str:
     """The small line under an answer."""
     if statistics is None:
-        return "" if complete else "interrupted \N{EM DASH} what was received is kept"
+        return "" if complete else _INTERRUPTED
     parts = [statistics.model]
     if statistics.model and statistics.stack:
         parts.append(statistics.stack)
@@ -32,10 +33,11 @@ def describe_statistics(statistics: AnswerStatistics | None, *, complete: bool) 
         parts.append(f"{rate:.0f} tokens/s" if rate >= 100 else f"{rate:.1f} tokens/s")
     if statistics.seconds_to_first_token:
         parts.append(f"first token {_seconds(statistics.seconds_to_first_token)}")
-    if reason := _REASONS.get(statistics.finish_reason, ""):
-        parts.append(reason)
-    elif not complete:
-        parts.append("interrupted \N{EM DASH} what was received is kept")
+    reason = _REASONS.get(statistics.finish_reason, "")
+    if not reason and not complete:
+        reason = _INTERRUPTED
+    if reason:  # first, because the end of a narrow line is cut
+        parts.insert(0, reason)
     return " · ".join(part for part in parts if part)
 
 

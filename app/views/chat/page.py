@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PySide6.QtCore import QEvent, Qt, QTimer, Slot
+from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
 from PySide6.QtGui import QGuiApplication, QKeyEvent, QResizeEvent
 from PySide6.QtWidgets import QFileDialog, QFrame, QSplitter, QStackedLayout, QWidget
 
@@ -72,6 +72,9 @@ class ChatPage(Page):
         self._build()
         self._connect()
         self._add_actions()
+        application = QCoreApplication.instance()
+        assert application is not None
+        application.aboutToQuit.connect(self.shutdown)  # while the stores are still open
         self._refresh_list()
         self._opened()
         self._path_changed()
@@ -251,6 +254,7 @@ class ChatPage(Page):
         else:
             self.composer.edit.setFocus()
 
+    @Slot()
     def shutdown(self) -> None:
         """The window closes: stop the answer, save what came and what is typed."""
         self.composer.flush()

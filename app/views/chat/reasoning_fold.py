@@ -32,7 +32,7 @@ class ReasoningFold(QWidget):
         self._style = msgspec.structs.replace(style, text=style.muted)
         self._text = ""
         self._view: MarkdownView | None = None
-        self._since = 0.0
+        self._since = self._took = 0.0
         self._header = QToolButton(self)
         self._header.setCheckable(True)
         self._header.setToolButtonStyle(Qt.ToolButtonStyle.ToolButtonTextBesideIcon)
@@ -74,6 +74,8 @@ class ReasoningFold(QWidget):
             self._timer.stop()
             if self._view is not None:
                 self._view.finish()
+            if not seconds and self._since:
+                seconds = self._took = self._took or time.monotonic() - self._since
             self._set_title(f"Thought for {_duration(seconds)}" if seconds else "Thoughts")
 
     @Slot()

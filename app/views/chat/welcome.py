@@ -59,14 +59,14 @@ class Welcome(QWidget):
         if starter:
             self._head.setText("Ask the starter model")
             self._sentence.setText(
-                "It is tiny and only knows Weft itself. Download a larger model to talk about anything."
+                "It is tiny and only knows Weft itself.\nDownload a larger model to talk about anything."
             )
         elif name:
             self._head.setText("A new chat")
-            self._sentence.setText(f"Write to {name} below. What you write stays on this computer.")
+            self._sentence.setText(f"Write to {name} below.\nWhat you write stays on this computer.")
         else:
             self._head.setText("A new chat")
-            self._sentence.setText("Choose a model above, then write below. What you write stays on this computer.")
+            self._sentence.setText("Choose a model above, then write below.\nWhat you write stays on this computer.")
         self._questions.setVisible(starter)
         for made in self.buttons:
             made.setEnabled(can_ask)

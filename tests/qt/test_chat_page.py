@@ -1,0 +1,426 @@
+"""The Chat page as somebody uses it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PySide6.QtCore import QObject, Qt
+from PySide6.QtGui import QGuiApplication
+from PySide6.QtWidgets import QAbstractButton, QComboBox, QLineEdit, QPlainTextEdit, QTextEdit, QWidget
+from pytestqt.qtbot import QtBot
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.paths import resources
+from app.store.chats import ChatStore
+from app.store.database import Database
+from app.store.settings import SettingsStore
+from app.viewmodels.chat_list import ListRole
+from app.viewmodels.loadout import LoadoutState
+from app.views.chat.link_dialog import LinkDialog
+from app.views.chat.page import ChatPage
+from app.views.page import Notice
+from tests.fakes.fake_loadout import FakeLoadout
+
+
+class Desk:
+    """The page on a desk, with everything that it tells."""
+
+    def __init__(self, qtbot: QtBot, folder: Path) -> None:
+        self.qtbot, self.folder = qtbot, folder
+        self.database = Database(folder / "weft.sqlite")
+        self.store = ChatStore(self.database)
+        self.settings = SettingsStore(folder / "settings.toml")
+        self.loadout = FakeLoadout()
+        self.notices: list[Notice] = []
+        self.failures: list[WeftError] = []
+        self.picked = 0
+        self.page = self.open_page()
+
+    def open_page(self) -> ChatPage:
+        page = ChatPage(self.store, self.loadout, self.settings, self._pick)  # type: ignore[arg-type]
+        page.notice.connect(self.notices.append)
+        page.failed.connect(self.failures.append)
+        self.qtbot.addWidget(page)
+        page.resize(1100, 700)
+        page.show()
+        self.qtbot.waitExposed(page)
+        page.composer.edit.setFocus()
+        return page
+
+    def _pick(self) -> None:
+        self.picked += 1
+
+    def type(self, text: str) -> None:
+        self.qtbot.keyClicks(self.page.composer.edit, text)
+
+    def press(self, key: Qt.Key, modifier: Qt.KeyboardModifier = Qt.KeyboardModifier.NoModifier) -> None:
+        self.qtbot.keyClick(self.page.composer.edit, key, modifier)
+
+    def ask(self, question: str, answer: str, **fields: object) -> None:
+        assert self.page.controller.send(question)
+        self.loadout.answer(answer, **fields)
+
+    def view(self, at: int = -1) -> object:
+        self.settle()
+        return self.page.transcript.view_of(self.page.controller.path[at].id)
+
+    def settle(self) -> None:
+        self.qtbot.wait(30)
+        self.qtbot.waitUntil(lambda: not any(v.view.busy and not v._writing for v in self.page.transcript.views))
+
+
+@pytest.fixture
+def desk(qtbot: QtBot, tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(qtbot, tmp_path)
+    yield made
+    made.page.shutdown()
+    made.database.close()
+
+
+def test_enter_sends_shift_enter_breaks_and_escape_stops(desk: Desk) -> None:
+    desk.type("one")
+    desk.press(Qt.Key.Key_Return, Qt.KeyboardModifier.ShiftModifier)
+    desk.type("two")
+    desk.press(Qt.Key.Key_Return)
+    assert desk.loadout.requests[0].messages[-1].content == "one\ntwo"
+    assert desk.page.composer.text == ""
+    desk.loadout.say("half")
+    desk.press(Qt.Key.Key_Escape)
+    assert desk.loadout.cancelled == [1]
+    desk.loadout.finish("cancelled")
+    assert "Stopped" in desk.view().footer.statistics  # type: ignore[attr-defined]
+
+
+def test_an_answer_streams_into_view_with_its_numbers(desk: Desk) -> None:
+    desk.page.send("q")
+    for piece in ("Some **bo", "ld** text", "\n\n```py\nx = 1", "\n```\n"):
+        desk.loadout.say(piece)
+        desk.qtbot.wait(40)
+    desk.loadout.finish(tokens=12, seconds=2.2)
+    view = desk.view()
+    assert view.view.toPlainText() == "Some bold text\nx = 1"  # type: ignore[attr-defined]
+    text = view.footer.statistics  # type: ignore[attr-defined]
+    assert "Model · base · 12 tokens · 5.0 tokens/s · first token" in text
+
+
+def test_reasoning_is_folded_with_its_time(desk: Desk) -> None:
+    desk.page.send("q")
+    desk.loadout.say("<think>secret ")
+    desk.qtbot.wait(50)
+    view = desk.view()
+    assert view.reasoning.title.startswith("Thinking")  # type: ignore[attr-defined]
+    desk.loadout.say("thoughts</think>answer")
+    desk.loadout.finish()
+    assert view.view.toPlainText() == "" or desk.view().view.toPlainText() == "answer"  # type: ignore[attr-defined]
+    assert view.reasoning.title.startswith("Thought for")  # type: ignore[attr-defined]
+    view.reasoning.set_open(True)  # type: ignore[attr-defined]
+    desk.settle()
+    assert view.reasoning.view.toPlainText() == "secret thoughts"  # type: ignore[attr-defined]
+    desk.page._requested(view.message.id, "copy")  # type: ignore[attr-defined]
+    assert QGuiApplication.clipboard().text() == "answer"
+
+
+def test_a_prompt_that_fails_stays_in_the_composer(desk: Desk) -> None:
+    desk.loadout.refuse = WeftError(ErrorKind.ENVIRONMENT, "No engine.", "Install.")
+    desk.type("precious")
+    desk.press(Qt.Key.Key_Return)
+    assert desk.page.composer.text == "precious" and desk.failures
+
+
+def test_a_crash_shows_what_to_do_and_keeps_the_text(desk: Desk) -> None:
+    desk.page.send("q")
+    desk.loadout.say("received")
+    desk.loadout.fail(WeftError(ErrorKind.CRASHED, "The engine crashed.", "Send again to start it anew."))
+    view = desk.view()
+    assert "received" in view.view.toPlainText()  # type: ignore[attr-defined]
+    assert "what was received is kept" in view.footer.statistics  # type: ignore[attr-defined]
+    assert "Send again" in view.banner.text.text()  # type: ignore[attr-defined]
+    view._retry()  # type: ignore[attr-defined]
+    assert desk.loadout.requests[-1].continue_last
+
+
+def test_drafts_survive_switching_and_restarting(desk: Desk) -> None:
+    desk.ask("one", "1")
+    first = desk.page.controller.conversation_id
+    desk.type("draft in one")
+    desk.page.new_chat()
+    assert desk.page.composer.text == ""
+    desk.type("draft in new")
+    desk.page.open(first)
+    assert desk.page.composer.text == "draft in one"
+    desk.page.shutdown()
+    again = desk.open_page()
+    assert again.composer.text == "draft in new"
+    again.open(first)
+    assert again.composer.text == "draft in one"
+    again.shutdown()
+
+
+def test_without_a_model_the_reason_and_a_way_out_are_shown(desk: Desk) -> None:
+    desk.loadout.set_state(LoadoutState.EMPTY, model=False)
+    assert desk.page.composer.reason == "No model is loaded."
+    desk.type("kept")
+    desk.press(Qt.Key.Key_Return)
+    assert desk.page.composer.text == "kept" and not desk.loadout.requests
+    desk.page.composer._help.click()
+    assert desk.picked == 1
+
+
+def test_suggestions_stand_there_only_for_the_starter_model(desk: Desk) -> None:
+    assert desk.page.welcome._questions.isHidden()
+    assert desk.loadout.model is not None
+    import msgspec
+
+    desk.loadout.model = msgspec.structs.replace(desk.loadout.model, path=str(resources() / "starter" / "model"))
+    desk.loadout.changed.emit()
+    assert not desk.page.welcome._questions.isHidden()
+    desk.page.welcome.buttons[0].click()
+    assert desk.loadout.requests[0].messages[-1].content == "How do I add a LoRA?"
+
+
+def test_edit_in_place_and_go_between_versions(desk: Desk) -> None:
+    desk.ask("one", "1")
+    view = desk.view(0)
+    view._request("edit")  # type: ignore[attr-defined]
+    view.editor._edit.setPlainText("uno")  # type: ignore[attr-defined]
+    desk.qtbot.keyClick(view.editor._edit, Qt.Key.Key_Return, Qt.KeyboardModifier.ControlModifier)  # type: ignore[attr-defined]
+    desk.loadout.answer("2")
+    question = desk.view(0)
+    assert question.footer._count.text() == "2/2"  # type: ignore[attr-defined]
+    question.footer._previous.click()  # type: ignore[attr-defined]
+    assert [m.content for m in desk.page.controller.path] == ["one", "1"]
+
+
+def test_an_editor_that_is_given_up_changes_nothing(desk: Desk) -> None:
+    desk.ask("one", "1")
+    view = desk.view(1)
+    view._request("edit")  # type: ignore[attr-defined]
+    view.editor._edit.setPlainText("changed")  # type: ignore[attr-defined]
+    desk.qtbot.keyClick(view.editor._edit, Qt.Key.Key_Escape)  # type: ignore[attr-defined]
+    assert not view.editing and [m.content for m in desk.page.controller.path] == ["one", "1"]  # type: ignore[attr-defined]
+
+
+def test_the_list_searches_all_text_groups_by_date_and_renames(desk: Desk) -> None:
+    desk.ask("about zebras", "They have stripes.")
+    desk.page.new_chat()
+    desk.ask("about soup", "Lentils.")
+    model = desk.page.model
+    assert [model.data(model.index(row)) for row in range(model.rowCount())] == ["Today", "about soup", "about zebras"]
+    desk.page.side.field.setText("strip")
+    desk.qtbot.waitUntil(lambda: model.rowCount() == 2)
+    assert model.conversations[0].title == "about zebras"
+    desk.page.side.field.setText("")
+    desk.qtbot.waitUntil(lambda: model.rowCount() == 3)
+    desk.page._rename_current()
+    editor = desk.page.side.list.findChild(QLineEdit)
+    assert editor is not None
+    editor.setText("Soup!")
+    desk.qtbot.keyClick(editor, Qt.Key.Key_Return)
+    desk.qtbot.waitUntil(lambda: model.conversations[0].title == "Soup!")
+    desk.page.controller.set_pinned(model.conversations[1].id, True)
+    assert model.data(model.index(0)) == "Pinned" and model.data(model.index(1), ListRole.PINNED)
+
+
+def test_deleting_a_chat_offers_undo(desk: Desk) -> None:
+    desk.ask("one", "1")
+    id = desk.page.controller.conversation_id
+    desk.page._delete(id)
+    assert desk.page.model.rowCount() == 0
+    undo = desk.notices[-1]
+    assert undo.action == "Undo" and undo.run is not None
+    undo.run()
+    assert desk.page.controller.conversation_id == id
+
+
+def test_ten_thousand_chats_stay_fluid(desk: Desk) -> None:
+    now = time.time()
+    with desk.database.transaction() as connection:
+        connection.executemany(
+            "INSERT INTO conversations (title, created, modified) VALUES (?, ?, ?)",
+            [(f"Chat {i}", now, now - i * 3600) for i in range(10_000)],
+        )
+    before = time.thread_time()
+    desk.page._refresh_list()
+    desk.page.side.list.grab()
+    spent = time.thread_time() - before
+    print(f"10,000 chats listed and painted in {spent * 1000:.0f} ms")
+    assert len(desk.page.model.conversations) == 10_000
+    assert spent < 0.4
+
+
+def test_find_walks_through_matches_as_they_are_shown(desk: Desk) -> None:
+    for i in range(30):
+        desk.ask(f"question {i}", f"Answer with a ne**edl**e and text {i}.\n\n" + "filler\n\n" * 10)
+    desk.page.find()
+    assert desk.page.find_bar.isVisible()
+    desk.page.find_bar.field.setText("needle")
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return)
+    desk.qtbot.waitUntil(lambda: not desk.page.finder.working)
+    assert desk.page.finder.count == 30 and desk.page.find_bar.count_text == "1 of 30"
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return, Qt.KeyboardModifier.ShiftModifier)
+    assert desk.page.find_bar.count_text == "30 of 30"
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return)
+    view = desk.view(1)
+    assert view is not None and view.isVisible() and view.view.extraSelections()  # type: ignore[attr-defined]
+    desk.page.find_bar.field.setText("nowhere")
+    desk.qtbot.waitUntil(lambda: desk.page.find_bar.count_text == "no matches")
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Escape)
+    assert not desk.page.find_bar.isVisible()
+
+
+def test_it_follows_the_answer_until_the_user_scrolls_up(desk: Desk) -> None:
+    desk.ask("q", "line\n\n" * 80)
+    desk.page.send("more")
+    bar = desk.page.transcript.verticalScrollBar()
+    desk.loadout.say("text\n\n" * 30)
+    desk.qtbot.waitUntil(lambda: bar.value() == bar.maximum() and bar.maximum() > 500)
+    bar.triggerAction(bar.SliderAction.SliderPageStepSub)
+    place = bar.value()
+    assert not desk.page.transcript.following
+    desk.loadout.say("text\n\n" * 60)
+    desk.qtbot.wait(120)
+    assert bar.value() == place and desk.page.transcript._latest.isVisible()
+    desk.page.transcript._latest.click()
+    assert bar.value() == bar.maximum()
+    desk.loadout.say("text\n\n" * 30)
+    desk.qtbot.waitUntil(lambda: bar.value() == bar.maximum())
+    desk.loadout.finish()
+
+
+def test_a_thousand_messages_have_few_widgets_and_open_at_once(desk: Desk) -> None:
+    conversation = desk.store.create("Long")
+    parent = 0
+    with desk.database.transaction() as connection:
+        for i in range(1000):
+            parent = (
+                connection.execute(
+                    "INSERT INTO messages (conversation, parent, role, content, created) VALUES (?, ?, ?, ?, 0)",
+                    (conversation.id, parent, "assistant" if i % 2 else "user", f"message {i} " + "text " * (i % 90)),
+                ).lastrowid
+                or 0
+            )
+    desk.store.set_leaf(conversation.id, parent)
+    before = time.thread_time()
+    desk.page.open(conversation.id)
+    desk.page.transcript.grab()
+    spent = time.thread_time() - before
+    print(f"1,000 messages opened in {spent * 1000:.0f} ms with {len(desk.page.transcript.views)} widgets")
+    assert spent < 0.5 and len(desk.page.transcript.views) < 40
+    bar = desk.page.transcript.verticalScrollBar()
+    for share in (0.0, 0.3, 0.7, 1.0):
+        bar.setValue(round(bar.maximum() * share))
+        shown = [v for v in desk.page.transcript.views if v.isVisible()]
+        assert shown and len(desk.page.transcript.views) < 80
+
+
+def test_dropped_turns_are_marked_in_place(desk: Desk) -> None:
+    for i in range(4):
+        desk.ask(f"q{i}", f"a{i}", dropped_messages=4 if i == 3 else 0)
+    entries = desk.page._entries()
+    assert [entry.marker for entry in entries] == [False] * 4 + [True] + [False] * 3
+
+
+def test_sampling_presets_and_reset(desk: Desk) -> None:
+    desk.page.toggle_panel()
+    panel = desk.page.panel
+    panel.preset.setCurrentText("Precise")
+    panel.preset.activated.emit(panel.preset.currentIndex())
+    assert desk.page.controller.sampling["temperature"] == 0.2
+    panel.set_values("", {"temperature": 0.33})
+    desk.page.controller.set_sampling({"temperature": 0.33})
+    assert panel.preset.currentText() == "Changed"
+    panel.save_preset("Mine")
+    assert panel.preset.currentText() == "Mine"
+    assert SettingsStore(desk.folder / "settings.toml").settings.sampling_presets == {"Mine": {"temperature": 0.33}}
+    panel.save_preset("precise")
+    assert desk.failures and "comes with Weft" in desk.failures[-1].message
+    panel.rename_preset("Mine", "Ours")
+    panel.delete_preset("Ours")
+    assert "Ours" not in desk.settings.settings.sampling_presets
+    assert desk.notices[-1].run is not None
+    desk.notices[-1].run()
+    assert "Ours" in desk.settings.settings.sampling_presets
+    panel.system.setPlainText("Be brief.")
+    panel.flush()
+    desk.page.send("q")
+    assert desk.loadout.requests[0].messages[0].content == "Be brief."
+    panel._reset_all()
+    assert desk.page.controller.sampling == {} and desk.page.controller.system == ""
+
+
+def test_export_and_import_run_beside_the_window(desk: Desk) -> None:
+    desk.ask("one", "1")
+    path = desk.folder / "out.json"
+    desk.page.export([desk.page.controller.conversation_id], "json", path)
+    desk.qtbot.waitUntil(lambda: any("exported" in n.text for n in desk.notices))
+    assert json.loads(path.read_text())["conversations"][0]["title"] == "one"
+    assert desk.page.accepts([path]) and not desk.page.accepts([Path("x.gguf")])
+    desk.page.take([path])
+    desk.qtbot.waitUntil(lambda: any("imported" in n.text for n in desk.notices))
+    assert len(desk.page.model.conversations) == 2
+    bad = desk.folder / "bad.json"
+    bad.write_text("[1]")
+    desk.page.import_([path, bad])
+    desk.qtbot.waitUntil(lambda: bool(desk.failures))
+    assert len(desk.store.conversations()) == 2
+
+
+@pytest.mark.attack
+def test_a_link_asks_before_it_opens(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "app.views.chat.link_dialog.QDesktopServices.openUrl", lambda url: opened.append(url.toString())
+    )
+    desk.page._link("https://example.org/x")
+    dialog = desk.page.findChild(LinkDialog)
+    assert dialog is not None and "https://example.org/x" in dialog.informativeText() and opened == []
+    dialog.open_button.click()
+    assert opened == ["https://example.org/x"]
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_messages(desk: Desk) -> None:
+    desk.page.toggle_panel()
+    desk.ask("one", "<think>a</think>two\n\n```py\nx\n```")
+    desk.settle()
+    nameless = [
+        f"{type(widget).__name__} {widget.objectName()}"
+        for widget in desk.page.findChildren(QWidget)
+        if isinstance(widget, QAbstractButton | QComboBox | QLineEdit | QPlainTextEdit | QTextEdit)
+        and widget.focusPolicy() & Qt.FocusPolicy.TabFocus
+        and not (widget.accessibleName() or getattr(widget, "text", str)())
+        and not _inside_a_control(widget)
+    ]
+    assert nameless == []
+    desk.page._walk(-1)
+    assert desk.page.transcript.view_of(desk.page.controller.path[-1].id).hasFocus()  # type: ignore[union-attr]
+    desk.page._walk(-1)
+    view = desk.page.transcript.view_of(desk.page.controller.path[0].id)
+    assert view is not None and view.hasFocus() and view.accessibleName() == "You: one"
+
+
+def _inside_a_control(widget: QObject) -> bool:
+    parent = widget.parent()
+    return isinstance(parent, QComboBox) or "SpinBox" in type(parent).__name__ or "NumberBox" in type(parent).__name__
+
+
+def test_side_bar_and_panel_toggle_and_share_narrow_windows(desk: Desk) -> None:
+    desk.page.toggle_side()
+    assert desk.page.side.isHidden()
+    desk.page.toggle_side()
+    desk.page.resize(800, 560)
+    desk.qtbot.wait(20)
+    desk.page.toggle_panel()
+    assert desk.page.side.isHidden() and not desk.page.panel.isHidden()
+
+
+def test_a_theme_switch_keeps_an_open_editor(desk: Desk) -> None:
+    desk.ask("one", "1")
+    view = desk.view(0)
+    view._request("edit")  # type: ignore[attr-defined]
+    view.editor._edit.setPlainText("typed")  # type: ignore[attr-defined]
+    desk.page.transcript.restyle()
+    assert view.editor.text == "typed"  # type: ignore[attr-defined]
