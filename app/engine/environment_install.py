@@ -57,6 +57,7 @@ class Installation:
             if repair and aside.exists():
                 discard(self._folder, self._spec.title)
                 aside.rename(self._folder)
+                marker.unlink(missing_ok=True)
             raise
         discard(aside, self._spec.title)
         marker.unlink(missing_ok=True)
