@@ -82,14 +82,14 @@ SPEC = Spec(
 )
 
 
-class _Said(msgspec.Struct):
-    """The text of the last prompt and its answer, and the tokens that spelt it then.
+class _Said(msgspec.Struct, frozen=True):
+    """A text that was read or written, and the tokens that spelt it then."""
 
-    Two texts, where a space was dropped before the answer: templates put it back or do not.
-    """
+    text: str
+    tokens: list[int]
 
-    texts: tuple[str, ...] = ()
-    tokens: list[int] = []
+
+_REMEMBERED = 24  # texts; each answer adds its prompt, and itself once or twice
 
 
 class Backend(BaseBackend):
@@ -102,7 +102,7 @@ class Backend(BaseBackend):
         self._context: Any = None
         self._template: Any = None
         self._options = Options()
-        self._said = _Said()
+        self._said: list[_Said] = []
         self._answers = 0
 
     def libraries(self) -> dict[str, str]:
@@ -249,7 +249,7 @@ class Backend(BaseBackend):
         if self._model is not None:
             self._model.close()
             self._model = None
-        self._said = _Said()
+        self._said.clear()
 
     # Generating ----------------------------------------------------------------------------
 
@@ -294,7 +294,6 @@ class Backend(BaseBackend):
 
         context = self._context
         started = time.monotonic()
-        self._said = _Said()
         reused = context.reuse(prompt)
         new = prompt[reused:]
 
@@ -325,7 +324,10 @@ class Backend(BaseBackend):
             strip=not plain and self._model.adds_space,
         )
         reason = loop.run(report.tokens)
-        self._said = _Said((text + loop.text, text + loop.stripped + loop.text), prompt + loop.tokens)
+        self._remember(text, prompt)
+        # Where a space was dropped before the answer, templates put it back or do not.
+        for answer in {loop.text, loop.stripped + loop.text}:
+            self._remember(text + answer, prompt + loop.tokens)
         return Generated(finish_reason=reason, tokens=loop.count, seconds=time.monotonic() - read, **numbers)
 
     def _check_logits(self) -> None:
@@ -369,18 +371,24 @@ class Backend(BaseBackend):
         return tokens, texts.get(id(tokens), ""), dropped
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokens of a text; where it begins with the last prompt and its answer, those very tokens.
+        """Tokens of a text; where it begins with one that was read or written before, the tokens that spelt that.
 
-        An answer is not always tokenized the way that it was generated. Taking it as it was saves reading it again.
+        An answer is not always tokenized the way that it was generated. Taking it as it was saves reading it again,
+        in the next turn, when an answer is made anew and when the last question is changed.
         """
-        model, said = self._model, self._said
-        known = next((known for known in said.texts if known and text.startswith(known)), "")
-        if known:
-            rest = model.tokenize(text[len(known) :])
-            # A tokenizer that puts a space before a text would put one into the middle here, unless a special token begins.
-            if not rest or not model.adds_space or model.piece(rest[0]) == b"":
-                return said.tokens + rest
+        model = self._model
+        known = max((s for s in self._said if text.startswith(s.text)), key=lambda s: len(s.text), default=None)
+        if known is not None:
+            rest = model.tokenize(text[len(known.text) :])
+            # Words must not be cut in two: a special token has to stand at the seam.
+            if not rest or model.piece(rest[0]) == b"" or model.piece(known.tokens[-1]) == b"":
+                return known.tokens + rest
         return model.with_bos(model.tokenize(text))
+
+    def _remember(self, text: str, tokens: list[int]) -> None:
+        self._said = [said for said in self._said if said.text != text][1 - _REMEMBERED :]
+        if text:
+            self._said.append(_Said(text, tokens))
 
     def _seed(self, wanted: int | None) -> int:
         if wanted is not None:
@@ -400,7 +408,6 @@ class Backend(BaseBackend):
         context = self._context
         context.abort.clear()
         report.on_cancel(context.abort.set)
-        self._said = _Said()
         context.clear()
         try:
             return score(self._model, context, request, report.progress)

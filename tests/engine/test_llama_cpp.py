@@ -104,6 +104,24 @@ def test_the_same_prompt_again_decodes_its_last_token_only(tiny):
         assert second.reused_tokens == first.prompt_tokens - 1
 
 
+def test_making_an_answer_anew_and_changing_the_question_read_no_history(tiny):
+    with loaded(tiny) as (backend, _):
+        answer, first = say(backend, "the sea is near the shore")
+        _, second = say(backend, "the sea is near the shore", answer, "and then")
+        _, anew = say(backend, "the sea is near the shore", answer, "and then")
+        assert anew.reused_tokens == second.prompt_tokens - 1
+        _, changed = say(backend, "the sea is near the shore", answer, "or not")
+        assert changed.reused_tokens >= first.prompt_tokens + first.tokens - 1
+
+
+def test_a_prompt_that_grows_in_the_middle_of_a_word_is_tokenized_whole(tiny):
+    with loaded(tiny) as (backend, _), Bare(tiny.path) as bare:
+        for text in ("the r", "the rain", "the rain is", "the rain island"):
+            write_on(backend, text, Sampling(temperature=0, max_tokens=1))
+            expected = bare.tokenize(text)
+            assert backend._said[-1].tokens[: len(expected)] == expected
+
+
 def test_continuing_an_answer_goes_on_where_it_stopped(tiny):
     with loaded(tiny) as (backend, _):
         whole, _ = say(backend, "the sea", sampling=Sampling(temperature=0, max_tokens=24))
