@@ -32,7 +32,17 @@ def machine(free: int = 16 * GB) -> Machine:
 def model(name: str = "maker/tiny-1B", folder: str = "/models", *, size: int = GB, **fields: object) -> ModelEntry:
     """A GGUF model entry that llama.cpp's SPEC takes; no file of it exists."""
     path = f"{folder}/{name}.gguf"
-    shape = ModelShape(layers=4, hidden=64, intermediate=128, heads=4, kv_heads=4, head_dim=16, value_dim=16, vocabulary=100, context=2048)
+    shape = ModelShape(
+        layers=4,
+        hidden=64,
+        intermediate=128,
+        heads=4,
+        kv_heads=4,
+        head_dim=16,
+        value_dim=16,
+        vocabulary=100,
+        context=2048,
+    )
     entry = ModelEntry(
         id=path,
         name=name,

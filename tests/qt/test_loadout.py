@@ -83,7 +83,9 @@ def test_cancel_of_a_load(rooms: Rooms, qtbot: QtBot) -> None:
 
 
 def test_failed_load_says_why(rooms: Rooms, qtbot: QtBot) -> None:
-    rooms.script = Script(load_error=Problem(kind="corrupt", message="The file is cut short.", hint="Download it again."))
+    rooms.script = Script(
+        load_error=Problem(kind="corrupt", message="The file is cut short.", hint="Download it again.")
+    )
     loadout = rooms.loadout()
     with qtbot.waitSignal(loadout.load_failed, timeout=15_000) as failed:
         loadout.load(model())

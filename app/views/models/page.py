@@ -302,7 +302,8 @@ class ModelsPage(Page):
     @Slot()
     def load_selected(self) -> None:
         if self.selected is not None:
-            self.details.show_entry(self.selected)
+            if self.details.entry is None or self.details.entry.id != self.selected.id:
+                self.details.show_entry(self.selected)
             self.details.load()
 
     def make_menu(self, entry: ModelEntry, parent: QWidget) -> QMenu:

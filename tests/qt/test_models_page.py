@@ -1,0 +1,260 @@
+"""The Models page: the table, filter, details, drops, renaming, the trash."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
+from PySide6.QtGui import QDragEnterEvent, QDropEvent
+from PySide6.QtWidgets import QApplication
+from pytestqt.qtbot import QtBot
+
+from app.core.errors import WeftError
+from app.core.library import ModelFormat
+from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.loadout import LoadoutState
+from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
+from app.viewmodels.model_table import ModelTable
+from app.views.models.page import ModelsPage
+from app.views.page import Notice
+from tests.qt.shell_parts import GB, Rooms, model, touch
+
+
+@pytest.fixture
+def rooms(home: Path, qtbot: QtBot) -> Iterator[Rooms]:
+    made = Rooms.build()
+    yield made
+    made.close()
+    qtbot.wait(20)
+
+
+@pytest.fixture
+def page(rooms: Rooms, qtbot: QtBot) -> Iterator[ModelsPage]:
+    rooms.library.put(
+        [
+            model("maker/small-7b", size=4 * GB),
+            model("maker/large-13b", size=8 * GB),
+            model("other/huge-70b", size=400 * GB),
+            model("other/broken", problem="The file is cut short.", size=GB),
+        ]
+    )
+    loadout = rooms.loadout()
+    made = ModelsPage(
+        library=rooms.library,
+        loadout=loadout,
+        model_settings=rooms.model_settings,
+        settings=rooms.settings,
+        roots=rooms.roots,
+        machine=rooms.watch(),
+        refresh=lambda: None,
+    )
+    qtbot.addWidget(made)
+    made.resize(1360, 800)
+    made.show()
+    yield made
+    made.shutdown()
+
+
+def names(page: ModelsPage) -> list[str]:
+    return [str(page.table.index(row, 0).data()) for row in range(page.table.rowCount())]
+
+
+def test_rows_fits_and_problems(page: ModelsPage) -> None:
+    assert names(page) == ["maker/large-13b", "maker/small-7b", "other/broken", "other/huge-70b"]
+    fits = {str(page.table.index(row, 0).data()): page.table.index(row, 6).data() for row in range(4)}
+    assert fits["maker/small-7b"] == "RAM"
+    assert fits["other/huge-70b"] == "No"
+    tip = page.table.index(1, 6).data(Qt.ItemDataRole.ToolTipRole)
+    assert "Weights " in tip
+    assert "is free" in tip
+
+
+def test_sort_and_filter_as_you_type(page: ModelsPage, qtbot: QtBot) -> None:
+    page.view.sortByColumn(4, Qt.SortOrder.DescendingOrder)
+    assert names(page)[0] == "other/huge-70b"
+    qtbot.keyClicks(page.field, "maker 7b")
+    qtbot.waitUntil(lambda: names(page) == ["maker/small-7b"], timeout=2000)
+    assert "1 of 4" in page._count.text()
+    page.field.setText("nothing like it")
+    qtbot.waitUntil(lambda: page._stack.currentWidget() is page._nothing, timeout=2000)
+    qtbot.keyClick(page.field, Qt.Key.Key_Escape)
+    qtbot.waitUntil(lambda: page.table.rowCount() == 4, timeout=2000)
+
+
+def test_enter_loads_with_the_forms_options_and_they_are_saved(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
+    page.show_model("/models/maker/small-7b.gguf")
+    form = page.details.form
+    assert form is not None
+    row = form.rows["n_ctx"]
+    assert row.auto is not None
+    row.auto.setChecked(False)
+    row.control.setValue(512)  # type: ignore[attr-defined]
+    assert page.details._saved.text() == "Saved for this model"
+    qtbot.keyClick(page.view, Qt.Key.Key_Return)
+    loadout = page._loadout
+    qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
+    assert loadout.options == {"n_ctx": 512}
+    spec = loadout.loader
+    assert spec is not None
+    assert rooms.model_settings.get("/models/maker/small-7b.gguf", spec.id)[1] == {"n_ctx": 512}
+    assert page.details._load.text() == "Reload"
+    row.control.setValue(1024)  # type: ignore[attr-defined]
+    assert page.details._load.text() == "Reload to apply"
+    page.details.restore()
+    assert form.values() == {}
+    page.details._unload.click()
+    assert loadout.state is LoadoutState.EMPTY
+
+
+def test_wrong_option_stops_the_load_before_it_starts(page: ModelsPage, rooms: Rooms) -> None:
+    page.show_model("/models/maker/small-7b.gguf")
+    form = page.details.form
+    assert form is not None
+    row = form.rows["n_ctx"]
+    assert row.auto is not None
+    row.auto.setChecked(False)
+    row.control.setValue(1)  # type: ignore[attr-defined]
+    assert not page.details._load.isEnabled()
+    page.load_selected()
+    assert rooms.made == []
+
+
+def test_what_does_not_fit_is_said_before_the_load(page: ModelsPage) -> None:
+    page.show_model("/models/other/huge-70b.gguf")
+    assert "is free" in page.details._estimate.text.text()
+    assert page.details._estimate.property("banner") == "warning"
+    page.show_model("/models/other/broken.gguf")
+    assert page.details._problem.isVisible()
+    assert page.details._problem.text.text() == "The file is cut short."
+
+
+def drop(page: ModelsPage, *paths: Path) -> QDropEvent:
+    data = QMimeData()
+    data.setUrls([QUrl.fromLocalFile(str(path)) for path in paths])
+    target = page
+    enter = QDragEnterEvent(
+        QPoint(50, 200), Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+    )
+    QApplication.sendEvent(target, enter)
+    event = QDropEvent(
+        QPointF(50, 200), Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+    )
+    if enter.isAccepted():
+        QApplication.sendEvent(target, event)
+    else:
+        event.ignore()
+    return event
+
+
+def test_drops(page: ModelsPage, rooms: Rooms, tmp_path: Path) -> None:
+    notices: list[Notice] = []
+    page.notice.connect(notices.append)
+    lone = touch(tmp_path / "downloads" / "a.gguf")
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    assert drop(page, lone).isAccepted()
+    assert rooms.settings.settings.roots == (str(lone),)
+    assert "used where it lies" in notices[-1].text
+    assert drop(page, folder).isAccepted()
+    assert "indexed from now on" in notices[-1].text
+    assert notices[-1].run is not None
+    notices[-1].run()
+    assert rooms.settings.settings.roots == (str(lone),)
+    assert drop(page, lone).isAccepted()
+    assert "already in the library" in notices[-1].text
+    assert not drop(page, touch(tmp_path / "letter.txt")).isAccepted()
+
+
+def test_adding_says_what_is_wrong(rooms: Rooms, tmp_path: Path) -> None:
+    roots = LibraryRoots(rooms.settings, rooms.paths)
+    with pytest.raises(WeftError, match="not there"):
+        roots.add([tmp_path / "gone.gguf"])
+    with pytest.raises(WeftError, match="not a model"):
+        roots.add([touch(tmp_path / "notes.txt")])
+
+
+def test_rename_shows_finds_and_survives_a_scan(page: ModelsPage, rooms: Rooms) -> None:
+    entry = rooms.library.model("/models/maker/small-7b.gguf")
+    page.rename(entry, "My favourite")
+    assert "My favourite" in names(page)
+    assert rooms.library.models("favourite")[0].id == entry.id
+    assert rooms.library.find("My favourite").id == entry.id
+    rooms.library.put([entry])  # as a scan does
+    assert rooms.library.model(entry.id).name == "My favourite"
+    page.rename(rooms.library.model(entry.id), "")
+    assert "maker/small-7b" in names(page)
+
+
+def test_trash_and_undo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_ = tmp_path / "share" / "Trash" / "files"
+    bin_.mkdir(parents=True)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    path = touch(tmp_path / "models" / "a.gguf")
+    neighbour = touch(tmp_path / "models" / "b.gguf")
+    path.write_bytes(b"weights")
+    monkeypatch.setattr("send2trash.send2trash", lambda name: Path(name).rename(bin_ / Path(name).name))
+    undo = move_to_trash(model("a", str(path.parent)))
+    assert not path.exists()
+    assert neighbour.exists(), "only the model's own files go"
+    assert undo is not None
+    undo()
+    assert path.read_bytes() == b"weights"
+
+
+def test_what_cannot_go_to_the_trash_says_why() -> None:
+    assert "another program" in trash_refusal(model(read_only=True))
+    assert "Eject" in trash_refusal(model(), loaded=True)
+    assert trash_refusal(model()) == ""
+
+
+def test_a_hub_cache_entry_goes_as_a_whole(tmp_path: Path) -> None:
+    entry = tmp_path / "hub" / "models--maker--m"
+    snapshot = entry / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    assert files_of(model(format=ModelFormat.SAFETENSORS, path=str(snapshot))) == [entry]
+    assert files_of(model(format=ModelFormat.SAFETENSORS, path=str(tmp_path))) == [tmp_path]
+
+
+def test_menu_reasons(page: ModelsPage, rooms: Rooms) -> None:
+    menu = page.make_menu(model(read_only=True, problem="Broken."), page)
+    actions = {action.text(): action for action in menu.actions()}
+    assert not actions["Move to trash"].isEnabled()
+    assert "another program" in actions["Move to trash"].toolTip()
+    assert not actions["Load"].isEnabled()
+    assert {"Show in file manager", "Copy path", "Rename…"} <= actions.keys()
+    menu.close()
+
+
+def test_ten_thousand_rows_stay_fluid(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.library.put([model(f"maker{i % 97}/model-{i}", size=GB + i) for i in range(10_000)])
+    table = ModelTable(rooms.library)
+    began = time.perf_counter()
+    table.refresh()
+    table.sort(4, Qt.SortOrder.DescendingOrder)
+    for row in range(40):
+        for column in range(9):
+            table.index(row, column).data()
+    table.set_filter("maker5 99")
+    took = time.perf_counter() - began
+    assert table.rowCount() > 0
+    assert len(table._rows) <= 1024
+    print(f"10,000 rows: refresh, sort, 40 rows painted, filter: {took * 1000:.0f} ms")
+    assert took < 2.0  # 50 ms on a quiet machine; Python proxies take seconds
+
+
+def test_empty_state(rooms: Rooms, qtbot: QtBot) -> None:
+    made = ModelsPage(
+        library=rooms.library,
+        loadout=rooms.loadout(),
+        model_settings=rooms.model_settings,
+        settings=rooms.settings,
+        roots=rooms.roots,
+        machine=rooms.watch(),
+        refresh=lambda: None,
+    )
+    qtbot.addWidget(made)
+    assert made._stack.currentWidget() is made._empty
+    made.shutdown()

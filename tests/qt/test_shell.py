@@ -1,0 +1,309 @@
+"""The window: pages, palette, keys, toasts, dialogs, geometry, and a whole start with the first paint and the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PySide6.QtCore import QMimeData, QPoint, QPointF, QSettings, Qt, QUrl
+from PySide6.QtGui import QDragEnterEvent, QDropEvent, QGuiApplication
+from PySide6.QtWidgets import QAbstractButton, QApplication, QWidget
+from pytestqt.qtbot import QtBot
+
+from app import logs
+from app.core.errors import ErrorKind, WeftError
+from app.core.paths import default_paths
+from app.house import House
+from app.rail import RAIL
+from app.views import theme
+from app.views.command_palette import CommandPalette, match
+from app.views.dialogs import ConfirmDialog, CrashDialog, ErrorDialog, read_tail
+from app.views.main_window import MainWindow
+from app.views.model_picker import ModelPicker
+from app.views.page import Notice, Page, PageSpec, PaletteCommand
+
+
+class Sheet(Page):
+    """A page that records what it is asked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.asked: list[object] = []
+
+    def find(self) -> None:
+        self.asked.append("find")
+
+    def toggle_side(self) -> None:
+        self.asked.append("side")
+
+    def entered(self) -> None:
+        self.asked.append("entered")
+
+    def accepts(self, paths: list[Path]) -> bool:
+        return self.name == "two" and all(path.suffix == ".gguf" for path in paths)
+
+    def take(self, paths: list[Path]) -> None:
+        self.asked.append(paths)
+
+    def commands(self) -> list[PaletteCommand]:
+        return [PaletteCommand(title=f"Do {self.name}", group="Test", run=lambda: self.asked.append("did"))]
+
+
+SPECS = (
+    PageSpec(name="one", title="One", icon="chat", loadout_bar=True),
+    PageSpec(name="two", title="Two", icon="models"),
+    PageSpec(name="settings", title="Settings", icon="settings", bottom=True),
+)
+
+
+@pytest.fixture
+def window(qtbot: QtBot, tmp_path: Path) -> MainWindow:
+    made = MainWindow(SPECS, state=QSettings(str(tmp_path / "window.ini"), QSettings.Format.IniFormat))
+    qtbot.addWidget(made)
+    made.show_page("one")
+    made.show()
+    made.furnish(build=Sheet, header=QWidget)
+    qtbot.waitExposed(made)
+    made.activateWindow()
+    return made
+
+
+def sheet(window: MainWindow, name: str) -> Sheet:
+    page = window.page(name)
+    assert isinstance(page, Sheet)
+    return page
+
+
+def test_pages_are_built_when_first_shown(window: MainWindow, qtbot: QtBot) -> None:
+    assert window.current == "one"
+    assert window.built("two") is None
+    assert window.header is not None
+    assert window.header.isVisible()
+    qtbot.keyClick(window, Qt.Key.Key_2, Qt.KeyboardModifier.ControlModifier)
+    assert window.current == "two"
+    assert not window.header.isVisible()
+    assert sheet(window, "two").asked == ["entered"]
+    qtbot.keyClick(window, Qt.Key.Key_Comma, Qt.KeyboardModifier.ControlModifier)
+    assert window.current == "settings"
+
+
+def test_shortcuts_reach_the_page_in_front(window: MainWindow, qtbot: QtBot) -> None:
+    qtbot.keyClick(window, Qt.Key.Key_F, Qt.KeyboardModifier.ControlModifier)
+    qtbot.keyClick(window, Qt.Key.Key_B, Qt.KeyboardModifier.ControlModifier)
+    assert sheet(window, "one").asked == ["entered", "find", "side"]
+
+
+def test_rail_by_keyboard(window: MainWindow, qtbot: QtBot) -> None:
+    buttons = list(window.rail._buttons.values())
+    buttons[0].setFocus()
+    qtbot.keyClick(buttons[0], Qt.Key.Key_Down)
+    assert buttons[1].hasFocus()
+    qtbot.keyClick(buttons[1], Qt.Key.Key_Space)
+    assert window.current == "two"
+    qtbot.keyClick(buttons[1], Qt.Key.Key_Up)
+    assert buttons[0].hasFocus()
+
+
+def test_command_palette(window: MainWindow, qtbot: QtBot) -> None:
+    window.show_palette()
+    palette = window.findChild(CommandPalette)
+    assert palette is not None
+    qtbot.keyClicks(palette.field, "do o")
+    assert [command.title for command in palette.model.rows][0] == "Do one"
+    qtbot.keyClick(palette.field, Qt.Key.Key_Return)
+    assert "did" in sheet(window, "one").asked
+
+
+def test_matching_prefers_beginnings() -> None:
+    assert match("set", "Settings") > match("set", "Reset") > 0
+    assert match("new chat", "New chat") > 0
+    assert match("xyz", "New chat") == 0
+    assert match("model", "Eject", "Model") > 0
+
+
+def test_toasts_stack_act_and_go(window: MainWindow, qtbot: QtBot) -> None:
+    undone: list[int] = []
+    window.show_notice(Notice(text="Deleted.", action="Undo", run=lambda: undone.append(1)))
+    window.show_notice(Notice(text="Deleted."))
+    for number in range(6):
+        window.show_notice(Notice(text=f"Note {number}"))
+    assert len(window.toasts.shown) == 4
+    window.show_notice(Notice(text="Deleted again.", action="Undo", run=lambda: undone.append(2)))
+    window.toasts.shown[-1].button.click()
+    assert undone == [2]
+    bottoms = [toast.geometry().bottom() for toast in window.toasts.shown]
+    assert bottoms == sorted(bottoms)
+    assert max(bottoms) < window.height()
+
+
+def test_important_notice_reaches_the_desktop_when_in_the_background(
+    window: MainWindow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    window.furnish(build=Sheet, notify=lambda _, text: told.append(text))
+    monkeypatch.setattr(window, "isActiveWindow", lambda: False)
+    window.show_notice(Notice(text="Done.", important=True))
+    window.show_notice(Notice(text="By the way."))
+    assert told == ["Done."]
+
+
+def test_errors_show_message_hint_and_can_be_copied(window: MainWindow, qtbot: QtBot) -> None:
+    window.show_error(WeftError(ErrorKind.CORRUPT, "a.gguf is cut short.", "Download it again."))
+    window.show_error(WeftError(ErrorKind.NETWORK, "No answer.", "Try later."))
+    first = window.dialog
+    assert isinstance(first, ErrorDialog)
+    first._copy()
+    assert QGuiApplication.clipboard().text() == "a.gguf is cut short.\n\nDownload it again."
+    first.reject()
+    qtbot.waitUntil(lambda: window.dialog is not None and window.dialog is not first, timeout=2000)
+    assert isinstance(window.dialog, ErrorDialog)
+    assert window.dialog.error.message == "No answer."
+    window.dialog.reject()
+    window.show_error(WeftError(ErrorKind.CANCELLED, "Cancelled by you."))
+    assert window.toasts.shown[-1].notice.text == "Cancelled by you."
+
+
+def test_crash_dialog_shows_the_logs_end(qtbot: QtBot, tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_bytes(b"first\n" * 40_000 + b"last words \xff\n")
+    again: list[int] = []
+    dialog = CrashDialog(WeftError(ErrorKind.CRASHED, "It crashed.", "Try again."), log, lambda: again.append(1))
+    qtbot.addWidget(dialog)
+    assert "last words" in dialog._tail
+    assert len(read_tail(log)) <= 64 * 1024
+    names = {made.text(): made for made in dialog.findChildren(QAbstractButton)}
+    names["Start again"].click()
+    assert again == [1]
+    stopped = CrashDialog(WeftError(ErrorKind.CRASHED, "4 times.", "Change something."), None, None)
+    qtbot.addWidget(stopped)
+    assert "Start again" not in {made.text() for made in stopped.findChildren(QAbstractButton)}
+
+
+def test_code_question_shows_the_files_and_no_is_the_default(qtbot: QtBot, tmp_path: Path) -> None:
+    code = tmp_path / "modeling_x.py"
+    code.write_text("import os\n")
+    said: list[str] = []
+    dialog = ConfirmDialog("Own code", "May it?", "Allow", lambda: said.append("yes"), danger=True, files=[code])
+    qtbot.addWidget(dialog)
+    dialog.show()
+    assert dialog.no.hasFocus() or dialog.focusWidget() is dialog.no
+    dialog.no.click()
+    assert said == []
+
+
+def test_drop_goes_to_the_page_that_wants_it(window: MainWindow) -> None:
+    def send(name: str) -> None:
+        data = QMimeData()
+        data.setUrls([QUrl.fromLocalFile(f"/x/{name}")])
+        event = QDropEvent(
+            QPointF(400, 300), Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+        )
+        enter = QDragEnterEvent(
+            QPoint(400, 300), Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+        )
+        QApplication.sendEvent(window, enter)
+        assert enter.isAccepted()
+        QApplication.sendEvent(window, event)
+
+    send("model.gguf")
+    assert window.current == "two"
+    assert sheet(window, "two").asked[-1] == [Path("/x/model.gguf")]
+    send("letter.txt")
+    assert "no use for letter.txt" in window.toasts.shown[-1].notice.text
+
+
+def test_geometry_and_page_are_remembered(qtbot: QtBot, tmp_path: Path) -> None:
+    path = str(tmp_path / "w.ini")
+    first = MainWindow(SPECS, state=QSettings(path, QSettings.Format.IniFormat))
+    qtbot.addWidget(first)
+    first.furnish(build=Sheet)
+    first.show()
+    first.resize(1111, 666)  # the offscreen screen is 800 wide: a restored window is fitted into what there is
+    first.show_page("two")
+    first.close()
+    second = MainWindow(SPECS, state=QSettings(path, QSettings.Format.IniFormat))
+    qtbot.addWidget(second)
+    second.show()
+    assert second.height() == 666
+    assert second.remembered_page("one") == "two"
+    assert second.minimumWidth() == 960
+    assert second.minimumHeight() == 600
+
+
+# The whole house ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def house(qtbot: QtBot, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "settings.toml").write_text("load_last = false\n")
+    import sys
+
+    monkeypatch.setenv("WEFT_PYTHON_CORE", sys.executable)
+    monkeypatch.setenv("WEFT_PYTHON_LLAMACPP", sys.executable)
+    application = QApplication.instance()
+    assert isinstance(application, QApplication)
+    paths = default_paths()
+    look = theme.install(application, "light")
+    window = MainWindow(RAIL, state=QSettings(str(home / "window.ini"), QSettings.Format.IniFormat))
+    qtbot.addWidget(window)
+    window.show_page("chat")
+    window.show()
+    reporter = logs.Reporter()
+    made = House(application, paths, window, look, reporter)
+    made.open()
+    qtbot.waitUntil(lambda: made.library.count() >= 2, timeout=15_000)
+    yield made
+    window.close()
+    made.close()
+    made.deleteLater()
+    qtbot.wait(20)
+
+
+def test_whole_window(house: House, qtbot: QtBot) -> None:
+    window = house.window
+    for name in window.rail.names:
+        window.show_page(name)
+        qtbot.wait(20)
+        page = window.page(name)
+        nameless = [
+            f"{type(w).__name__} on {name}"
+            for w in page.findChildren(QWidget)
+            if w.isVisible()
+            and w.focusPolicy() & Qt.FocusPolicy.TabFocus
+            and not w.accessibleName()
+            and not (isinstance(w, QAbstractButton) and w.text())
+            and not w.objectName().startswith("qt_")
+        ]
+        assert not nameless, nameless
+    titles = [command.title for command in window.all_commands()]
+    assert {"Chat", "Models", "Choose a model…", "Dark colours", "Load starter"} <= set(titles)
+
+
+def test_theme_switch_and_settings(house: House, qtbot: QtBot) -> None:
+    house.settings_view.set("appearance", "dark")
+    assert house.theme.dark
+    assert house.settings.load().appearance == "dark"
+    house.settings_view.set("appearance", "light")
+    assert not house.theme.dark
+
+
+def test_picker_filters_and_picks(house: House, qtbot: QtBot) -> None:
+    house.settings.update(autoload=False)
+    house._open_picker()
+    picker = house.window.findChild(ModelPicker)
+    assert picker is not None
+    qtbot.keyClicks(picker.field, "gguf")
+    assert picker._model.rowCount() == 1
+    qtbot.keyClick(picker.field, Qt.Key.Key_Return)
+    assert house.loadout.model is not None
+    assert house.loadout.model.name == "starter (GGUF)"
+
+
+def test_unexpected_exception_is_told_with_its_trace(house: House, qtbot: QtBot) -> None:
+    house._unexpected("ValueError: boom", "Traceback …\nValueError: boom")
+    assert isinstance(house.window.dialog, ErrorDialog)
+    assert "boom" in house.window.dialog.error.message
+    house.window.dialog.reject()
