@@ -289,12 +289,31 @@ class ChatController(QObject):
         self._put(question)
         if began:
             self.opened.emit()
-        if self._answer(question.id):
-            self.conversations_changed.emit()
-            return True
-        self._drop(question.id)
-        self._show_leaf(parent)
-        return False
+        if not self._answer(question.id):
+            self._drop(question.id)
+            if began:
+                self._forget_begun(conversation.id)
+            else:
+                self._show_leaf(parent)
+            return False
+        if began:
+            try:
+                self._store.set_draft(0, "")  # it became this conversation's first message
+            except WeftError as error:
+                self.failed.emit(error)
+        self.conversations_changed.emit()
+        return True
+
+    def _forget_begun(self, conversation: int) -> None:
+        """Its first message could not be sent: the chat is as new as before, with its system prompt and sampling."""
+        self._system, self._sampling = self.system, self.sampling
+        try:
+            self._store.delete(conversation)
+        except WeftError as error:
+            self.failed.emit(error)
+        self._conversation, self._tree = None, MessageTree()
+        self.opened.emit()
+        self.path_changed.emit()
 
     def _begin(self, text: str) -> Conversation:
         model = self._loadout.model

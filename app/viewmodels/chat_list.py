@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import html
 from enum import IntEnum
 from typing import Any
 
@@ -133,7 +134,9 @@ class ConversationList(QAbstractListModel):
         if role == ListRole.WRITING:
             return row.id == self._writing
         if role == Qt.ItemDataRole.ToolTipRole:
-            return f"{row.title}\n{datetime.datetime.fromtimestamp(row.modified):%d %B %Y, %H:%M}"
+            # Escaped: a tooltip that looks like HTML is read as HTML, local images included.
+            when = datetime.datetime.fromtimestamp(row.modified)
+            return f"<qt>{html.escape(row.title)}<br>{when:%d %B %Y, %H:%M}</qt>"
         if role == Qt.ItemDataRole.AccessibleTextRole:
             return (
                 f"{row.title}{', pinned' if row.pinned else ''}{', being answered' if row.id == self._writing else ''}"

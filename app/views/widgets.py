@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -159,7 +160,8 @@ class ElidedLabel(QLabel):
 
     def _explain(self) -> None:
         cut = QFontMetrics(self.font()).horizontalAdvance(self.text()) > self.contentsRect().width()
-        self.setToolTip(self.text() if cut else "")
+        # Escaped: a tooltip that looks like HTML is read as HTML, local images included.
+        self.setToolTip(f"<qt>{html.escape(self.text())}</qt>" if cut else "")
 
     def paintEvent(self, event: QPaintEvent) -> None:
         painter = QPainter(self)

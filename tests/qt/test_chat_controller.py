@@ -167,6 +167,7 @@ def test_a_prompt_that_cannot_be_sent_is_not_lost(room: Room) -> None:
     room.loadout.refuse = WeftError(ErrorKind.ENVIRONMENT, "No engine.", "Install it.")
     assert not room.controller.send("precious")
     assert room.failures and room.controller.path == []
+    assert room.controller.conversation is None and room.store.conversations() == []
     room.loadout.refuse = None
     assert room.controller.send("precious")
     assert room.texts() == ["precious", ""]
@@ -266,7 +267,7 @@ def test_drafts_are_kept_per_conversation(room: Room) -> None:
     room.loadout.answer("b")
     room.controller.set_draft("follow-up")
     fresh = room.again()
-    assert fresh.draft() == "new one"
+    assert fresh.draft() == "", "what was sent is no draft any more"
     fresh.open(room.controller.conversation_id)
     assert fresh.draft() == "follow-up"
 

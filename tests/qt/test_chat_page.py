@@ -370,6 +370,23 @@ def test_export_and_import_run_beside_the_window(desk: Desk) -> None:
 
 
 @pytest.mark.attack
+def test_tooltips_of_titles_are_no_html(desk: Desk) -> None:
+    hostile = "<img src='file:///etc/passwd'> " + "x" * 300
+    desk.ask("q", "a")
+    desk.page.controller.rename(desk.page.controller.conversation_id, hostile)
+    desk.qtbot.wait(20)
+    model = desk.page.model
+    tips = [str(model.data(model.index(1), Qt.ItemDataRole.ToolTipRole)), desk.page._title.toolTip()]
+    assert all("<img" not in tip and "&lt;img" in tip for tip in tips)
+
+
+def test_a_suggestion_does_not_take_what_is_typed(desk: Desk) -> None:
+    desk.type("my own words")
+    desk.page.send("How do I add a LoRA?")
+    assert desk.page.composer.text == "my own words"
+
+
+@pytest.mark.attack
 def test_a_link_asks_before_it_opens(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(
@@ -377,7 +394,7 @@ def test_a_link_asks_before_it_opens(desk: Desk, monkeypatch: pytest.MonkeyPatch
     )
     desk.page._link("https://example.org/x")
     dialog = desk.page.findChild(LinkDialog)
-    assert dialog is not None and "https://example.org/x" in dialog.informativeText() and opened == []
+    assert dialog is not None and "https://example.org/x" in dialog.text() and opened == []
     dialog.open_button.click()
     assert opened == ["https://example.org/x"]
 

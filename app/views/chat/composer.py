@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 from PySide6.QtCore import QMimeData, QSize, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QFocusEvent, QKeyEvent, QResizeEvent, QTextCursor
 from PySide6.QtWidgets import QFrame, QHBoxLayout, QPlainTextEdit, QSizePolicy, QVBoxLayout, QWidget
@@ -201,7 +203,7 @@ class Composer(QFrame):
         can_send = bool(self.text.strip()) and not self._reason
         name, title = ("stop", "Stop (Esc)") if self._writing else ("send", "Send (Enter)")
         self._send.setIcon(icon(name, "on_accent"))
-        self._send.setToolTip(title if self._writing or not self._reason else self._reason)
+        self._send.setToolTip(f"<qt>{html.escape(title if self._writing or not self._reason else self._reason)}</qt>")
         self._send.setAccessibleName(title.split(" ")[0])
         self._send.setEnabled(self._writing or can_send)
         set_property(self._send, "ready", self._writing or can_send)

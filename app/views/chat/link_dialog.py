@@ -27,8 +27,7 @@ class LinkDialog(QMessageBox):
         self.setWindowTitle("Open link")
         self.setIcon(QMessageBox.Icon.NoIcon)
         self.setTextFormat(Qt.TextFormat.PlainText)
-        self.setText("This link was written in the chat. Open it in your browser?")
-        self.setInformativeText(shown_target(target))
+        self.setText(f"Open this link in your browser?\n\n{shown_target(target)}")
         self.setTextInteractionFlags(
             Qt.TextInteractionFlag.TextSelectableByMouse | Qt.TextInteractionFlag.TextSelectableByKeyboard
         )

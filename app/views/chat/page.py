@@ -294,9 +294,14 @@ class ChatPage(Page):
     @Slot(str)
     def send(self, text: str) -> None:
         """Send a message; the composer keeps it when that fails."""
+        self.composer.flush()
+        typed = self.composer.text
         if self.controller.send(text):
-            self.composer.clear()
+            if typed == text:
+                self.composer.clear()
             self.transcript.jump_to_latest()
+        else:
+            self.composer.set_text(typed or text)
         self.composer.edit.setFocus()
 
     @Slot()

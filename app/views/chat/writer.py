@@ -7,6 +7,7 @@ a streaming answer is rewritten alone.
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import msgspec
@@ -461,7 +462,7 @@ class _TokenWriter:
         if safe := safe_link(target):
             form.setAnchor(True)
             form.setAnchorHref(safe)
-            form.setToolTip(safe)
+            form.setToolTip(f"<qt>{html.escape(safe)}</qt>")  # else it might be read as HTML
             form.setForeground(self._writer.style.link)
             form.setFontUnderline(True)
 
