@@ -50,6 +50,7 @@ class Decoder:
         self._hooks = [layer.register_forward_pre_hook(self._look) for layer in _layers(model)]
         self.forwarded = 0
         self.croppable = True
+        self._new_cache()  # tells whether it is
 
     @property
     def cached(self) -> list[int]:
@@ -92,7 +93,7 @@ class Decoder:
                     return None
                 at = len(self._tokens)
                 size = self._chunk_at(at, len(tokens))
-                logits = self._forward(tokens[at : at + size])
+                logits = self._forward(tokens[at : at + size])[-1]
                 progress(len(self._tokens), len(tokens))
         except _CancelledError:
             return None
@@ -102,7 +103,11 @@ class Decoder:
 
     def step(self, token: int) -> torch.Tensor:
         """Logits [vocabulary] after one more token."""
-        return self._forward([token])
+        return self._forward([token])[-1]
+
+    def rows(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [len(tokens), vocabulary] after each of some more tokens."""
+        return self._forward(tokens, len(tokens))
 
     def close(self) -> None:
         """Let go of the model."""
@@ -115,10 +120,10 @@ class Decoder:
         if self._cancelled():
             raise _CancelledError
 
-    def _forward(self, tokens: list[int]) -> torch.Tensor:
+    def _forward(self, tokens: list[int], rows: int = 1) -> torch.Tensor:
         if self._cache is None:
             self._cache = self._new_cache()
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if self._keep_last else {}
+        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keep_last else {}
         arguments[self._cache_name] = self._cache
         held = len(self._tokens)
         try:
@@ -131,7 +136,7 @@ class Decoder:
             raise
         self._tokens += tokens
         self.forwarded += len(tokens)
-        return output.logits[0, -1]
+        return output.logits[0, -rows:]
 
     def _undo(self, held: int) -> None:
         """After a pass that broke off: some layers took its tokens, others did not."""

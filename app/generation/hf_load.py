@@ -81,7 +81,7 @@ def checkpoint_dtype(config: Any, weights: list[Path], form: str) -> torch.dtype
             return DTYPES[value]
     if form == "safetensors":
         with _named(weights[0]), safe_open(weights[0], "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 (no dict: it cannot be iterated)
                 found = file.get_slice(key).get_dtype()
                 if found in ("BF16", "F16", "F32"):
                     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[found]

@@ -48,7 +48,7 @@ class Renderer:
             [sys.executable, "-I", str(Path(__file__).with_name("render_host.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=os.path.dirname(os.path.abspath(__file__)),
+            cwd=Path(__file__).resolve().parent,
             env={name: value for name, value in os.environ.items() if name in kept},
         )
         self._starting = True

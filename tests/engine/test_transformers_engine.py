@@ -14,14 +14,14 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
 
-from app.backends.transformers import Backend  # noqa: E402
-from app.core.errors import WeftError  # noqa: E402
-from app.core.library import ModelEntry  # noqa: E402
-from app.core.sampling import Sampling  # noqa: E402
-from app.engine.client import EngineClient  # noqa: E402
-from app.engine.protocol import Done, Generate, Generated, Load, Loaded, ProgressEvent, Tokens  # noqa: E402
-from tests.engine import tiny_models  # noqa: E402
-from tests.engine.backend_kit import ask, loaded, user  # noqa: E402
+from app.backends.transformers import Backend
+from app.core.errors import WeftError
+from app.core.library import ModelEntry
+from app.core.sampling import Sampling
+from app.engine.client import EngineClient
+from app.engine.protocol import Done, Generate, Generated, Load, Loaded, ProgressEvent, Tokens
+from tests.engine import tiny_models
+from tests.engine.backend_kit import ask, loaded, user
 
 GREEDY = Sampling(temperature=0, max_tokens=40)
 CHAT = (user("What is a loom?"),)

@@ -1,5 +1,7 @@
 """The Transformers loader generates: equal to transformers' own generate, reading nothing twice, ending when told."""
 
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
 from __future__ import annotations
 
 import time
@@ -11,12 +13,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
 
-from app.backends.transformers import Backend  # noqa: E402
-from app.core.errors import ErrorKind, WeftError  # noqa: E402
-from app.core.library import ModelEntry  # noqa: E402
-from app.generation.hf_text import TokenText  # noqa: E402
-from tests.engine import tiny_models  # noqa: E402
-from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, system, user  # noqa: E402
+from app.backends.transformers import Backend
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry
+from app.generation.hf_text import TokenText
+from tests.engine import tiny_models
+from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, system, user
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma2", "gpt2", "phi", "mamba")
 LONG = "The warp is held under tension while the weft is drawn through it. " * 4  # longer than the sliding windows
@@ -34,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelEntry]:
 def llama(models: dict[str, ModelEntry]) -> Iterator[Backend]:
     backend = Backend()
     with loaded(backend, models["llama"]):
-        backend._template.render((user("start the renderer now"),), deadline=30)  # type: ignore[union-attr]
+        backend._prompts.template.render((user("start the renderer now"),), deadline=30)  # type: ignore[union-attr]
         yield backend
 
 
@@ -51,7 +53,7 @@ def reference(model: ModelEntry, text: str, count: int) -> list[int]:
 
 def spoken(backend: Backend, text: str, **parameters: object) -> tuple[list[int], int]:
     """The tokens that the decoder was fed after the prompt, and how many were reused."""
-    size = len(backend._encode(text, True))
+    size = len(backend._prompts.encode(text, True))
     _, done = ask(backend, text, **parameters)  # type: ignore[arg-type]
     return backend._decoder.cached[size:], done.reused_tokens  # type: ignore[union-attr]
 
@@ -61,7 +63,7 @@ def test_greedy_tokens_equal_generate(models: dict[str, ModelEntry], family: str
     expected = reference(models[family], LONG, 24)
     with loaded(Backend(), models[family]) as (backend, _):
         tokens, _ = spoken(backend, LONG, max_tokens=24)
-    ends = backend._ends
+        ends = backend._prompts.ends
     stop = next((i for i, t in enumerate(expected) if t in ends), len(expected))
     # The last token of an answer is never fed back, so the cache holds one less.
     assert tokens == expected[: min(stop, 23)]
@@ -72,14 +74,14 @@ def test_greedy_tokens_equal_generate(models: dict[str, ModelEntry], family: str
 def test_the_second_turn_reads_only_what_is_new(models: dict[str, ModelEntry], family: str) -> None:
     with loaded(Backend(), models[family]) as (backend, _):
         decoder = backend._decoder
-        text, first = ask(backend, LONG)
+        _, first = ask(backend, LONG)
         assert first.reused_tokens == 0
         held = decoder.cached
         read = decoder.forwarded
         longer = LONG + "And what came of it?"
         _, second = ask(backend, longer, max_tokens=1)
         if decoder.croppable:
-            shared = len(backend._encode(LONG, True))
+            shared = len(backend._prompts.encode(LONG, True))
             assert second.reused_tokens >= shared - 1
             assert decoder.forwarded - read == second.prompt_tokens - second.reused_tokens
         else:
@@ -94,11 +96,11 @@ def test_the_second_turn_reads_only_what_is_new(models: dict[str, ModelEntry], f
 def test_a_recurrent_model_keeps_what_it_read_when_the_text_only_grows(models: dict[str, ModelEntry]) -> None:
     with loaded(Backend(), models["mamba"]) as (backend, _):
         text, one = ask(backend, (user(LONG),), max_tokens=3)
-        held, said = len(backend._decoder.cached), backend._said
+        held, said = len(backend._decoder.cached), backend._prompts.said
         warm, two = ask(backend, (user(LONG), assistant(text)), continue_last=True, max_tokens=5)
         assert two.reused_tokens == held == one.prompt_tokens + 2
         backend._decoder.reset()
-        backend._said = said  # so that the same tokens are read, all at once this time
+        backend._prompts.said = said  # so that the same tokens are read, all at once this time
         cold, three = ask(backend, (user(LONG), assistant(text)), continue_last=True, max_tokens=5)
         assert three.reused_tokens == 0 and warm == cold
 
@@ -118,14 +120,14 @@ def test_long_prompts_are_read_in_chunks_and_cancel_comes_between(
     model = tiny_models.make(tmp_path / "long", "llama", context=8192, hidden_size=128, num_hidden_layers=4)
     with loaded(Backend(), model) as (backend, _):
         text = LONG * 40
-        report = FakeReport(lambda r: any(done >= 512 for _, done, _ in r.phases))
+        report = FakeReport(lambda r: any(done >= 1024 for _, done, _ in r.phases))
         started = time.perf_counter()
         _, done = ask(backend, text, report)
         ended = time.perf_counter()
         assert done.finish_reason == "cancelled" and done.tokens == 0 and report.text == ""
         assert report.cancelled_at is not None and ended - report.cancelled_at < 0.5 and ended > started
         held = len(backend._decoder.cached)
-        assert 512 <= held < done.prompt_tokens
+        assert 1024 <= held < done.prompt_tokens
         steps = [done for phase, done, _ in report.phases if phase == "Reading the prompt"]
         assert steps == sorted(steps) and len(steps) >= 2
         _, again = ask(backend, text, max_tokens=2)
@@ -153,8 +155,8 @@ def test_stop_strings_end_the_answer_before_they_appear(llama: Backend) -> None:
 
 def test_an_end_token_ends_the_answer(llama: Backend, models: dict[str, ModelEntry]) -> None:
     """`<|im_end|>` ends a turn though config.json names another token; it is not shown."""
-    assert {1, 4} <= llama._ends
-    logits = torch.zeros(len(llama._tokenizer))
+    assert {1, 4} <= llama._prompts.ends
+    logits = torch.zeros(len(llama._prompts.tokenizer))
     logits[4] = 9
     original = llama._decoder.step
     llama._decoder.step = lambda token: logits  # type: ignore[method-assign]
@@ -184,7 +186,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(models: dict[str, ModelEnt
         _, done = ask(backend, (system("Be kind."), *turns, user("The last question?")), max_tokens=20)
         assert done.dropped_messages > 0 and done.dropped_messages % 2 == 0
         assert done.prompt_tokens <= 128 - 20
-        seen = backend._tokenizer.decode(backend._decoder.cached)
+        seen = backend._prompts.tokenizer.decode(backend._decoder.cached)
         assert "Be kind." in seen and "The last question?" in seen and "Question 0" not in seen
         with pytest.raises(WeftError, match="too long"):
             ask(backend, (user(LONG * 3),))
@@ -229,7 +231,7 @@ def test_a_model_without_a_template_uses_chatml(tmp_path: Path) -> None:
         assert done.prompt_tokens > 3
     with loaded(Backend(), model, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}") as (backend, _):
         ask(backend, (user("Hi there"),), max_tokens=1)
-        assert backend._tokenizer.decode(backend._decoder.cached).endswith("Hi there")
+        assert backend._prompts.tokenizer.decode(backend._decoder.cached).endswith("Hi there")
 
 
 @pytest.mark.attack
@@ -315,5 +317,7 @@ def test_the_starter_model_answers_if_it_is_there() -> None:
     with loaded(Backend(), tiny_models.entry(folder, net)) as (backend, event):
         text, done = ask(backend, (user("How do I add a LoRA?"),), max_tokens=96)
         assert event.has_template and done.finish_reason == "stop" and len(text.split()) > 4
-        answer = backend._tokenizer.decode(backend._decoder.cached[done.prompt_tokens :], skip_special_tokens=True)
+        answer = backend._prompts.tokenizer.decode(
+            backend._decoder.cached[done.prompt_tokens :], skip_special_tokens=True
+        )
         assert text.strip() == answer.strip()

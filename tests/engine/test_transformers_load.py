@@ -1,5 +1,7 @@
 """The Transformers loader loads: every format and option, with proof that each did what it says; bad files are refused."""
 
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
 from __future__ import annotations
 
 import json
@@ -12,13 +14,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
 
-from app.backends.transformers import SPEC, Backend, Options, parse_gpu_memory  # noqa: E402
-from app.core.errors import ErrorKind, WeftError  # noqa: E402
-from app.core.library import ModelEntry, ModelFormat  # noqa: E402
-from app.core.options import describe  # noqa: E402
-from app.engine.protocol import Load  # noqa: E402
-from tests.engine import tiny_models  # noqa: E402
-from tests.engine.backend_kit import FakeReport, ask, loaded  # noqa: E402
+from app.backends.transformers import SPEC, Backend
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat
+from app.core.options import describe
+from app.engine.protocol import Load
+from app.generation.hf_options import Options, parse_gpu_memory
+from tests.engine import tiny_models
+from tests.engine.backend_kit import FakeReport, ask, loaded
 
 TEXT = "The warp is held under tension while the weft is drawn through it."
 
@@ -40,7 +43,7 @@ def sharded(root: Path) -> ModelEntry:
 
 def logits(backend: Backend, text: str = TEXT) -> torch.Tensor:
     """[tokens, vocabulary] of the whole text, through the model as it is loaded."""
-    ids = torch.tensor([backend._encode(text, True)])
+    ids = torch.tensor([backend._prompts.encode(text, True)])
     with torch.inference_mode():
         return backend._model(input_ids=ids).logits[0].float()
 
@@ -50,7 +53,7 @@ def net(model: ModelEntry, **arguments: object) -> torch.nn.Module:
 
 
 def reference(module: torch.nn.Module, backend: Backend, text: str = TEXT) -> torch.Tensor:
-    ids = torch.tensor([backend._encode(text, True)])
+    ids = torch.tensor([backend._prompts.encode(text, True)])
     with torch.inference_mode():
         return module(input_ids=ids).logits[0].float()
 

@@ -1,5 +1,7 @@
 """Sampling under transformers: every parameter against an independent reference, or by its effect on real answers."""
 
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
 from __future__ import annotations
 
 import json
@@ -14,12 +16,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
 
-from app.backends.transformers import SPEC, Backend  # noqa: E402
-from app.core.errors import ErrorKind, WeftError  # noqa: E402
-from app.core.sampling import Sampling  # noqa: E402
-from app.generation.hf_sampling import RepetitionLengths, Sampler, dry_breaker_tokens, dry_penalties  # noqa: E402
-from tests.engine import tiny_models  # noqa: E402
-from tests.engine.backend_kit import ask, loaded  # noqa: E402
+from app.backends.transformers import SPEC, Backend
+from app.core.errors import ErrorKind, WeftError
+from app.core.sampling import Sampling
+from app.generation.hf_sampling import RepetitionLengths, Sampler, dry_breaker_tokens, dry_penalties
+from tests.engine import tiny_models
+from tests.engine.backend_kit import ask, loaded
 
 SIZE = 50
 
@@ -220,8 +222,8 @@ def test_dry_ends_a_loop() -> None:
 
 
 def test_dry_breakers_are_tokens_of_the_model(backend: Backend) -> None:
-    tokens = dry_breaker_tokens(backend._tokenizer)
-    assert {backend._tokenizer.decode([t]) for t in tokens} == {"\n", ":", '"', "*"}
+    tokens = dry_breaker_tokens(backend._prompts.tokenizer)
+    assert {backend._prompts.tokenizer.decode([t]) for t in tokens} == {"\n", ":", '"', "*"}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,8 @@ def test_each_parameter_changes_real_answers(backend: Backend, field: str, value
 
 
 def test_dry_changes_real_answers(backend: Backend) -> None:
-    letters = {"grammar": "root ::= [ab]+", "max_tokens": 60}  # so few tokens that they must repeat
+    # So few tokens that they must repeat.
+    letters = {"grammar": "root ::= many many many\nmany ::= ab ab ab ab ab ab ab ab\nab ::= [ab]", "max_tokens": 60}
     assert ask(backend, "Say:", **letters)[0] != ask(backend, "Say:", **letters, dry_multiplier=5.0)[0]
 
 

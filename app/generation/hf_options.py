@@ -1,0 +1,348 @@
+"""The Transformers loader's options, and what they mean in memory. Reads without torch, for forms and estimates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat
+from app.core.memory import Estimate, Machine, kv_cache_bytes, prompt_chunk
+from app.core.options import option
+
+GIB = 1024**3
+PROCESS = 350 * 1024 * 1024  # bytes: an engine with torch and transformers at work, measured without a graphics card
+BITSANDBYTES = 45 * 1024 * 1024  # bytes: what its import adds, measured
+
+MEMORY, PRECISION, CONTEXT, BEHAVIOUR = "Memory", "Precision", "Context", "Behaviour"
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the Transformers loader; names as text-generation-webui's users know them."""
+
+    context_length: (
+        Annotated[
+            int,
+            option(
+                "Context length",
+                "How many tokens prompt and answer may have together.",
+                ge=8,
+                unit="tokens",
+                group=CONTEXT,
+                automatic="from the model's config",
+                aliases=("n_ctx", "max_seq_len"),
+            ),
+        ]
+        | None
+    ) = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        option(
+            "Precision",
+            "Number format of the weights that are not quantized. Auto keeps the one they were saved in, except that a processor reads float16 as bfloat16.",
+            group=PRECISION,
+            aliases=("torch_dtype",),
+        ),
+    ] = "auto"
+    bf16: Annotated[
+        bool,
+        option("bfloat16", "Use bfloat16: the same as choosing it under Precision.", group=PRECISION, advanced=True),
+    ] = False
+    load_in_8bit: Annotated[
+        bool,
+        option("Load in 8-bit", "Quantize the weights to 8 bits with bitsandbytes while loading.", group=PRECISION),
+    ] = False
+    load_in_4bit: Annotated[
+        bool,
+        option(
+            "Load in 4-bit",
+            "Quantize the weights to 4 bits with bitsandbytes while loading. A quarter of the memory.",
+            group=PRECISION,
+        ),
+    ] = False
+    compute_dtype: (
+        Annotated[
+            Literal["float32", "bfloat16", "float16"],
+            option(
+                "4-bit computes in",
+                "Number format that 4-bit weights are expanded to for each multiplication.",
+                group=PRECISION,
+                automatic="the Precision above",
+                advanced=True,
+                aliases=("bnb_4bit_compute_dtype",),
+            ),
+        ]
+        | None
+    ) = None
+    quant_type: Annotated[
+        Literal["nf4", "fp4"],
+        option(
+            "4-bit type",
+            "nf4 suits weights better; fp4 is a plain 4-bit float.",
+            group=PRECISION,
+            aliases=("bnb_4bit_quant_type",),
+        ),
+    ] = "nf4"
+    use_double_quant: Annotated[
+        bool,
+        option(
+            "Double quantization",
+            "Quantize the 4-bit scales too: saves another 0.4 bits a weight.",
+            group=PRECISION,
+            aliases=("bnb_4bit_use_double_quant",),
+        ),
+    ] = False
+    cpu: Annotated[
+        bool,
+        option(
+            "Processor only", "Use no graphics card. Weights load as 32-bit unless a precision is chosen.", group=MEMORY
+        ),
+    ] = False
+    auto_devices: Annotated[
+        bool,
+        option(
+            "Spread automatically",
+            "Let accelerate spread the model over graphics cards, main memory and disk. Off: all of it on the first card.",
+            group=MEMORY,
+        ),
+    ] = True
+    gpu_memory: (
+        Annotated[
+            str,
+            option(
+                "GPU memory",
+                "The most that the model may take of each graphics card, in GiB, separated by commas: 10,8. Leave room for the context.",
+                group=MEMORY,
+                unit="GiB",
+                automatic="what is free",
+            ),
+        ]
+        | None
+    ) = None
+    cpu_memory: (
+        Annotated[
+            float,
+            option(
+                "Main memory",
+                "The most main memory that the weights may take. What does not fit goes to disk, if that is on.",
+                group=MEMORY,
+                ge=0.0,
+                unit="GiB",
+                automatic="what is free",
+            ),
+        ]
+        | None
+    ) = None
+    disk: Annotated[
+        bool,
+        option(
+            "Disk offload",
+            "Keep on disk what fits neither the graphics cards nor main memory. Very slow.",
+            group=MEMORY,
+        ),
+    ] = False
+    offload_folder: (
+        Annotated[
+            str,
+            option(
+                "Offload folder",
+                "Where weights go that must be rewritten for disk offload (safetensors are read in place).",
+                group=MEMORY,
+                automatic="a temporary folder",
+                advanced=True,
+                aliases=("disk_cache_dir",),
+            ),
+        ]
+        | None
+    ) = None
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager", "flash_attention_2"],
+        option(
+            "Attention",
+            "Which attention code runs. sdpa is PyTorch's own; eager the plain one; flash_attention_2 needs an NVIDIA card.",
+            group=BEHAVIOUR,
+            aliases=("attn_implementation",),
+        ),
+    ] = "auto"
+    use_flash_attention_2: Annotated[
+        bool,
+        option(
+            "Flash attention 2",
+            "The same as choosing flash_attention_2 under Attention.",
+            group=BEHAVIOUR,
+            advanced=True,
+        ),
+    ] = False
+    alpha_value: Annotated[
+        float,
+        option(
+            "Alpha (NTK)",
+            "Stretches the rotary embedding's base for more context: 1.75 for 1.5 times, 2.5 for twice the context. Set the context length too.",
+            ge=1,
+            le=64,
+            group=CONTEXT,
+        ),
+    ] = 1.0
+    rope_freq_base: (
+        Annotated[
+            float,
+            option(
+                "Rope base",
+                "Base of the rotary embedding, as 1000000 for CodeLlama.",
+                ge=1,
+                group=CONTEXT,
+                automatic="from the model's config",
+                advanced=True,
+            ),
+        ]
+        | None
+    ) = None
+    compress_pos_emb: Annotated[
+        float,
+        option(
+            "Compress positions",
+            "Divides positions by this factor (linear rope scaling); 2 doubles the context. For models trained so.",
+            ge=1,
+            le=64,
+            group=CONTEXT,
+        ),
+    ] = 1.0
+    threads: (
+        Annotated[
+            int,
+            option(
+                "Threads",
+                "Processor threads for the arithmetic.",
+                ge=1,
+                le=512,
+                group=BEHAVIOUR,
+                automatic="PyTorch's choice",
+            ),
+        ]
+        | None
+    ) = None
+    chat_template: Annotated[
+        str,
+        option(
+            "Chat template",
+            "A Jinja template in place of the model's own; empty uses that. The word chatml stands for the plain ChatML template.",
+            group=BEHAVIOUR,
+            multiline=True,
+            advanced=True,
+        ),
+    ] = ""
+    trust_remote_code: Annotated[
+        bool,
+        option(
+            "Run the model's own code",
+            "Lets Python files that lie in the model's folder run. They can do anything that you can: read them first.",
+            group=BEHAVIOUR,
+            advanced=True,
+        ),
+    ] = False
+    no_use_fast: Annotated[
+        bool,
+        option(
+            "No fast tokenizer",
+            "Use the slow version of the tokenizer.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="Since version 5 transformers has one tokenizer for each model and chooses it itself.",
+        ),
+    ] = False
+    disable_exllama: Annotated[
+        bool,
+        option(
+            "Disable ExLlama",
+            "Do not use ExLlama's kernel for GPTQ models.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="Concerned GPTQ models only; gptqmodel, which reads those today, picks its kernel itself.",
+        ),
+    ] = False
+
+
+def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
+    """Bytes that a load takes with a full context: weights, keys and values, the libraries, and a prompt's activations."""
+    size = _dtype_size(model, options, machine)
+    weights = weight_bytes(model, options, size)
+    shape = model.shape
+    context = options.context_length or int((shape.context or 2048) * options.compress_pos_emb)
+    cache = kv_cache_bytes(shape, context, key_bytes=size, value_bytes=size)
+    work = _activation_bytes(model, size, context)
+    gpu = 0
+    if machine.gpus and not options.cpu:
+        gpu = min(weights + cache + work, sum(_gpu_limits(options, machine)))
+    ram = weights + cache + work - gpu
+    if options.disk and options.cpu_memory is not None and weights > options.cpu_memory * GIB:
+        ram -= max(0, weights - gpu - int(options.cpu_memory * GIB))
+    # While loading, files whose numbers are converted lie in memory beside what is made of them.
+    stored = model.weight_bytes or model.bytes
+    passing = max(0, stored - cache - work) if abs(weights - stored) > stored // 8 else 0
+    if options.load_in_4bit or options.load_in_8bit:
+        passing += BITSANDBYTES + 12 * shape.hidden * shape.intermediate  # the library; one matrix at work
+    return Estimate(
+        weights=weights, cache=cache, overhead=PROCESS + work + passing, gpu=gpu, ram=ram + PROCESS + passing
+    )
+
+
+def _activation_bytes(model: ModelEntry, size: float, context: int) -> int:
+    """What lives at once while a chunk of a prompt passes one layer: the MLP's activations, or the attention mask."""
+    shape = model.shape
+    rows = min(prompt_chunk(model.parameters, 512), context)
+    widest = 3 * shape.intermediate + 4 * shape.hidden
+    # A cache grows by copying: the old and the new keys and values of one layer are there at once.
+    grown = 2 * kv_cache_bytes(shape, context, key_bytes=size, value_bytes=size) // max(1, shape.layers)
+    return int(rows * widest * max(size, 4)) + rows * context * 2 + 4 * 3 * shape.vocabulary + grown
+
+
+def _dtype_size(model: ModelEntry, options: Options, machine: Machine) -> float:
+    """Bytes of one unquantized weight, and of one number in the KV cache."""
+    if options.bf16 or options.dtype in ("bfloat16", "float16"):
+        return 2
+    if options.dtype == "float32" or options.cpu:
+        return 4
+    if model.format is ModelFormat.BITSANDBYTES or not model.parameters:
+        return 2
+    return 4 if model.weight_bytes / model.parameters > 3 else 2
+
+
+def weight_bytes(model: ModelEntry, options: Options, size: float) -> int:
+    stored = model.weight_bytes or model.bytes
+    if not model.parameters or model.format is ModelFormat.BITSANDBYTES:
+        return stored
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return int(model.parameters * size)
+    shape = model.shape
+    # Embeddings and the output layer are not quantized; whether they are tied shows in the number of parameters only.
+    kept = min(model.parameters, shape.vocabulary * shape.hidden * 2)
+    bits = (4 + (0.127 if options.use_double_quant else 0.5)) if options.load_in_4bit else 8.0
+    return int((model.parameters - kept) * bits / 8 + kept * size)
+
+
+def _gpu_limits(options: Options, machine: Machine) -> list[int]:
+    if options.gpu_memory is None:
+        return [gpu.free for gpu in machine.gpus]
+    limits = [int(value * GIB) for value in parse_gpu_memory(options.gpu_memory)]
+    return [min(limit, gpu.free) for limit, gpu in zip(limits, machine.gpus, strict=False)]
+
+
+def parse_gpu_memory(text: str) -> list[float]:
+    """`10,8` or `10GiB 8` as GiB for each graphics card.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    parts = text.lower().replace("gib", " ").replace("gb", " ").replace(",", " ").replace(";", " ").split()
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if not values or any(not 0 <= value < 10_000 for value in values):
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"gpu_memory cannot be {text!r}.",
+            "Give GiB for each graphics card, separated by commas, such as 10 or 10,8.",
+        )
+    return values
