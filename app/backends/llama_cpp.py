@@ -128,11 +128,13 @@ class Backend(BaseBackend):
         path = first_part(Path(request.model.path))
         _check_file(path)
         self._prepare(options, report)
+        options, vram = self._place(request.model, options)
         before, free = llama_machine.resident_memory(), llama_machine.free_memory()
         self._options = options
         try:
             self._model = LlamaModel(self._library, self._log, path, options, lambda done: _advance(report, done))
-            notes = self._open_context(request.model, options, free, report)
+            on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
+            notes = self._open_context(request.model, options, vram if on_gpu else free, report)
             self._open_template(notes)
         except BaseException:
             self.unload()
@@ -165,10 +167,23 @@ class Backend(BaseBackend):
                 "Repair the llama.cpp environment.",
             ) from error
         self._library = llama_cpp
-        self._log = library_log(llama_cpp)
+        self._log = library_log(self._library)
         llama_cpp.llama_backend_init()
         if options.numa != "off":
             llama_cpp.llama_numa_init(getattr(llama_cpp, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
+
+    def _place(self, entry: ModelEntry, options: Options) -> tuple[Options, int]:
+        """The options with the number of GPU layers settled, and bytes free on GPUs."""
+        from app.generation import llama_machine
+
+        if options.cpu or not self._library.llama_supports_gpu_offload():
+            return options, 0
+        vram = llama_machine.free_gpu_memory()
+        weights = entry.weight_bytes or entry.bytes
+        if options.n_gpu_layers is None and entry.shape.layers and weights:
+            layers = memory.gpu_layers_that_fit(entry.shape, weights, _demand(options), vram)
+            options = msgspec.structs.replace(options, n_gpu_layers=layers)
+        return options, vram
 
     def _open_context(self, entry: ModelEntry, options: Options, free: int, report: Report) -> list[str]:
         from app.generation import llama_machine
@@ -179,7 +194,7 @@ class Backend(BaseBackend):
         library, model = self._library, self._model
         shape = model.shape
         notes: list[str] = []
-        if not library.llama_supports_gpu_offload() and options.n_gpu_layers:
+        if not library.llama_supports_gpu_offload() and options.n_gpu_layers and not options.cpu:
             notes.append("This llama.cpp was built without GPU support: all layers run on the CPU.")
         wanted = options.n_ctx or memory.automatic_context(shape, _demand(options), free, model.bytes)
         if options.n_ctx is None and shape.context and wanted < shape.context:

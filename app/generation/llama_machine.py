@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU; integrated ones share the main memory and are no gain to count
 
 
 def physical_cores() -> int:
@@ -63,3 +67,27 @@ def _cgroup_free() -> int | None:
 def resident_memory() -> int:
     """Bytes of this process that lie in main memory, mapped pages of files included."""
     return int(psutil.Process().memory_info().rss)
+
+
+def free_gpu_memory() -> int:
+    """Bytes free on the GPUs that llama.cpp can use, all together; 0 without one.
+
+    llama-cpp-python has no names for these functions, so they are taken from its ggml library.
+    """
+    from llama_cpp._ggml import libggml
+
+    library: Any = libggml
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype = ctypes.c_void_p
+    library.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    library.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_dev_memory.restype = None
+    library.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]
+    together = 0
+    for i in range(library.ggml_backend_dev_count()):
+        device = library.ggml_backend_dev_get(i)
+        if library.ggml_backend_dev_type(device) == _GPU:
+            free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
+            library.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            together += free.value
+    return together

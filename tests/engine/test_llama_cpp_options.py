@@ -202,6 +202,23 @@ def test_gpu_layers_without_a_gpu_are_said_to_have_no_effect(tiny):
         assert any("GPU" in note for note in event.notes)
 
 
+def test_the_gpu_takes_as_many_layers_as_fit(tiny, monkeypatch):
+    """Without a GPU this shows the choice; that the library follows it needs one."""
+    from app.generation import llama_machine
+
+    assert llama_machine.free_gpu_memory() >= 0
+    every = tiny.shape.layers + 1
+    with loaded(tiny, n_ctx=1024) as (backend, _):
+        monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+        chosen = []
+        for free in (0, 10**6, 10**10):
+            monkeypatch.setattr(llama_machine, "free_gpu_memory", lambda free=free: free)
+            chosen.append(backend._place(tiny, Options(n_ctx=1024))[0].n_gpu_layers)
+        assert chosen[0] == 0 and chosen[-1] == every and sorted(chosen) == chosen
+        assert backend._place(tiny, Options(n_gpu_layers=1))[0].n_gpu_layers == 1
+        assert backend._place(tiny, Options(cpu=True)) == (Options(cpu=True), 0)
+
+
 def test_threads_are_measured_where_they_are_left_open(tiny):
     with loaded(tiny, threads=None) as (backend, event):
         assert event.device.startswith("CPU, ")
