@@ -36,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, device: torch.device, slow_weights: bool = False) -> None:
-        self._model = model
+        self._model: Any = model
         self._device = device
         whole = slow_weights or device.type != "cpu"
         parameters = 0 if whole else sum(p.numel() for p in model.parameters())

@@ -23,6 +23,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -81,7 +82,7 @@ class Namespace(jinja2.utils.Namespace):
     @staticmethod
     def _check(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a template must not set {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a template must not set {name!r}")
 
 
 class DictMaker:
@@ -169,7 +170,7 @@ class Host:
             return {"error": str(error.message), "kind": "raised"}
         except jinja2.TemplateSyntaxError as error:
             return {"error": f"line {error.lineno}: {error.message}", "kind": "syntax"}
-        except jinja2.sandbox.SecurityError as error:
+        except jinja2.exceptions.SecurityError as error:
             return {"error": str(error), "kind": "security"}
         except (MemoryError, OverflowError):
             return {"error": "it asks for too much memory", "kind": "memory"}

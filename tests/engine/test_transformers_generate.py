@@ -134,6 +134,25 @@ def test_long_prompts_are_read_in_chunks_and_cancel_comes_between(
         assert again.reused_tokens == held and again.finish_reason == "length"
 
 
+def test_cancel_comes_within_a_pass_and_the_cache_stays_right(models: dict[str, ModelEntry]) -> None:
+    with loaded(Backend(), models["llama"]) as (backend, _):
+        looks = 0
+
+        def soon(_: FakeReport) -> bool:
+            nonlocal looks
+            looks += 1
+            return looks == 3  # once before the only chunk, then before each of its layers
+
+        ask(backend, "The weft", max_tokens=1)
+        held = len(backend._decoder.cached)
+        _, done = ask(backend, "The weft" + LONG, FakeReport(soon))
+        assert done.finish_reason == "cancelled" and len(backend._decoder.cached) <= held
+        warm, again = ask(backend, "The weft" + LONG)
+        assert again.reused_tokens > 0
+        backend._decoder.reset()
+        assert ask(backend, "The weft" + LONG)[0] == warm
+
+
 def test_cancel_while_answering_keeps_what_was_said(llama: Backend) -> None:
     report = FakeReport(lambda r: r.count >= 5)
     text, done = ask(llama, "Once upon a time", report, max_tokens=300)
@@ -232,6 +251,21 @@ def test_a_model_without_a_template_uses_chatml(tmp_path: Path) -> None:
     with loaded(Backend(), model, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}") as (backend, _):
         ask(backend, (user("Hi there"),), max_tokens=1)
         assert backend._prompts.tokenizer.decode(backend._decoder.cached).endswith("Hi there")
+
+
+def test_a_template_without_system_prompts_gets_it_in_the_question_and_that_is_said_once(tmp_path: Path) -> None:
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    model = tiny_models.make(tmp_path / "strict", template=strict)
+    with loaded(Backend(), model) as (backend, _):
+        logs: list[str] = []
+        for _ in range(2):
+            report = FakeReport()
+            ask(backend, (system("Be kind."), user("Hi")), report, max_tokens=1)
+            logs += report.logs
+            assert "user: Be kind.\n\nHi" in backend._prompts.tokenizer.decode(backend._decoder.cached)
+        assert len(logs) == 1 and "system prompt" in logs[0]
 
 
 @pytest.mark.attack
