@@ -50,8 +50,9 @@ def describe_progress(progress: Progress) -> str:
     parts = [progress.phase]
     if progress.fraction is not None:
         parts.append(f"{progress.fraction:.0%}")
-    if progress.unit == "bytes" and progress.done:
-        parts.append(readable_bytes(progress.done))
+    if progress.unit == "bytes":
+        if progress.done:
+            parts.append(readable_bytes(progress.done))
     elif progress.unit and progress.total:
         parts.append(f"({progress.done:g} of {progress.total:g} {progress.unit})")
     return " ".join(parts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import msgspec
 
 from app.core.library import ModelEntry, ModelFormat
 from app.core.memory import Estimate, Machine
 from app.core.stack import AdapterStack
-from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
+from app.engine.protocol import Generate, Generated, Load, Score, Scored
+from app.engine.reporting import Report
 
 
 class Capability(StrEnum):
@@ -55,35 +56,6 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     refuses: Callable[[ModelEntry], str] = lambda _: ""
     needs_cuda: bool = False
     rank: int = 100
-
-
-class Report(Protocol):
-    """How a backend speaks while it works. All methods may be called from any thread and never block for long."""
-
-    def progress(self, phase: str, done: float = 0, total: float = 0, unit: str = "") -> None:
-        """Say how far it is; the host thins this out to 30 a second."""
-        ...
-
-    def tokens(self, text: str, count: int, row: int = 0) -> None:
-        """Hand on generated text; the host batches this to one event every 16 ms."""
-        ...
-
-    def loaded(self, event: Loaded) -> None:
-        """Say what was loaded."""
-        ...
-
-    def log(self, level: Literal["debug", "info", "warning", "error"], text: str) -> None:
-        """Write to the engine's log; warnings and errors are shown."""
-        ...
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether Cancel has come for the command at work. Look often."""
-        ...
-
-    def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Have `callback` run (in the reader thread) as soon as Cancel comes for the command at work."""
-        ...
 
 
 class Backend(abc.ABC):

@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 
 from app.backends.base import Backend as BaseBackend
-from app.backends.base import Capability, Report, Spec
+from app.backends.base import Capability, Spec
 from app.core import memory
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.core.memory import Estimate, Machine
 from app.core.options import build
 from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
+from app.engine.reporting import Report
 from app.generation import llama_options
 from app.generation.llama_options import CACHE_BYTES, Options
 from app.generation.llama_sampler import FIELDS

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.backends import base
-from app.backends.base import Capability, Report, Spec
+from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.core.options import build
 from app.core.sampling import Sampling
 from app.engine.protocol import FinishReason, Generate, Generated, Load, Loaded, Score, Scored
+from app.engine.reporting import Report
 from app.generation import hf_files
 from app.generation.hf_options import Options, estimate
 from app.generation.hf_prompt import Prompts

@@ -31,7 +31,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 # Commands --------------------------------------------------------------------------------------
 
 
-class Load(_Message, tag="load"):
+class Load(_Message, frozen=True, kw_only=True, tag="load"):
     """Load a model. `options` are fields of the loader's options struct, checked by the child too."""
 
     model: ModelEntry
@@ -40,17 +40,17 @@ class Load(_Message, tag="load"):
     trust_remote_code: bool = False
 
 
-class Unload(_Message, tag="unload"):
+class Unload(_Message, frozen=True, kw_only=True, tag="unload"):
     """Forget the model and give its memory back as far as the library can."""
 
 
-class SetAdapters(_Message, tag="set_adapters"):
+class SetAdapters(_Message, frozen=True, kw_only=True, tag="set_adapters"):
     """Replace the whole adapter stack."""
 
     adapters: AdapterStack
 
 
-class Generate(_Message, tag="generate"):
+class Generate(_Message, frozen=True, kw_only=True, tag="generate"):
     """Answer a conversation, or continue a raw text.
 
     Attributes:
@@ -68,7 +68,7 @@ class Generate(_Message, tag="generate"):
     images: tuple[str, ...] = ()
 
 
-class Score(_Message, tag="score"):
+class Score(_Message, frozen=True, kw_only=True, tag="score"):
     """Perplexity of a text: each token scored once with at most window-1 tokens before it."""
 
     text: str
@@ -76,33 +76,43 @@ class Score(_Message, tag="score"):
     stride: int = 0  # 0: the window
 
 
-class RunTask(_Message, tag="run_task"):
+class RunTask(_Message, frozen=True, kw_only=True, tag="run_task"):
     """Run a long task by name, with JSON parameters, in this child."""
 
     task: str
     parameters: str = "{}"
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
     """Stop the command whose id is `target` as soon as possible; it ends as its kind says (Done, `cancelled`, or Failed, `cancelled`)."""
 
     target: int
 
 
-class Ping(_Message, tag="ping"):
+class Adjust(_Message, frozen=True, kw_only=True, tag="adjust"):
+    """Change the task whose RunTask has the id `target` while it runs: JSON that the task understands. Never answered.
+
+    One that comes before its task begins is kept for it; of several, the task may see only the last.
+    """
+
+    target: int
+    parameters: str
+
+
+class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
     """Are you alive? Answered by the reader thread with Pong of the same id."""
 
 
-class Shutdown(_Message, tag="shutdown"):
+class Shutdown(_Message, frozen=True, kw_only=True, tag="shutdown"):
     """Finish the command at hand, then exit."""
 
 
-Command = Load | Unload | SetAdapters | Generate | Score | RunTask | Cancel | Ping | Shutdown
+Command = Load | Unload | SetAdapters | Generate | Score | RunTask | Cancel | Adjust | Ping | Shutdown
 
 # Events ----------------------------------------------------------------------------------------
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
     """The handshake, the child's first line. A wrong `version` is refused by the parent."""
 
     version: int
@@ -112,7 +122,7 @@ class Ready(_Message, tag="ready"):
     libraries: dict[str, str] = {}  # name to version, of what the backend runs on
 
 
-class Loaded(_Message, tag="loaded"):
+class Loaded(_Message, frozen=True, kw_only=True, tag="loaded"):
     """A model is loaded (not terminal: Done follows).
 
     Attributes:
@@ -132,7 +142,7 @@ class Loaded(_Message, tag="loaded"):
     notes: tuple[str, ...] = ()
 
 
-class Tokens(_Message, tag="tokens"):
+class Tokens(_Message, frozen=True, kw_only=True, tag="tokens"):
     """A batch of generated text: what came since the last one.
 
     `count` is the number of tokens in this batch; `row` the row of a batched generation.
@@ -143,7 +153,7 @@ class Tokens(_Message, tag="tokens"):
     row: int = 0
 
 
-class ProgressEvent(_Message, tag="progress"):
+class ProgressEvent(_Message, frozen=True, kw_only=True, tag="progress"):
     """How far a command is. See core.jobs.Progress for the fields."""
 
     phase: str
@@ -152,21 +162,27 @@ class ProgressEvent(_Message, tag="progress"):
     unit: str = ""
 
 
-class Metric(_Message, tag="metric"):
+class Metric(_Message, frozen=True, kw_only=True, tag="metric"):
     """Named numbers at a step of a task (loss, learning rate, tokens per second)."""
 
     step: int
     values: dict[str, float]
 
 
-class Log(_Message, tag="log"):
+class News(_Message, frozen=True, kw_only=True, tag="news"):
+    """What a task has to tell beside its progress, as JSON that its worker understands. The latest is what counts."""
+
+    json: str
+
+
+class Log(_Message, frozen=True, kw_only=True, tag="log"):
     """A sentence for the log, and for the window when level is warning or error."""
 
     level: Literal["debug", "info", "warning", "error"]
     text: str
 
 
-class Pong(_Message, tag="pong"):
+class Pong(_Message, frozen=True, kw_only=True, tag="pong"):
     """Answer to Ping. `busy` is the id of the command at work, 0 for none."""
 
     busy: int = 0
@@ -206,13 +222,13 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True, tag="task_result"):
     json: str
 
 
-class Done(_Message, tag="done"):
+class Done(_Message, frozen=True, kw_only=True, tag="done"):
     """The command with this id ended well."""
 
     result: Generated | Scored | TaskResult | None = None
 
 
-class Failed(_Message, tag="failed"):
+class Failed(_Message, frozen=True, kw_only=True, tag="failed"):
     """The command with this id failed. `kind` is an ErrorKind; `detail` a traceback for the log, or ""."""
 
     kind: str
@@ -221,4 +237,4 @@ class Failed(_Message, tag="failed"):
     detail: str = ""
 
 
-Event = Ready | Loaded | Tokens | ProgressEvent | Metric | Log | Pong | Done | Failed
+Event = Ready | Loaded | Tokens | ProgressEvent | Metric | News | Log | Pong | Done | Failed

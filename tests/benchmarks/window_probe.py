@@ -34,7 +34,7 @@ class PaintWatch(QObject):
         self._seconds: dict[str, float] = {}
         application.installEventFilter(self)
 
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802  (Qt's name)
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
         if event.type() == QEvent.Type.Paint:
             for name, kind in self._awaited.items():
                 if isinstance(watched, kind) and name not in self._seconds:
