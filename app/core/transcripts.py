@@ -129,8 +129,11 @@ def export(transcripts: Sequence[Transcript], form: TranscriptFormat) -> str:
 
 def _to_markdown(transcript: Transcript) -> str:
     parts = [f"# {' '.join(transcript.title.split()) or 'Conversation'}\n"]
-    turns: list[tuple[Role, str]] = [("system", transcript.system)] if transcript.system else []
-    turns += [(message.role, message.content) for message in branch(transcript)]
+    turns: list[tuple[Role, str]] = []
+    if transcript.system:
+        turns.append(("system", transcript.system))
+    for message in branch(transcript):
+        turns.append((message.role, message.content))
     for role, content in turns:
         # A message may itself contain such a mark: one backslash more tells them apart.
         text = _ESCAPED.sub(r"<!-- \1\\weft:", content)
@@ -182,8 +185,9 @@ def _from_json(text: str, name: str) -> list[Transcript]:
         if value is None:
             reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
             raise _bad(name, f"it is not JSON ({reason})") from error
-    if isinstance(value, dict) and value.get("kind") == "weft conversations":
-        return _from_weft(value, name)
+    table = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if table.get("kind") == "weft conversations":
+        return _from_weft(table, name)
     items = cast("list[Any]", value if isinstance(value, list) else [value])
     if items and all(isinstance(item, dict) and ("from" in item or "role" in item) for item in items):
         items = [{"messages": items}]  # one bare list of turns
@@ -256,8 +260,10 @@ def _turn(turn: object, name: str, where: str) -> tuple[Role, str]:
     if role is None:
         raise _bad(name, f"{where} is by {speaker!r}, which is no known role")
     if isinstance(content, list):  # OpenAI's parts: only text can be taken over
-        parts = cast("list[Any]", content)
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        parts = [
+            cast("dict[str, Any]", part) if isinstance(part, dict) else {} for part in cast("list[object]", content)
+        ]
+        if not all(part.get("type") == "text" for part in parts):
             raise _bad(name, f"{where} holds something other than text")
         content = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(content, str):

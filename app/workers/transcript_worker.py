@@ -90,7 +90,8 @@ class TranscriptWorker(QThread):
         super().__init__(parent)
         self._store = store
         self._read, self._write = list(read), write
-        self._conversations, self._form = list(conversations), form
+        self._conversations = list(conversations)
+        self._form: TranscriptFormat = form
 
     def run(self) -> None:
         try:

@@ -10,6 +10,7 @@ from PySide6.QtWidgets import (
     QLineEdit,
     QListView,
     QMenu,
+    QSizePolicy,
     QStyle,
     QStyledItemDelegate,
     QStyleOptionViewItem,
@@ -150,9 +151,12 @@ class ConversationPanel(QFrame):
         self.list.pressed_delete.connect(self._delete_current)
         self.empty = label("", tone="muted", wrap=True)
         self.empty.setAlignment(Qt.AlignmentFlag.AlignHCenter)
+        self.empty.setAlignment(Qt.AlignmentFlag.AlignHCenter | Qt.AlignmentFlag.AlignTop)
+        self.empty.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Expanding)
         self.empty.setContentsMargins(2 * GRID, 3 * GRID, 2 * GRID, GRID)
         top = QWidget()
         column(_holder(new, more), self.field, spacing=GRID, margins=(12, 12, 12, 8), parent=top)
+        top.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Fixed)
         layout = column(top, self.empty, self.list, spacing=0, parent=self)
         layout.setStretch(2, 1)
         self._timer = QTimer(self)
@@ -216,8 +220,6 @@ class ConversationPanel(QFrame):
         self.empty.setVisible(none)
         self.list.setVisible(not none)
         self.empty.setText("Nothing found in any chat." if self.model.text else "Your chats will stand here.")
-        if none and (layout := self.layout()) is not None:
-            layout.setAlignment(self.empty, Qt.AlignmentFlag.AlignTop)
 
     @Slot(QPoint)
     def _menu(self, position: QPoint) -> None:

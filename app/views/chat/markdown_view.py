@@ -480,7 +480,7 @@ class MarkdownView(QTextBrowser):
         return None
 
     def doSetSource(
-        self, name: QUrl, type: QTextDocument.ResourceType = QTextDocument.ResourceType.UnknownResource
+        self, name: QUrl | str, type: QTextDocument.ResourceType = QTextDocument.ResourceType.UnknownResource
     ) -> None:
         """Links lead nowhere inside this view."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
 from PySide6.QtGui import QGuiApplication, QKeyEvent, QResizeEvent
@@ -19,7 +19,7 @@ from app.store.chats import ChatStore
 from app.store.settings import SettingsStore
 from app.viewmodels.chat import ChatController
 from app.viewmodels.chat_list import ConversationList
-from app.viewmodels.chat_presets import Presets
+from app.viewmodels.chat_presets import Presets, Values
 from app.viewmodels.chat_reasoning import without_reasoning
 from app.views.chat.composer import Composer
 from app.views.chat.conversation_list import ConversationPanel
@@ -39,6 +39,7 @@ from app.workers.transcript_worker import TranscriptWorker
 if TYPE_CHECKING:
     from app.viewmodels.loadout import Loadout
 
+T = TypeVar("T")
 SIDE_WIDTH = 248
 PANEL_WIDTH = 320
 NARROW = 900  # below this, list and panel are not shown together
@@ -265,7 +266,7 @@ class ChatPage(Page):
 
     # The conversation in view -----------------------------------------------------------------------
 
-    def _defaults(self) -> tuple[str, dict[str, object]]:  # what a new chat begins with
+    def _defaults(self) -> tuple[str, Values]:  # what a new chat begins with
         settings = self._settings.settings
         values = self._presets.all().get(settings.sampling, {}) if hasattr(self, "_presets") else {}
         return settings.system_prompt, dict(values)
@@ -501,8 +502,7 @@ class ChatPage(Page):
     def _ask_export(self, conversations: list[int], form: str) -> None:
         name = "chats"
         if len(conversations) == 1:
-            found = self._read(lambda: self._store.get(conversations[0]), None)
-            name = _file_name(found.title) if found is not None else name
+            name = _file_name(self._read(lambda: self._store.get(conversations[0]).title, name))
         suffix = SUFFIXES[form]  # type: ignore[index]
         dialog = QFileDialog(self, "Export", f"{name}{suffix}")
         dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
@@ -574,10 +574,10 @@ class ChatPage(Page):
         self._try(lambda: self.controller.set_system(text))
 
     @Slot(dict)
-    def _set_sampling(self, values: dict[str, object]) -> None:
+    def _set_sampling(self, values: Values) -> None:
         self._try(lambda: self.controller.set_sampling(values))  # type: ignore[arg-type]
 
-    def _apply_preset(self, values: dict[str, object]) -> None:
+    def _apply_preset(self, values: Values) -> None:
         self.panel.set_values(self.controller.system, values)  # type: ignore[arg-type]
         self._set_sampling(values)
 
@@ -677,7 +677,7 @@ class ChatPage(Page):
     def _try2(self, run: Callable[[int, bool], object]) -> Callable[[int, bool], None]:
         return lambda id, value: self._try(lambda: run(id, value))
 
-    def _read(self, run: Callable[[], object], default: object) -> object:
+    def _read(self, run: Callable[[], T], default: T) -> T:
         try:
             return run()
         except WeftError as error:
