@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
 class Start(QObject):
     """From the frame of the window to the furnished house."""
 
-    def __init__(self, application: QApplication, paths: Paths, instance: SingleInstance, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, application: QApplication, paths: Paths, instance: SingleInstance, arguments: Sequence[str]
+    ) -> None:
         super().__init__(application)
         self._application = application
         self._paths = paths
@@ -121,7 +123,9 @@ def _cannot_start(error: WeftError | OSError) -> int:
     from app.views.dialogs import ErrorDialog
 
     if not isinstance(error, WeftError):
-        error = WeftError(ErrorKind.PERMISSION, f"Weft cannot start: {error}.", "Set WEFT_HOME to a folder that you can write to.")
+        error = WeftError(
+            ErrorKind.PERMISSION, f"Weft cannot start: {error}.", "Set WEFT_HOME to a folder that you can write to."
+        )
     print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
     if QGuiApplication.platformName() != "offscreen":
         theme.theme()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PySide6.QtCore import Qt, QUrl
-from PySide6.QtGui import QDesktopServices, QFontDatabase, QGuiApplication, QTextCursor
+from PySide6.QtGui import QDesktopServices, QFontDatabase, QGuiApplication, QShowEvent
 from PySide6.QtWidgets import QDialog, QPlainTextEdit, QPushButton, QWidget
 
 from app.core.errors import ErrorKind, WeftError
@@ -57,6 +57,12 @@ def reveal(path: Path) -> bool:
     return open_locally(path.parent if path.parent.is_dir() else path)
 
 
+def scroll_to_end(box: QPlainTextEdit) -> None:
+    """Show the last lines from their beginning; moving the cursor there would scroll sideways too."""
+    box.verticalScrollBar().setValue(box.verticalScrollBar().maximum())
+    box.horizontalScrollBar().setValue(0)
+
+
 def text_box(
     text: str = "", *, mono: bool = True, name: str = "Details", parent: QWidget | None = None
 ) -> QPlainTextEdit:
@@ -90,8 +96,8 @@ class _Sheet(QDialog):
             if text:
                 self.body.addWidget(label(text, tone=tone, wrap=True, selectable=True))
         self.buttons = row(1)
-        top = row(IconLabel(mark, 32, role), spacing=16)
-        top.setAlignment(Qt.AlignmentFlag.AlignTop)
+        top = row(spacing=16)
+        top.addWidget(IconLabel(mark, 32, role), 0, Qt.AlignmentFlag.AlignTop)
         top.addLayout(self.body, 1)
         outer = column(parent=self, spacing=16, margins=(24, 24, 24, 16))
         outer.addLayout(top, 1)
@@ -162,7 +168,7 @@ class CrashDialog(_Sheet):
             self.body.addWidget(label("The end of its log:", tone="muted"))
             box = text_box(self._tail, name="The end of the engine's log")
             box.setMinimumSize(560, 200)
-            box.moveCursor(QTextCursor.MoveOperation.End)
+            self._box = box
             self.body.addWidget(box, 1)
         self.buttons.insertWidget(
             0, button("Copy", self._copy, kind="link", icon_name="copy", tip="Copy everything shown here")
@@ -177,10 +183,16 @@ class CrashDialog(_Sheet):
         else:
             close.setDefault(True)
 
+    _box: QPlainTextEdit | None = None
+
+    def showEvent(self, event: QShowEvent) -> None:
+        super().showEvent(event)
+        if self._box is not None:
+            scroll_to_end(self._box)
+
     def _copy(self) -> None:
-        QGuiApplication.clipboard().setText(
-            "\n\n".join(part for part in (self.error.message, self.error.hint, self._tail) if part)
-        )
+        parts = (self.error.message, self.error.hint, self._tail)
+        QGuiApplication.clipboard().setText("\n\n".join(part for part in parts if part))
 
 
 class ConfirmDialog(_Sheet):

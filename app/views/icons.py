@@ -51,6 +51,7 @@ class _Engine(QIconEngine):
 @functools.cache
 def icon(name: str, role: str = "text", on_role: str = "") -> QIcon:
     """The icon of this name (a file of resources/icons), in the palette's colour `role`; `on_role` when checked."""
+    theme()  # not first in paint(): installing a style sheet while a widget paints itself is a crash
     return QIcon(_Engine(name, role, on_role or role))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from PySide6.QtCore import QTimer, Slot
-from PySide6.QtGui import QTextCursor
 from PySide6.QtWidgets import QCheckBox, QWidget
 
-from app.views.dialogs import open_locally, read_tail, text_box
+from app.views.dialogs import open_locally, read_tail, scroll_to_end, text_box
 from app.views.widgets import ElidedLabel, button, column, row
 
 FOLLOW_MS = 500
@@ -56,7 +55,7 @@ class LogView(QWidget):
             except OSError:
                 self._offset = 0
             self.box.setPlainText(read_tail(path).rstrip("\n"))
-            self.box.moveCursor(QTextCursor.MoveOperation.End)
+            scroll_to_end(self.box)
 
     def showEvent(self, event: object) -> None:
         if self.follow.isChecked():
@@ -70,7 +69,7 @@ class LogView(QWidget):
         if follow:
             self._timer.start()
             self._grow()
-            self.box.moveCursor(QTextCursor.MoveOperation.End)
+            scroll_to_end(self.box)
         else:
             self._timer.stop()
 

@@ -21,7 +21,7 @@ from PySide6.QtWidgets import (
 )
 
 from app.views.icons import icon, pixmap
-from app.views.theme import set_property, title_font
+from app.views.theme import set_property, theme, title_font
 
 GRID = 8
 
@@ -178,6 +178,7 @@ class IconLabel(QLabel):
     def __init__(self, name: str, size: int = 20, role: str = "muted", parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._name, self._size, self._role = name, size, role
+        theme()  # see icons.icon
         self.setFixedSize(size, size)
 
     def set_icon(self, name: str, role: str = "") -> None:

@@ -87,7 +87,7 @@ class Rooms:
     jobs: JobStore
     roots: LibraryRoots
     environments: Installed
-    script: Script = Script()
+    script: Script = field(default_factory=Script)
     free: int = 16 * GB
     made: list[str] = field(default_factory=list)
     closers: list[Callable[[], object]] = field(default_factory=list)

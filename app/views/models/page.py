@@ -123,7 +123,7 @@ class ModelsPage(Page):
         self._splitter.setStretchFactor(1, 0)
         self._splitter.setChildrenCollapsible(False)
         self._splitter.setHandleWidth(1)
-        self._splitter.setSizes([880, 376])
+        self._splitter.setSizes([1000, 360])
         add = button("Add a folder…", self._add_folder, kind="primary", icon_name="folder-add")
         self._empty = EmptyState(
             "models",

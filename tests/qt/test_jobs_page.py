@@ -1,0 +1,192 @@
+"""Jobs: the queue of installations, progress, cancel, retry, the log that is followed; and the engines in Settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from PySide6.QtCore import QThread, Signal
+from pytestqt.qtbot import QtBot
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import JobState, Progress
+from app.engine.environments import Environments, EnvironmentState
+from app.store.jobs import JobStore
+from app.viewmodels.jobs import INSTALL, JobCenter, Pace, environment_of, progress_text
+from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.settings import EngineList, SettingsView
+from app.views.jobs.page import JobsPage
+from app.views.log_view import LogView
+from app.views.settings.page import SettingsPage
+from tests.qt.shell_parts import Rooms
+
+
+class Installation(QThread):
+    """Stands for EnvironmentWorker: the same signals and job, an end on order instead of uv."""
+
+    progress = Signal(object)
+    log = Signal(str)
+    finished_well = Signal()
+    failed = Signal(object)
+
+    def __init__(self, store: JobStore, name: str, log: Path) -> None:
+        super().__init__()
+        self.name, self.store = name, store
+        self.job = store.create(
+            INSTALL,
+            f"Install {name}",
+            parameters=msgspec.json.encode({"name": name, "repair": False}).decode(),
+            log=str(log),
+        )
+        self.cancelled = False
+        self.end = ""
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def run(self) -> None:
+        self.store.update(self.job.id, state=JobState.RUNNING)
+        self.progress.emit(Progress(phase="Downloading torch", done=45e6, total=100e6, unit="bytes"))
+        while not self.end and not self.cancelled:
+            self.msleep(5)
+        if self.cancelled:
+            self.store.update(self.job.id, state=JobState.CANCELLED)
+            error = WeftError(ErrorKind.CANCELLED, "Cancelled.")
+        elif self.end == "well":
+            self.store.update(self.job.id, state=JobState.DONE)
+            error = None
+        else:
+            self.store.update(self.job.id, state=JobState.FAILED, message="No network.", hint="Retry.")
+            error = WeftError(ErrorKind.NETWORK, "No network.", "Retry.")
+        self.store.release()
+        if error is None:
+            self.finished_well.emit()
+        else:
+            self.failed.emit(error)
+
+
+@pytest.fixture
+def rooms(home: Path, qtbot: QtBot) -> Iterator[Rooms]:
+    made = Rooms.build()
+    yield made
+    made.close()
+    qtbot.wait(20)
+
+
+class Yard:
+    """A job center and the installations it made."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self.made: list[Installation] = []
+        self.environments = Environments(rooms.paths.environments)
+        self.log = rooms.paths.data / "install.log"
+
+        def make(name: str, _repair: bool) -> Installation:
+            worker = Installation(rooms.jobs, name, self.log)
+            self.made.append(worker)
+            return worker
+
+        self.center = JobCenter(rooms.jobs, self.environments, make)
+        rooms.closers.insert(0, self.center.close)
+
+
+@pytest.fixture
+def yard(rooms: Rooms) -> Yard:
+    return Yard(rooms)
+
+
+def test_installs_one_after_the_other(yard: Yard, qtbot: QtBot) -> None:
+    center = yard.center
+    center.install("core")
+    center.install("llamacpp")
+    center.install("core")  # under way already
+    assert [worker.name for worker in yard.made] == ["core"]
+    assert center.waiting == ["llamacpp"]
+    with qtbot.waitSignal(center.environment_ready, timeout=3000) as ready:
+        yard.made[0].end = "well"
+    assert ready.args == ["core"]
+    qtbot.waitUntil(lambda: len(yard.made) == 2, timeout=3000)
+    with qtbot.waitSignal(center.environment_failed, timeout=3000) as failed:
+        yard.made[1].end = "badly"
+    assert failed.args is not None
+    assert failed.args[1].message == "No network."
+    assert center.running is None
+
+
+def test_page_shows_progress_cancels_and_retries(yard: Yard, qtbot: QtBot) -> None:
+    page = JobsPage(jobs=yard.center)
+    qtbot.addWidget(page)
+    page.show()
+    assert page._stack.currentWidget() is page._empty
+    yard.center.install("core")
+    qtbot.waitUntil(
+        lambda: "45.0 MB of 100 MB" in str(page.table.index(0, 2).data() if page.table.jobs else ""), timeout=3000
+    )
+    assert page.cancel.isVisible()
+    assert not page.retry.isVisible()
+    page.cancel.click()
+    qtbot.waitUntil(lambda: bool(page.table.jobs) and page.table.jobs[0].state is JobState.CANCELLED, timeout=3000)
+    assert page.retry.isVisible()
+    page.retry.click()
+    qtbot.waitUntil(lambda: len(page.table.jobs) == 2, timeout=3000)
+    assert environment_of(page.table.jobs[0]) == "core"
+    yard.made[-1].end = "badly"
+    qtbot.waitUntil(lambda: page.table.jobs[0].state is JobState.FAILED, timeout=3000)
+    assert page._problem.isVisible()
+    assert page._problem.text.text() == "No network. Retry."
+    page.remove.click()
+    assert len(page.table.jobs) == 1
+
+
+def test_log_is_followed(qtbot: QtBot, tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    view = LogView()
+    qtbot.addWidget(view)
+    view.show()
+    view.show_log(path)
+    path.write_text("first line\n")
+    qtbot.waitUntil(lambda: "first line" in view.box.toPlainText(), timeout=3000)
+    with path.open("a") as file:
+        file.write("second line\n")
+    qtbot.waitUntil(lambda: "second line" in view.box.toPlainText(), timeout=3000)
+    path.write_text("new\n")
+    qtbot.waitUntil(lambda: view.box.toPlainText() == "new", timeout=3000)
+
+
+def test_pace_and_words() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    for second in range(6):
+        now[0] = float(second)
+        pace.add(Progress(phase="x", done=10e6 * second, total=100e6, unit="bytes"))
+    left = pace.left(Progress(phase="x", done=50e6, total=100e6, unit="bytes"))
+    assert left == pytest.approx(5.0)
+    text = progress_text(Progress(phase="Downloading", done=50e6, total=100e6, unit="bytes"), left)
+    assert text == "Downloading · 50.0 MB of 100 MB · 5 s left"
+
+
+def test_settings_page_engines_and_switches(yard: Yard, rooms: Rooms, qtbot: QtBot) -> None:
+    engines = EngineList(yard.environments, yard.center)
+    rooms.closers.insert(0, engines.close)
+    page = SettingsPage(
+        settings=SettingsView(rooms.settings),
+        roots=LibraryRoots(rooms.settings, rooms.paths),
+        engines=engines,
+        paths=rooms.paths,
+    )
+    qtbot.addWidget(page)
+    page.resize(900, 900)
+    page.show()
+    page.entered()
+    card = page.engines.cards["core"]
+    assert yard.environments.state("core") is EnvironmentState.MISSING
+    assert card.install.isVisibleTo(page)
+    assert not card.remove.isVisibleTo(page)
+    card.install.click()
+    qtbot.waitUntil(lambda: card.cancel.isVisibleTo(page), timeout=2000)
+    card.cancel.click()
+    qtbot.waitUntil(lambda: card.install.isVisibleTo(page), timeout=3000)
+    page.appearance.setCurrentIndex(page.appearance.findData("dark"))
+    assert rooms.settings.load().appearance == "dark"

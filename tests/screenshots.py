@@ -1,0 +1,104 @@
+"""Make docs/screenshots/*.png: every page, light and dark, at 1440×900 and 960×600, with the real starter model answering.
+
+    python -m tests.screenshots [FOLDER]        (needs the `core` environment; a display, or QT_QPA_PLATFORM=offscreen)
+
+Data are real: a home of its own for this run, the starter model, one question asked and answered.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PySide6.QtCore import QEventLoop, QSettings, QTimer
+from PySide6.QtWidgets import QApplication, QWidget
+
+from app import logs
+from app.core.paths import Paths, default_paths
+from app.house import House
+from app.rail import RAIL
+from app.viewmodels.loadout import LoadoutState
+from app.views import theme
+from app.views.main_window import MainWindow
+
+SIZES = ((1440, 900), (960, 600))
+QUESTION = "How do I add a LoRA?"
+PATIENCE = 240.0
+
+
+def wait(milliseconds: int) -> None:
+    loop = QEventLoop()
+    QTimer.singleShot(milliseconds, loop.quit)
+    loop.exec()
+
+
+def wait_until(what: Callable[[], bool], why: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited too long for {why}")
+        wait(50)
+
+
+def shoot(widget: QWidget, folder: Path, name: str) -> None:
+    wait(250)
+    widget.grab().save(str(folder / f"{name}.png"))
+    print(folder / f"{name}.png", flush=True)
+
+
+def ask(house: House) -> None:
+    """Load the starter and ask it, so that Chat shows a real answer."""
+    wait_until(lambda: house.loadout.state in (LoadoutState.READY, LoadoutState.FAILED), "the starter model")
+    if house.loadout.state is LoadoutState.FAILED:
+        raise SystemExit(f"the starter model did not load: {house.loadout.error}")
+    page = house.window.page("chat")
+    page.send(QUESTION)  # type: ignore[attr-defined]
+    wait(300)
+    wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
+
+
+def shoot_all(house: House, folder: Path) -> None:
+    window = house.window
+    for look in ("light", "dark"):
+        house.theme.set_appearance(look)
+        for width, height in SIZES:
+            window.resize(width, height)
+            for name in window.rail.names:
+                window.show_page(name)
+                shoot(window, folder, f"{name}-{look}-{width}")
+    house.theme.set_appearance("light")
+    window.resize(*SIZES[0])
+    window.show_page("chat")
+
+
+def main() -> int:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    application = QApplication([sys.argv[0]])
+    with tempfile.TemporaryDirectory() as home:
+        base = Path(home)
+        paths = Paths(data=base, config=base, cache=base / "cache", logs=base / "logs", runtime=base / "run")
+        if not (default_paths().environments / "core").exists():
+            print(
+                "note: the core environment is not installed here; set WEFT_PYTHON_CORE to a Python that has it",
+                file=sys.stderr,
+            )
+        look = theme.install(application, "light")
+        window = MainWindow(RAIL, state=QSettings(str(base / "window.ini"), QSettings.Format.IniFormat))
+        window.resize(*SIZES[0])
+        window.show_page("chat")
+        window.show()
+        house = House(application, paths, window, look, logs.Reporter())
+        house.open()
+        ask(house)
+        shoot_all(house, folder)
+        window.close()
+        house.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
