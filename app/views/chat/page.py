@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
 from PySide6.QtGui import QGuiApplication, QKeyEvent, QResizeEvent
-from PySide6.QtWidgets import QFileDialog, QFrame, QSplitter, QStackedLayout, QWidget
+from PySide6.QtWidgets import QFrame, QSplitter, QStackedLayout, QWidget
 
 from app.core.errors import WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
-from app.core.transcripts import SUFFIXES, TranscriptFormat
+from app.core.transcripts import TranscriptFormat
 from app.store.chats import ChatStore
 from app.store.settings import SettingsStore
 from app.viewmodels.chat import ChatController
@@ -23,6 +23,7 @@ from app.viewmodels.chat_presets import Presets, Values
 from app.viewmodels.chat_reasoning import without_reasoning
 from app.views.chat.composer import Composer
 from app.views.chat.conversation_list import ConversationPanel
+from app.views.chat.files import TranscriptFiles
 from app.views.chat.find import Finder, matches_in
 from app.views.chat.find_bar import FindBar
 from app.views.chat.highlight import warm_up
@@ -34,7 +35,6 @@ from app.views.chat.transcript import Entry, Transcript
 from app.views.chat.welcome import Welcome
 from app.views.page import Notice, Page, PaletteCommand
 from app.views.widgets import ElidedLabel, action, column, icon_button, row
-from app.workers.transcript_worker import TranscriptWorker
 
 if TYPE_CHECKING:
     from app.viewmodels.loadout import Loadout
@@ -64,12 +64,12 @@ class ChatPage(Page):
         self._store, self._loadout, self._settings = store, loadout, settings
         self._pick_model = pick_model
         self._presets = Presets(settings)
-        self._workers: list[TranscriptWorker] = []
         self._shown_conversation = -1
         self._progress_text = ""
         self._warmed = False
         self.controller = ChatController(store, loadout, self._defaults, self)
         self.model = ConversationList(store, self)
+        self.files = TranscriptFiles(store, self)
         self._build()
         self._connect()
         self._add_actions()
@@ -150,8 +150,11 @@ class ChatPage(Page):
         self.side.new_wanted.connect(self.new_chat)
         self.side.pin_wanted.connect(self._try2(controller.set_pinned))
         self.side.delete_wanted.connect(self._delete)
-        self.side.export_wanted.connect(self._ask_export)
-        self.side.import_wanted.connect(self._ask_import)
+        self.side.export_wanted.connect(self.files.ask_export)
+        self.side.import_wanted.connect(self.files.ask_import)
+        self.files.notice.connect(self.notice)
+        self.files.failed.connect(self.failed)
+        self.files.imported.connect(self._imported)
         self.model.renamed.connect(self._rename)
         self.panel.system_changed.connect(self._set_system)
         self.panel.sampling_changed.connect(self._set_sampling)
@@ -196,7 +199,9 @@ class ChatPage(Page):
             PaletteCommand(
                 title="New chat", group="Chat", run=self._come_and(self.new_chat), shortcut="Ctrl+N", icon="plus"
             ),
-            PaletteCommand(title="Import chats…", group="Chat", run=self._come_and(self._ask_import), icon="import"),
+            PaletteCommand(
+                title="Import chats…", group="Chat", run=self._come_and(self.files.ask_import), icon="import"
+            ),
             PaletteCommand(
                 title="Stop the answer",
                 group="Chat",
@@ -261,8 +266,7 @@ class ChatPage(Page):
         self.composer.flush()
         self.panel.flush()
         self.controller.shutdown()
-        for worker in self._workers:
-            worker.wait()
+        self.files.wait()
 
     # The conversation in view -----------------------------------------------------------------------
 
@@ -498,68 +502,19 @@ class ChatPage(Page):
     def _undoable(self, text: str, undo: Callable[[], object]) -> None:
         self.notice.emit(Notice(text=text, action="Undo", run=lambda: self._try(undo)))
 
-    @Slot(list, str)
-    def _ask_export(self, conversations: list[int], form: str) -> None:
-        name = "chats"
-        if len(conversations) == 1:
-            name = _file_name(self._read(lambda: self._store.get(conversations[0]).title, name))
-        suffix = SUFFIXES[form]  # type: ignore[index]
-        dialog = QFileDialog(self, "Export", f"{name}{suffix}")
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.setAcceptMode(QFileDialog.AcceptMode.AcceptSave)
-        dialog.setDefaultSuffix(suffix[1:])
-        dialog.fileSelected.connect(lambda path: self.export(conversations, form, Path(path)))  # type: ignore[arg-type]
-        dialog.open()
-
     def export(self, conversations: list[int], form: TranscriptFormat, path: Path) -> None:
         """Write conversations to a file, in the background."""
-        worker = TranscriptWorker(self._store, write=path, conversations=conversations, form=form, parent=self)
-        self._run(
-            worker,
-            lambda ids: self.notice.emit(Notice(text=f"{_chats(len(ids))} exported to {path.name}.", tone="positive")),
-        )
-
-    @Slot()
-    def _ask_import(self) -> None:
-        dialog = QFileDialog(self, "Import chats")
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.setFileMode(QFileDialog.FileMode.ExistingFiles)
-        dialog.setNameFilters(["Chats (*.json *.jsonl *.md *.markdown)", "All files (*)"])
-        dialog.filesSelected.connect(lambda paths: self.import_([Path(path) for path in paths]))
-        dialog.open()
+        self.files.export(conversations, form, path)
 
     def import_(self, paths: list[Path]) -> None:
         """Read conversations from files, in the background."""
-        worker = TranscriptWorker(self._store, read=paths, parent=self)
-        self._run(worker, self._imported)
-
-    def _imported(self, ids: list[int]) -> None:
-        self._refresh_list()
-        self.notice.emit(Notice(text=f"{_chats(len(ids))} imported.", tone="positive"))
-        if ids:
-            self.open(ids[0])
-
-    def _run(self, worker: TranscriptWorker, done: Callable[[list[int]], object]) -> None:
-        # Through a slot of this page: a plain function would run in the worker's thread.
-        worker.setProperty("done", done)
-        worker.done.connect(self._worker_done)
-        worker.failed.connect(self.failed)
-        worker.finished.connect(self._worker_ended)
-        self._workers.append(worker)
-        worker.start()
+        self.files.import_(paths)
 
     @Slot(list)
-    def _worker_done(self, ids: list[int]) -> None:
-        worker = self.sender()
-        assert worker is not None
-        worker.property("done")(ids)
-
-    @Slot()
-    def _worker_ended(self) -> None:
-        worker = self.sender()
-        self._workers = [other for other in self._workers if other is not worker]
-        if worker is not None:
-            worker.deleteLater()
+    def _imported(self, ids: list[int]) -> None:
+        self._refresh_list()
+        if ids:
+            self.open(ids[0])
 
     def accepts(self, paths: list[Path]) -> bool:
         return bool(paths) and all(path.suffix.lower() in (".json", ".jsonl", ".md", ".markdown") for path in paths)
@@ -683,14 +638,3 @@ class ChatPage(Page):
         except WeftError as error:
             self.failed.emit(error)
             return default
-
-
-def _chats(count: int) -> str:
-    return f"{count:,} chat{'s' if count != 1 else ''}"
-
-
-def _file_name(title: str) -> str:
-    """A title as a file name that every system takes."""
-    kept = "".join(c if c.isalnum() or c in " -_.,()" else " " for c in title)
-    name = " ".join(kept.split()).strip(" .")[:80]
-    return name or "chat"
