@@ -169,9 +169,9 @@ class Backend(BaseBackend):
             ) from error
         self._library = llama_cpp
         self._log = library_log(self._library)
-        llama_cpp.llama_backend_init()
+        self._library.llama_backend_init()
         if options.numa != "off":
-            llama_cpp.llama_numa_init(getattr(llama_cpp, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
+            self._library.llama_numa_init(getattr(self._library, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
 
     def _place(self, entry: ModelEntry, options: Options) -> tuple[Options, int]:
         """The options with the number of GPU layers settled, and bytes free on GPUs."""

@@ -103,17 +103,19 @@ class Ours:
 
 
 @pytest.fixture(params=sorted({1, min(4, os.cpu_count() or 1)}), ids=lambda n: f"{n} threads")
-def pair(request: pytest.FixtureRequest, model: ModelEntry, tmp_path: Path) -> Iterator[tuple[Ours, Reference]]:
-    ours, reference = (
-        Ours(model, tmp_path / "engine.log", request.param, 4096),
-        Reference(model.path, request.param, 4096),
-    )
+def threads(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def pair(threads: int, model: ModelEntry, tmp_path: Path) -> Iterator[tuple[Ours, Reference]]:
+    ours, reference = Ours(model, tmp_path / "engine.log", threads, 4096), Reference(model.path, threads, 4096)
     yield ours, reference
     reference.close()
     ours.client.shutdown()
 
 
-def test_tokens_a_second(pair: tuple[Ours, Reference]) -> None:
+def test_tokens_a_second(pair: tuple[Ours, Reference], threads: int) -> None:
     """1,600 tokens in one growing context, a hundred at a time by turns.
 
     On a quiet machine the clock decides, by the middle turn. On a busy one the clock says who got the processor, so the
@@ -121,6 +123,10 @@ def test_tokens_a_second(pair: tuple[Ours, Reference]) -> None:
     """
     ours, reference = pair
     busy = os.getloadavg()[0] > 0.5
+    if busy and threads > 1:
+        pytest.skip(
+            f"load {os.getloadavg()[0]:.1f}: threads that wait for one another would measure the machine's other work"
+        )
     text = "the sea is near the shore"
     reference.ask("prompt", text)
     engine = psutil.Process(ours.client.pid)

@@ -54,6 +54,9 @@ class Recorder:
     def log(self, level: str, text: str) -> None:
         self.lines.append((level, text))
 
+    def metric(self, step: int, values: Any) -> None:
+        """Generations have none."""
+
     def on_cancel(self, callback: Callable[[], None]) -> None:
         self.callbacks.append(callback)
 
