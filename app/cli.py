@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from app import __version__
+from app import __version__, cli_download
 from app.backends import choose, specs
 from app.backends.base import Capability, Spec
 from app.core.conversation import Message
@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
             metavar="V",
             help=field.help.replace("%", "%%"),
         )
-    for command in (loaders, models, adapters, chat):
+    download = cli_download.add_command(commands)
+    for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -23,6 +23,7 @@ from app.core.recognise_folder import folder_model
 from app.core.recognise_gguf import gguf_adapter, gguf_model, is_projector_name, parts_of, split_position
 from app.core.roots import Root, RootKind
 from app.core.scan_ollama import ollama_candidates
+from app.core.unfinished import pending_files
 
 Entry = ModelEntry | AdapterEntry
 
@@ -241,9 +242,12 @@ def _starts(root: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path, files: Mapping[str, os.stat_result], start: Path, root: Root) -> Iterator[Candidate]:
-    """What one folder may hold: itself as a model or adapter, GGUF files, lone adapters."""
+    """What one folder may hold: itself as a model or adapter, GGUF files, lone adapters. Not what is still being downloaded."""
     if not files:
         return
+    pending = pending_files(folder)
+    if any(not name.lower().endswith(".gguf") for name in pending):
+        files = {name: status for name, status in files.items() if name.lower().endswith(".gguf")}
     adapter = "adapter_config.json" in files
     model = "config.json" in files and any(
         n.endswith((*_WEIGHTS, ".index.json")) for n in files if n != "adapter_config.json"
@@ -267,9 +271,11 @@ def _in_folder(folder: Path, files: Mapping[str, os.stat_result], start: Path, r
     sets: dict[str, list[str]] = {}
     for name in sorted(ggufs):
         if name not in projectors:
-            split = split_position(name)
-            sets.setdefault(f"{split[0]}-of-{split[2]}" if split else name, []).append(name)
+            sets.setdefault(_set_name(name), []).append(name)
+    waiting = {_set_name(path.rpartition("/")[2]) for path in pending}
     for parts in sets.values():
+        if _set_name(parts[0]) in waiting:
+            continue
         path = folder / parts[0]
         yield Candidate(
             str(path),
@@ -277,6 +283,11 @@ def _in_folder(folder: Path, files: Mapping[str, os.stat_result], start: Path, r
             _signature([*parts, *projectors], files),
             prefix=_user(path, start, root, 3),
         )
+
+
+def _set_name(name: str) -> str:
+    split = split_position(name)
+    return f"{split[0]}-of-{split[2]}" if split else name
 
 
 def _reader(read: Callable[[Path], Entry | None], path: Path) -> Callable[[], Entry | None]:

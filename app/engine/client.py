@@ -190,7 +190,7 @@ class EngineClient:
             if (exit := self._events.exit) is not None:
                 raise exit.error
             self._asked = self._asked or isinstance(command, protocol.Shutdown)
-            if not isinstance(command, protocol.Cancel):  # it is answered by the end of its target
+            if not isinstance(command, protocol.Cancel | protocol.Adjust):  # answered by the end of their target, or never
                 self._pending[number] = command
             self._write(line)
         return number

@@ -119,6 +119,7 @@ class Host:
         self._lock = threading.Lock()
         self._waiting: dict[int, protocol.Command] = {}  # taken, not begun; in order
         self._order: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._adjustments: dict[int, str] = {}  # of commands that have not begun
         self._current: HostReport | None = None
         self._busy = 0
 
@@ -161,6 +162,8 @@ class Host:
             self._outbox.send(protocol.Pong(id=command.id, busy=busy))
         elif isinstance(command, protocol.Cancel):
             self._cancel(command.target)
+        elif isinstance(command, protocol.Adjust):
+            self._adjust(command)
         else:
             with self._lock:
                 known = command.id in self._waiting or command.id == self._busy
@@ -173,7 +176,8 @@ class Host:
 
     def _refuse(self, line: bytes, error: Exception) -> None:
         text = f"This engine cannot read a command: {error}."
-        sys.stderr.write(f"{text} {line[:200]!r}\n")
+        # Parameters of a task may hold a secret, and this goes into a log: only what comes before them.
+        sys.stderr.write(f"{text} {line[:200].partition(b'parameters')[0]!r}\n")
         try:
             number = msgspec.json.decode(line, type=_Envelope).id
         except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -187,11 +191,20 @@ class Host:
     def _cancel(self, target: int) -> None:
         with self._lock:
             waiting = self._waiting.pop(target, None)
+            self._adjustments.pop(target, None)
             current = self._current if target == self._busy else None
         if waiting is not None:
             self._outbox.send(_cancelled(waiting))  # it never began: no need to wait for the one at work
         elif current is not None:
             current.cancel()
+
+    def _adjust(self, command: protocol.Adjust) -> None:
+        with self._lock:
+            current = self._current if command.target == self._busy else None
+            if current is None and command.target in self._waiting:
+                self._adjustments[command.target] = command.parameters
+        if current is not None:
+            current.adjust(command.parameters)
 
     # The main thread
 
@@ -205,6 +218,9 @@ class Host:
                     continue  # cancelled before it began
                 report = HostReport(number, self._outbox, self._flusher)
                 self._current, self._busy = report, number
+                adjustment = self._adjustments.pop(number, None)
+            if adjustment is not None:
+                report.adjust(adjustment)
             if isinstance(command, protocol.Shutdown):
                 return self._shut_down(report, number)
             self._run(command, report)
@@ -250,7 +266,7 @@ class Host:
             case protocol.Score():
                 with _only_where_supported("perplexity"):
                     return backend.score(command, report)
-            case protocol.Cancel() | protocol.Ping() | protocol.Shutdown():
+            case protocol.Cancel() | protocol.Adjust() | protocol.Ping() | protocol.Shutdown():
                 raise AssertionError(f"{type(command).__name__} is never queued for work")
         return None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import Paths
@@ -40,3 +42,10 @@ def task_engine(
     """
     python = Environments(paths.environments).python(environment_name)
     return EngineClient(python=python, backend="", log_path=paths.logs / f"{log_name}.log", environment=environment)
+
+
+def own_engine(paths: Paths, log_name: str, environment: Mapping[str, str] | None = None) -> EngineClient:
+    """An engine that runs tasks with what the window itself has installed, not started: downloads, questions to the hub."""
+    return EngineClient(
+        python=Path(sys.executable), backend="", log_path=paths.logs / f"{log_name}.log", environment=environment
+    )

@@ -20,7 +20,7 @@ import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.engine.failures import describe
-from app.engine.protocol import MAX_LINE, Done, Event, Failed, Loaded, Log, Metric, ProgressEvent, Tokens
+from app.engine.protocol import MAX_LINE, Done, Event, Failed, Loaded, Log, Metric, News, ProgressEvent, Tokens
 from app.engine.wire import encode
 
 TOKENS_INTERVAL = 0.016  # seconds
@@ -101,6 +101,8 @@ class HostReport:
         self._progress_sent = -math.inf
         self._cancelled = False
         self._callbacks: list[Callable[[], None]] = []
+        self._adjustment: str | None = None  # the latest
+        self._adjusters: list[Callable[[str], None]] = []
 
     # What a backend says
 
@@ -154,6 +156,10 @@ class HostReport:
             self.log("warning", f"Step {step}: not a finite number: {', '.join(strange)}.")
         self._send_now(Metric(id=self._command, step=step, values=finite))
 
+    def news(self, json: str) -> None:
+        """What a task has to tell its worker, as JSON. Not thinned out: say it a few times a second at most."""
+        self._send_now(News(id=self._command, json=json))
+
     @property
     def cancelled(self) -> bool:
         """Whether Cancel has come for this command."""
@@ -167,7 +173,28 @@ class HostReport:
                 return
         callback()
 
+    def on_adjust(self, callback: Callable[[str], None]) -> None:
+        """Have `callback` run, in the reader thread, with the JSON of each Adjust; at once when one has come already."""
+        with self._lock:
+            self._adjusters.append(callback)
+            already = self._adjustment
+        if already is not None:
+            callback(already)
+
     # What the host does
+
+    def adjust(self, parameters: str) -> None:
+        """Adjust has come."""
+        with self._lock:
+            if self._closed:
+                return
+            self._adjustment = parameters
+            callbacks = list(self._adjusters)
+        for callback in callbacks:
+            try:
+                callback(parameters)
+            except Exception as error:  # noqa: BLE001  (a task's; the reader thread must live on)
+                self.log("error", f"The task could not be changed.\n{describe(error)}")
 
     def cancel(self) -> None:
         """Cancel has come."""
@@ -191,6 +218,7 @@ class HostReport:
             self._outbox.send(terminal)
             self._closed = True
             self._callbacks.clear()
+            self._adjusters.clear()
 
     def flush(self) -> None:
         """Send what is held back."""

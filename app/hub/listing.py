@@ -7,51 +7,41 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import Any
 
-import msgspec
-
 from app.core.errors import ErrorKind, WeftError
-from app.hub.reference import HubReference, check_file_path
+from app.hub.files import Listing, RemoteFile, SearchHit
+from app.hub.reference import HubReference, check_file_path, parse_reference
 from app.hub.selection import is_adapter
-from app.hub.source import RemoteFile
+from app.hub.source import proxy_for, tls_context
+from app.hub.trouble import gated_error
+
+TIMEOUT = 20.0  # seconds without an answer
+MAX_FILES = 100_000
 
 
-class Listing(msgspec.Struct, frozen=True, kw_only=True):
-    """A repository at one commit.
-
-    Attributes:
-        repo, revision, commit: which; `revision` is the branch that was asked for.
-        files: all of them. kind: `model` or `adapter`.
-        gated: a licence must be accepted first. tags: the hub's.
-    """
-
-    repo: str
-    revision: str
-    commit: str
-    files: tuple[RemoteFile, ...]
-    kind: str = "model"
-    gated: bool = False
-    tags: tuple[str, ...] = ()
-
-
-class SearchHit(msgspec.Struct, frozen=True, kw_only=True):
-    """One repository of a search."""
-
-    repo: str
-    downloads: int = 0
-    likes: int = 0
-    modified: str = ""
-    gated: bool = False
-    tags: tuple[str, ...] = ()
-
-
-def configure(proxy: str = "") -> None:
-    """Set what huggingface_hub reads at import. Call once, before anything else here."""
+def configure(endpoint: str = "", proxy: str = "") -> None:
+    """Set what huggingface_hub reads at import, and how it connects. Call once, before anything else here."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ.pop("HF_HUB_OFFLINE", None)
-    if proxy:
-        os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = proxy
+    os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+    os.environ.pop("HF_HUB_OFFLINE", None)  # whoever asks the hub something wants an answer
+    import httpx2
+    from huggingface_hub import constants, set_client_factory
+
+    address = endpoint or constants.ENDPOINT
+    chosen = proxy_for(address, proxy)
+
+    def client() -> httpx2.Client:
+        return httpx2.Client(
+            follow_redirects=True,
+            timeout=TIMEOUT,
+            proxy=chosen or None,
+            trust_env=False,  # the proxy is chosen above, as for the files' bytes
+            verify=tls_context(),
+        )
+
+    set_client_factory(client)
 
 
 class Hub:
@@ -64,6 +54,7 @@ class Hub:
     def __init__(self, endpoint: str = "", token: str = "") -> None:
         from huggingface_hub import HfApi
 
+        # token False: never one that lies somewhere on this machine
         self._api = HfApi(endpoint=endpoint or None, token=token or False, library_name="weft")
         self._has_token = bool(token)
         self.endpoint: str = self._api.endpoint
@@ -81,6 +72,14 @@ class Hub:
         except Exception as error:
             raise self._explained(error, reference) from error
         files: list[RemoteFile] = []
+        if len(entries) > MAX_FILES:
+            raise WeftError(
+                ErrorKind.HOSTILE,
+                f"{reference.repo} lists more than {MAX_FILES:,} files.",
+                "That is no model; choose another repository.",
+            )
+        # What it says of itself goes into paths and addresses: it must be of the form that a person may type.
+        repo, commit = parse_reference(str(info.id)).repo, parse_reference(f"a/b@{info.sha}").revision
         for entry in entries:
             size = getattr(entry, "size", None)
             if size is None:
@@ -89,19 +88,19 @@ class Hub:
             lfs = getattr(entry, "lfs", None)
             files.append(
                 RemoteFile(
-                    repo=info.id,
-                    commit=info.sha,
+                    repo=repo,
+                    commit=commit,
                     path=entry.path,
                     size=size,
                     sha256=lfs.sha256 if lfs else "",
-                    git_oid="" if lfs else entry.blob_id,
+                    git_oid="" if lfs else str(getattr(entry, "blob_id", "")),
                 )
             )
-        _refuse_case_collisions(files)
         return Listing(
-            repo=info.id,
+            endpoint=self.endpoint,
+            repo=repo,
             revision=reference.revision or "main",
-            commit=info.sha,
+            commit=commit,
             files=tuple(files),
             kind="adapter" if is_adapter(files) else "model",
             gated=bool(info.gated),
@@ -151,9 +150,8 @@ class Hub:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", 0)
         if isinstance(error, errors.GatedRepoError):
-            return self._gated(
-                name, page, str(response.headers.get("X-Error-Message", "")) if response is not None else ""
-            )
+            words = str(response.headers.get("X-Error-Message", "")) if response is not None else ""
+            return gated_error(name, page, words, has_token=self._has_token)
         if isinstance(error, errors.RevisionNotFoundError) and reference:
             return self._no_revision(reference)
         if isinstance(error, errors.RepositoryNotFoundError) and reference:
@@ -177,25 +175,6 @@ class Hub:
             )
         return _connection_error(error, self.endpoint)
 
-    def _gated(self, name: str, page: str, words: str) -> WeftError:
-        if not self._has_token:
-            return WeftError(
-                ErrorKind.PERMISSION,
-                f"{name} is gated, and no token is set.",
-                f"Accept its licence at {page}, make a read token in your hub account, and enter it in Settings.",
-            )
-        if "reject" in words.lower() or "denied" in words.lower():
-            return WeftError(
-                ErrorKind.PERMISSION,
-                f"The authors of {name} denied your request.",
-                f"See {page}, or use another model.",
-            )
-        return WeftError(
-            ErrorKind.PERMISSION,
-            f"{name} is gated, and its licence is not accepted yet.",
-            f"Accept it at {page}, then try again.",
-        )
-
     def _no_revision(self, reference: HubReference) -> WeftError:
         try:
             refs = self._api.list_repo_refs(reference.repo)
@@ -208,11 +187,20 @@ class Hub:
             ErrorKind.NOT_FOUND, f"{reference.repo} has no branch, tag or commit {reference.revision!r}.", hint
         )
 
+    def _near(self, reference: HubReference) -> list[str]:
+        """Names that may be meant: what is called alike, and what the same user has."""
+        user, _, name = reference.repo.partition("/")
+        longest = max(re.split(r"[-_.]", name), key=len)
+        found: list[str] = []
+        for query in ({"search": name}, {"author": user}, {"search": longest}):
+            try:
+                found += [hit.id for hit in self._api.list_models(limit=20, **query)]  # pyright: ignore[reportArgumentType]
+            except Exception:  # noqa: BLE001  (the first error is what matters; without names the hint is shorter)
+                break
+        return found
+
     def _no_repository(self, reference: HubReference) -> WeftError:
-        try:
-            near = [hit.repo for hit in self.search(reference.repo.partition("/")[2], limit=20)]
-        except WeftError:
-            near = []
+        near = self._near(reference)
         close = difflib.get_close_matches(reference.repo, near, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}?" if close else "Check the spelling."
         if not self._has_token:
@@ -240,15 +228,3 @@ def _connection_error(error: Exception, endpoint: str) -> WeftError:
             ErrorKind.NETWORK, "Weft is told to stay offline (HF_HUB_OFFLINE).", "Unset it to use the hub."
         )
     return WeftError(ErrorKind.NETWORK, f"{endpoint} cannot be reached.", "Check the connection, then try again.")
-
-
-def _refuse_case_collisions(files: list[RemoteFile]) -> None:
-    seen: dict[str, str] = {}
-    for file in files:
-        other = seen.setdefault(file.path.casefold(), file.path)
-        if other != file.path:
-            raise WeftError(
-                ErrorKind.HOSTILE,
-                f"{file.repo} holds both {other!r} and {file.path!r}, which are one file on many systems.",
-                "Choose single files instead.",
-            )

@@ -1,19 +1,25 @@
 """A file while it is being fetched: `<name>.part` with a journal of what has arrived, beside its target.
 
-The part file has the final size from the start of the first write (sparse where the file system can) and is
-written at any offset; the journal `<name>.part.journal` is append-only: a header line that says what is being
-fetched, then a line per stretch that arrived. It is written after the bytes, so that whatever it claims lies in
-the file: a kill loses at most what came since the last line.
+The part file is written at any offset (sparse where the file system can); the journal `<name>.part.journal` is
+append-only: a header line that says what is being fetched, then a line per stretch that arrived. It is written
+after the bytes, so that whatever it claims lies in the file: a kill loses at most what came since the last line.
+The journal is locked while somebody fetches, so that two processes never write into one part file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
 from pathlib import Path
 
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
+from app.hub.positional import PositionalFile, try_lock
+
+LONGEST_NAME = 255  # bytes; what every file system in use takes
 
 
 class PartHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +38,20 @@ class PartHeader(msgspec.Struct, frozen=True, kw_only=True):
     git_oid: str = ""
 
 
+class Locked(Exception):
+    """Another process is fetching this file now."""
+
+
+def beside(target: Path, ending: str) -> Path:
+    """The path of something that belongs to `target`: its name with an ending, cut where that would be too long."""
+    name = target.name + ending
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        mark = "~" + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12] + ending
+        room = LONGEST_NAME - len(mark)
+        name = os.fsencode(target.name)[:room].decode(errors="ignore") + mark
+    return target.with_name(name)
+
+
 class PartFile:
     """A part file and its journal, opened for continuing.
 
@@ -40,22 +60,44 @@ class PartFile:
 
     Raises:
         WeftError: PERMISSION or DISK_FULL when the files cannot be made.
+        Locked: another process holds it.
     """
 
     def __init__(self, target: Path, header: PartHeader) -> None:
         self.target = target
         self.header = header
-        self.path = target.with_name(target.name + ".part")
-        self.journal_path = target.with_name(target.name + ".part.journal")
+        self.path = beside(target, ".part")
+        self.journal_path = beside(target, ".part.journal")
+        self.aside_path = beside(target, ".damaged")
         self.spans: list[tuple[int, int]] = []  # arrived, sorted, merged, half open
+        self._file: PositionalFile | None = None
+        self._journal = -1
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._lock_journal()
             if not self._read_journal():
                 self._begin()
-            self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-            self._journal = self.journal_path.open("ab", buffering=0)
+            self._file = PositionalFile(self.path)
         except OSError as error:
+            self.close()
             raise write_error(error, self.path) from error
+        except Locked:
+            self.close()
+            raise
+
+    def _lock_journal(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        while True:
+            journal = os.open(self.journal_path, flags, 0o644)
+            if not try_lock(journal):
+                os.close(journal)
+                raise Locked
+            # Its last owner may have finished, and removed it, between our opening and locking it.
+            with contextlib.suppress(OSError):
+                here, there = os.fstat(journal), self.journal_path.stat()
+                if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+                    return journal
+            os.close(journal)
 
     def _read_journal(self) -> bool:
         """Take up what lies there. False when there is nothing, or it is of another file."""
@@ -63,7 +105,7 @@ class PartFile:
             header_line, *lines = self.journal_path.read_bytes().split(b"\n")
             stored = msgspec.json.decode(header_line, type=PartHeader)
             length = self.path.stat().st_size
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.MsgspecError, ValueError):
             return False
         if stored != self.header:
             return False
@@ -74,14 +116,15 @@ class PartFile:
                 continue  # the last line may be torn; it claims nothing then
             if 0 <= start < end <= min(length, self.header.size):
                 self._merge(start, end)
+        os.write(self._journal, b"\n")  # so that the next line does not join a torn one
         return True
 
     def _begin(self) -> None:
-        self.journal_path.unlink(missing_ok=True)  # first, so that no claim outlives the bytes it is about
+        os.ftruncate(self._journal, 0)  # first, so that no claim outlives the bytes it is about
+        self.spans = []
         self.path.unlink(missing_ok=True)
-        with self.path.open("wb"):
-            pass
-        self.journal_path.write_bytes(msgspec.json.encode(self.header) + b"\n")
+        self.path.touch()
+        os.write(self._journal, msgspec.json.encode(self.header) + b"\n")
 
     @property
     def arrived(self) -> int:
@@ -92,6 +135,10 @@ class PartFile:
     def frontier(self) -> int:
         """Bytes from the start without a gap."""
         return self.spans[0][1] if self.spans and self.spans[0][0] == 0 else 0
+
+    def arrived_up_to(self, start: int) -> int:
+        """The end of the stretch that has arrived from `start` on; `start` itself when nothing has."""
+        return next((end for begin, end in self.spans if begin <= start < end), start)
 
     def missing(self) -> list[tuple[int, int]]:
         """The stretches still to be fetched, half open, in order."""
@@ -111,18 +158,16 @@ class PartFile:
         Raises:
             WeftError: DISK_FULL or PERMISSION.
         """
-        view = memoryview(data)
+        assert self._file is not None
         try:
-            while view:
-                count = os.pwrite(self._file, view, offset)
-                view, offset = view[count:], offset + count
+            self._file.write(offset, data)
         except OSError as error:
             raise write_error(error, self.path) from error
 
     def claim(self, start: int, end: int) -> None:
         """Note in the journal that a stretch has arrived. Call from one thread at a time."""
         try:
-            self._journal.write(b"%d %d\n" % (start, end))
+            os.write(self._journal, b"%d %d\n" % (start, end))
         except OSError as error:
             raise write_error(error, self.journal_path) from error
         self._merge(start, end)
@@ -134,48 +179,125 @@ class PartFile:
         self.spans = sorted(kept)
 
     def read(self, offset: int, count: int) -> bytes:
-        """Bytes that have arrived, for hashing."""
-        return os.pread(self._file, count, offset)
+        """Bytes that have arrived, for hashing. Raises WeftError CORRUPT when the disk cannot give them back."""
+        assert self._file is not None
+        try:
+            piece = self._file.read(offset, count)
+        except OSError as error:
+            raise WeftError(
+                ErrorKind.CORRUPT,
+                f"{self.path} cannot be read back: {error.strerror}.",
+                "Check the disk, or choose a folder on another one.",
+            ) from error
+        if not piece:
+            raise WeftError(
+                ErrorKind.CORRUPT,
+                f"{self.path} became shorter while it was being fetched.",
+                "Check whether another program or a full disk did that, then resume.",
+            )
+        return piece
 
     def start_over(self) -> None:
-        """Forget everything that arrived."""
-        self.close()
-        self.spans = []
-        self._begin()
-        self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-        self._journal = self.journal_path.open("ab", buffering=0)
+        """Forget everything that arrived. Raises WeftError as the constructor does."""
+        try:
+            if self._file is not None:
+                self._file.close()
+            self._begin()
+            self._file = PositionalFile(self.path)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+
+    def sync(self) -> None:
+        """Have what arrived reach the disk. Raises WeftError as `write` does."""
+        assert self._file is not None
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise write_error(error, self.path) from error
 
     def finish(self) -> None:
         """Flush to the disk and give the file its final name. The journal goes last, so that a cut between is harmless."""
+        self.sync()
         try:
-            os.fsync(self._file)
-            self.close()
+            assert self._file is not None
+            self._file.close()
             self.path.replace(self.target)
             sync_folder(self.target.parent)
-            self.journal_path.unlink(missing_ok=True)
+            self._drop_journal()
+            self.aside_path.unlink(missing_ok=True)  # an earlier try that was damaged: proven worthless by now
         except OSError as error:
             raise write_error(error, self.target) from error
+        finally:
+            self.close()
 
     def set_aside(self) -> Path:
-        """Move what arrived away under a name that nothing takes for a model; returns the new path."""
-        self.close()
-        aside = self.target.with_name(self.target.name + ".damaged")
-        self.path.replace(aside)
-        self.journal_path.unlink(missing_ok=True)
-        return aside
+        """Move what arrived away under a name that nothing takes for a model, and begin anew; returns where it lies."""
+        try:
+            if self._file is not None:
+                self._file.close()
+            self.path.replace(self.aside_path)
+            self._begin()
+            self._file = PositionalFile(self.path)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        return self.aside_path
 
     def discard(self) -> None:
-        """Delete what arrived."""
-        self.close()
-        self.path.unlink(missing_ok=True)
+        """Delete what arrived. It is closed then."""
+        try:
+            if self._file is not None:
+                self._file.close()
+            self.path.unlink(missing_ok=True)
+            self._drop_journal()
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        finally:
+            self.close()
+
+    def _drop_journal(self) -> None:
+        if os.name == "nt":  # an open file cannot be deleted there
+            os.close(self._journal)
+            self._journal = -1
         self.journal_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close both files, keeping what arrived. May be called again."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        self._journal.close()
+        if self._file is not None:
+            self._file.close()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+
+def arrived_bytes(target: Path) -> int:
+    """How much of a file lies in its part file, by its journal; 0 when there is none. Opens nothing for writing."""
+    try:
+        header_line, *lines = beside(target, ".part.journal").read_bytes().split(b"\n")
+        msgspec.json.decode(header_line, type=PartHeader)
+        length = beside(target, ".part").stat().st_size
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return 0
+    total, reached = 0, 0
+    spans: list[tuple[int, int]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            start, end = (int(word) for word in line.split())
+            if 0 <= start < end <= length:
+                spans.append((start, end))
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def remove_parts(target: Path) -> None:
+    """Delete what an abandoned download left beside its target. Raises WeftError PERMISSION."""
+    for ending in (".part", ".part.journal", ".damaged"):
+        path = beside(target, ending)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -185,19 +307,27 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems have no such thing
+            raise
     finally:
         os.close(handle)
 
 
 def write_error(error: OSError, path: Path) -> WeftError:
     """An operating-system error while writing, in words."""
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        limit = " This drive cannot hold a file of that size." if error.errno == errno.EFBIG else ""
         return WeftError(
             ErrorKind.DISK_FULL,
-            f"The disk is full: {path} could not be written.",
+            f"The disk is full: {path} could not be written.{limit}",
             "Free some space or choose another folder, then resume: what has arrived is kept.",
+        )
+    if error.errno == errno.ENAMETOOLONG:
+        return WeftError(
+            ErrorKind.BAD_INPUT,
+            f"The name {path.name[:80]}… is too long for this drive.",
+            "Choose a folder with a shorter path, or on another drive.",
         )
     return WeftError(
         ErrorKind.PERMISSION,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import re
 from collections.abc import Sequence
 
 import msgspec
 
-from app.hub.source import RemoteFile
+from app.core.errors import ErrorKind, WeftError
+from app.hub.files import RemoteFile
 
 _QUANTIZATION = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:IQ[1-4]_(?:XXS|XS|NL|S|M)|Q[2-8]_(?:K(?:_(?:XL|L|M|S))?|[01])|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?=[-_./]|$)",
@@ -120,3 +123,54 @@ def _left_out(path: str) -> bool:
 
 def _is_torch_weight(path: str) -> bool:
     return path.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"))
+
+
+def pick(files: Sequence[RemoteFile], names: Sequence[str]) -> tuple[RemoteFile, ...]:
+    """The files that somebody named, with what they are useless without: the other parts of a split, the projector.
+
+    Args:
+        names: paths, file names, patterns (`*.gguf`) or quantizations (`q4_k_m`).
+
+    Raises:
+        WeftError: NOT_FOUND with near names.
+    """
+    chosen: dict[str, RemoteFile] = {}
+    choices = gguf_choices(files)
+    for name in names:
+        found = [f for f in files if name in (f.path, f.path.rpartition("/")[2])]
+        found = found or [f for f in files if fnmatch.fnmatchcase(f.path, name)]
+        found = found or [f for c in choices if c.quantization == name.upper() for f in c.files]
+        if not found:
+            near = difflib.get_close_matches(name, [f.path for f in files], n=3, cutoff=0.4)
+            some = near or [f.path for f in files if f.path.endswith((".gguf", ".safetensors"))][:5]
+            raise WeftError(
+                ErrorKind.NOT_FOUND,
+                f"There is no file {name!r} in {files[0].repo if files else 'that repository'}.",
+                f"Did you mean {' or '.join(some)}?" if some else "List its files to see what it has.",
+            )
+        for file in found:
+            whole = next((choice for choice in choices if file in choice.files), None)
+            for part in whole.all_files if whole is not None else (file,):
+                chosen[part.path] = part
+    return tuple(chosen.values())
+
+
+def usual(files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """What to fetch when nobody named a file: the repository, or its one GGUF.
+
+    Raises:
+        WeftError: BAD_INPUT when it holds several GGUF models, of which people want one; NOT_FOUND when it is empty.
+    """
+    choices = gguf_choices(files)
+    if len(choices) > 1 and not any(file.path.endswith(".safetensors") for file in files):
+        titles = ", ".join(choice.quantization or choice.title for choice in choices)
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"{files[0].repo} holds {len(choices)} GGUF models: {titles}.",
+            f"Name one, such as --file {choices[0].title}, or all with --file '*.gguf'.",
+        )
+    wanted = repository_choice(files).files
+    if not wanted:
+        name = files[0].repo if files else "The repository"
+        raise WeftError(ErrorKind.NOT_FOUND, f"{name} holds no model or adapter.", "Look at its page on the hub.")
+    return wanted

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import urllib3
 
 from app.core.errors import ErrorKind, WeftError
+from app.hub.checksum import PIECE, Checksum, is_file
+from app.hub.files import RemoteFile
 from app.hub.limits import RateLimit, retry_delay
-from app.hub.part import PartFile, PartHeader
-from app.hub.source import HttpSource, HttpTrouble, Located, RemoteFile, connection_trouble
+from app.hub.part import Locked, PartFile, PartHeader
+from app.hub.source import HttpSource, HttpTrouble, Opened, connection_trouble
+from app.hub.trouble import stopped, trouble_error
 
 STRETCH = 32 * 1024 * 1024  # bytes that one connection fetches before it takes the next stretch
 CLAIM = 1024 * 1024  # bytes after which what arrived is noted in the journal, at the latest
 CLAIM_SECONDS = 0.5
-HASH_PIECE = 4 * 1024 * 1024
-TRIES = 8  # without a byte in between
+SYNC = 256 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
+TRIES = 8  # of one connection, without a byte in between on any
 CHANGES = 3  # times that a file may change on the hub while it is fetched
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T")
 
 
 class Progressing:
@@ -30,17 +37,20 @@ class Progressing:
         """`count` bytes came from the network."""
 
     def kept(self, count: int) -> None:
-        """`count` bytes were already there from before."""
+        """`count` bytes in all are there from before."""
 
     def lost(self, count: int) -> None:
-        """`count` bytes that had been counted must be fetched again."""
+        """All `count` bytes that were there must be fetched again; `kept` follows."""
 
     def waiting(self, seconds: float, why: str) -> None:
-        """Nothing comes for a while, and why, in words; 0 seconds when it goes on."""
+        """Nothing comes for a while, and why, in words; `why` is "" when it goes on."""
+
+    def checking(self, done: int) -> None:
+        """A file that lies there already is being read; `done` bytes so far."""
 
 
 class _StartOver(Exception):
-    """What arrived is of another version of the file."""
+    """What arrived cannot be continued."""
 
 
 class Transfer:
@@ -49,7 +59,7 @@ class Transfer:
     Args:
         source: where bytes come from. file: which. target: the final path; `<target>.part` is used on the way.
         connections: how many ranges at once, at most. limit: shared by all transfers.
-        cancelled: set it to stop; what arrived stays in the part file.
+        cancelled: set it (and call `interrupt`) to stop; what arrived stays in the part file.
     """
 
     def __init__(
@@ -73,9 +83,13 @@ class Transfer:
         self._failure: BaseException | None = None
         self._running = 0
         self._todo: list[tuple[int, int]] = []
+        self._open: set[urllib3.BaseHTTPResponse] = set()
         self._store_etag = ""
         self._ranges = True
-        self._tries = 0
+        self._restarts = 0  # from the first byte, because the server ignores ranges
+        self._generation = 0  # rises with every stretch that arrived: patience begins anew
+        self._not_before = 0.0  # time.monotonic: the server asked to wait until then
+        self._waiting = 0
 
     def run(self) -> Path:
         """Fetch, verify, and give the file its name. Returns the target.
@@ -84,41 +98,80 @@ class Transfer:
             WeftError: CANCELLED; NETWORK with what to do; DISK_FULL, PERMISSION; CORRUPT when what the hub sends
                 does not match the hub's own checksum, twice.
         """
-        for attempt in range(1, CHANGES + 3):
-            part = PartFile(self._target, self._header())
+        damaged = changes = 0
+        while True:
+            part = self._part()
+            if part is None:
+                return self._target
             try:
                 if self._fetch_and_check(part):
                     part.finish()
                     return self._target
-                if attempt == 1:
-                    self._progress.lost(part.arrived)
-                    part.set_aside()
-                    continue
-                aside = part.set_aside()
-                raise WeftError(
-                    ErrorKind.CORRUPT,
-                    f"{self._file.path} arrived damaged twice: its checksum is not the one the hub names.",
-                    f"It was set aside as {aside.name}. Try again later, or over another connection.",
-                )
-            except _StartOver:
+                damaged += 1
                 self._progress.lost(part.arrived)
-                part.discard()
+                aside = part.set_aside()
+                if damaged == 2:
+                    raise WeftError(
+                        ErrorKind.CORRUPT,
+                        f"{self._file.path} arrived damaged twice: its checksum is not the one the hub names.",
+                        f"It was set aside as {aside.name}. Try again later, or over another connection.",
+                    )
+            except _StartOver:
+                changes += self._ranges
+                self._progress.lost(part.arrived)
+                part.start_over()
                 self._store_etag = ""
             finally:
                 part.close()
-        raise WeftError(
-            ErrorKind.NETWORK,
-            f"{self._file.path} keeps changing on the hub.",
-            "Somebody is uploading it now: try again later.",
-        )
+            if changes > CHANGES:
+                raise WeftError(
+                    ErrorKind.NETWORK,
+                    f"{self._file.path} keeps changing on the hub.",
+                    "Somebody is uploading it now: try again later.",
+                )
+
+    def interrupt(self) -> None:
+        """After `cancelled` was set: have connections that wait for bytes return at once. From any thread."""
+        with self._lock:
+            opened = list(self._open)
+            self._news.notify_all()
+        for response in opened:
+            with contextlib.suppress(Exception):  # it may end by itself at this moment
+                response.shutdown()  # type: ignore[attr-defined]  (urllib3.HTTPResponse has it)
+
+    def _part(self) -> PartFile | None:
+        """The part file; None when another process completed the file while we waited for it."""
+        header, waited = self._header(), False
+        while True:
+            try:
+                part = PartFile(self._target, header)
+            except Locked:
+                waited = True
+                self._progress.waiting(0, "Another download is fetching this file already.")
+                if self._cancelled.wait(0.3):
+                    raise stopped() from None
+                continue
+            if waited:
+                self._progress.waiting(0, "")
+                if is_file(self._target, self._file, self._cancelled, self._progress.checking):
+                    part.discard()
+                    self._progress.kept(self._file.size)
+                    return None
+            return part
 
     def _header(self) -> PartHeader:
         located = self._with_tries(lambda: self._source.locate(self._file, again=True))
         if located.size >= 0 and located.size != self._file.size:
             raise WeftError(
                 ErrorKind.NETWORK,
-                f"{self._file.path} is {located.size} bytes on the hub, not the {self._file.size} that its list says.",
+                f"{self._file.path} is {located.size:,} bytes on the hub, not the {self._file.size:,} that its list says.",
                 "Get the file list again.",
+            )
+        if self._file.sha256 and _SHA256.fullmatch(located.etag) and located.etag != self._file.sha256:
+            raise WeftError(
+                ErrorKind.NETWORK,
+                f"{self._file.path} is another file on the hub than its list says.",
+                "Somebody changed it meanwhile. Get the file list again.",
             )
         url = self._file.url(self._source.endpoint)
         return PartHeader(
@@ -129,10 +182,13 @@ class Transfer:
 
     def _fetch_and_check(self, part: PartFile) -> bool:
         """Fetch what is missing and compare the hash. False when it does not match."""
+        self._failure, self._running = None, 0
+        if not self._ranges and part.missing() and part.arrived:
+            raise _StartOver
         self._progress.kept(part.arrived)
-        self._failure, self._running, self._tries = None, 0, 0
-        self._todo = [piece for gap in part.missing() for piece in _stretches(*gap)]
-        wanted = min(self._connections, max(1, len(self._todo))) if self._ranges else 1
+        pieces = _stretches if self._ranges else _whole
+        self._todo = [piece for gap in part.missing() for piece in pieces(*gap)]
+        wanted = min(self._connections, len(self._todo)) if self._ranges else min(1, len(self._todo))
         threads = [threading.Thread(target=self._work, args=(part,), name=f"fetch-{n}") for n in range(wanted)]
         with self._lock:
             self._running = len(threads)
@@ -140,13 +196,17 @@ class Transfer:
             thread.start()
         try:
             matches = self._hash(part)
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            raise
         finally:
             for thread in threads:
                 thread.join()
         if self._failure is not None:
             raise self._failure
         if self._cancelled.is_set():
-            raise WeftError(ErrorKind.CANCELLED, "The download was stopped; what has arrived is kept.")
+            raise stopped()
         return matches
 
     def _work(self, part: PartFile) -> None:
@@ -168,30 +228,39 @@ class Transfer:
 
     def _stretch(self, part: PartFile, start: int, end: int) -> None:
         """Fetch [start, end), going on after cuts from where they came."""
+        tries, generation = 0, self._generation
         while start < end and not self._stopping():
+            self._sleep_until(self._not_before)
             try:
-                response, tag = self._source.open(self._file, start, end, self._store_etag)
+                opened = self._source.open(self._file, start, end, self._store_etag)
                 with self._lock:
-                    self._store_etag = self._store_etag or tag
-                try:
-                    start = self._receive(part, response, start, end)
-                finally:
-                    response.close()
-                if start < end and not self._stopping():
+                    self._store_etag = self._store_etag or opened.etag
+                start = self._receive(part, opened, start, end)
+                if start < min(end, opened.end) and not self._stopping():
                     raise HttpTrouble(0, "The connection was cut.", code="cut", retry=True)
             except HttpTrouble as trouble:
-                if trouble.status == 412 or trouble.status == 416:
+                if trouble.status in (412, 416):
                     raise _StartOver from trouble
                 if trouble.status == 200:
                     self._ranges = False
                     raise _StartOver from trouble
-                start = max(start, self._arrived_up_to(part, start))
-                self._pause(trouble)
+                with self._lock:
+                    start = part.arrived_up_to(start)
+                    tries = 1 if generation != self._generation else tries + 1
+                    generation = self._generation
+                if start < end and not self._ranges and not self._stopping():
+                    self._restarts += 1
+                    self._pause(trouble, self._restarts)
+                    raise _StartOver from trouble
+                if start < end and not self._stopping():
+                    self._pause(trouble, tries)
 
-    def _receive(self, part: PartFile, response: urllib3.BaseHTTPResponse, start: int, end: int) -> int:
+    def _receive(self, part: PartFile, opened: Opened, start: int, end: int) -> int:
         """Write what a response brings; returns how far it came."""
-        position = claimed = start
-        last = time.monotonic()
+        response, position, claimed, last = opened.response, start, start, time.monotonic()
+        end = min(end, opened.end)
+        with self._lock:
+            self._open.add(response)
         try:
             while position < end and not self._stopping():
                 data = response.read(min(self._limit.piece, end - position), decode_content=False)
@@ -205,119 +274,94 @@ class Transfer:
                     self._claim(part, claimed, position)
                     claimed, last = position, now
                 self._limit.wait_for(len(data), self._cancelled)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-                raise
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            if self._stopping():
+                return position
             raise connection_trouble(error) from error
         finally:
+            with self._lock:
+                self._open.discard(response)
             if position > claimed:
                 self._claim(part, claimed, position)
+            if position == end == opened.end:
+                response.drain_conn()
+                response.release_conn()  # the next stretch goes over the same connection
+            else:
+                response.close()
         return position
 
     def _claim(self, part: PartFile, start: int, end: int) -> None:
         with self._lock:
             part.claim(start, end)
-            self._tries = 0
+            self._generation += 1
             self._news.notify_all()
-
-    def _arrived_up_to(self, part: PartFile, start: int) -> int:
-        with self._lock:
-            return next((e for s, e in part.spans if s <= start < e), start)
 
     # Trouble ---------------------------------------------------------------------------------------
 
     def _stopping(self) -> bool:
         return self._failure is not None or self._cancelled.is_set()
 
-    def _with_tries(self, action: Callable[[], Located]) -> Located:
+    def _with_tries(self, action: Callable[[], _T]) -> _T:
+        tries = 0
         while True:
             try:
                 return action()
             except HttpTrouble as trouble:
-                self._pause(trouble)
+                tries += 1
+                self._pause(trouble, tries)
 
-    def _pause(self, trouble: HttpTrouble) -> None:
+    def _pause(self, trouble: HttpTrouble, tries: int) -> None:
         """Wait before the next try; raises when there is to be none."""
-        if not trouble.retry:
-            raise trouble_error(trouble, self._file) from trouble
+        if not trouble.retry or tries > TRIES:
+            raise trouble_error(trouble, self._file, self._source.endpoint) from trouble
+        until = time.monotonic() + retry_delay(tries, trouble.retry_after, trouble.date)
+        if trouble.retry_after:  # it is meant for all connections
+            with self._lock:
+                self._not_before = max(self._not_before, until)
+        self._sleep_until(until, "The hub asks to slow down." if trouble.status == 429 else trouble.words)
+
+    def _sleep_until(self, moment: float, why: str = "The hub asks to slow down.") -> None:
+        seconds = moment - time.monotonic()
+        if seconds <= 0:
+            return
         with self._lock:
-            self._tries += 1
-            tries = self._tries
-        if tries > TRIES:
-            raise trouble_error(trouble, self._file) from trouble
-        seconds = retry_delay(tries, trouble.retry_after)
-        why = "The hub asks to slow down." if trouble.status == 429 else trouble.words
+            self._waiting += 1
         self._progress.waiting(seconds, why)
-        if self._cancelled.wait(seconds):
-            raise WeftError(ErrorKind.CANCELLED, "The download was stopped; what has arrived is kept.")
-        self._progress.waiting(0, "")
+        while not self._stopping() and (rest := moment - time.monotonic()) > 0:
+            self._cancelled.wait(min(rest, 0.5))
+        with self._lock:
+            self._waiting -= 1
+            last = not self._waiting
+        if last:
+            self._progress.waiting(0, "")
+        if self._cancelled.is_set():
+            raise stopped()
 
     # Checking --------------------------------------------------------------------------------------
 
     def _hash(self, part: PartFile) -> bool:
         """Follow the arriving bytes with the hash; at the end say whether it is the hub's."""
-        size = self._file.size
-        if self._file.sha256:
-            digest, wanted = hashlib.sha256(), self._file.sha256
-        else:
-            # Git's blob hash: nothing secret rests on it, it is what the hub knows of a plain file.
-            digest, wanted = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), self._file.git_oid
-        position = 0
+        size, checksum, position, synced = self._file.size, Checksum(self._file), 0, 0
         while position < size:
             with self._lock:
-                while part.frontier <= position and self._running and self._failure is None:
+                while part.frontier <= position and self._running and not self._stopping():
                     self._news.wait(0.5)
                 frontier = part.frontier
-                if frontier <= position:
+                if frontier <= position or self._stopping():
                     return False  # the connections ended early: run() finds out why
-            while position < frontier:
-                piece = part.read(position, min(HASH_PIECE, frontier - position))
-                digest.update(piece)
+            while position < frontier and not self._stopping():
+                piece = part.read(position, min(PIECE, frontier - position))
+                checksum.update(piece)
                 position += len(piece)
-        return not wanted or digest.hexdigest() == wanted
-
-
-def trouble_error(trouble: HttpTrouble, file: RemoteFile) -> WeftError:
-    """What the hub answered, in words that say what to do next."""
-    page = f"{file.repo}"
-    if trouble.code == "GatedRepo":
-        if trouble.status == 401:
-            return WeftError(
-                ErrorKind.PERMISSION,
-                f"{page} is gated, and no token is set.",
-                "Accept its licence on its page, make a read token in your hub account, and enter it in Settings.",
-            )
-        return WeftError(
-            ErrorKind.PERMISSION,
-            f"{page} is gated: {trouble.words}",
-            "Open its page on the hub with your account and accept its licence, or ask its authors for access.",
-        )
-    if trouble.status in (401, 403):
-        return WeftError(
-            ErrorKind.PERMISSION, f"The hub refuses {file.path}: {trouble.words}", "Check the token in Settings."
-        )
-    if trouble.status in (404, 410):
-        return WeftError(
-            ErrorKind.NOT_FOUND, f"{file.path} is not (or no longer) in {page}.", "Get the file list again."
-        )
-    if trouble.status == 429:
-        return WeftError(
-            ErrorKind.NETWORK,
-            "The hub keeps asking to slow down.",
-            "Resume later; a token in Settings raises the limit.",
-        )
-    if trouble.code == "tls":
-        return WeftError(
-            ErrorKind.NETWORK, trouble.words, "Check the date of this computer and the certificates of your proxy."
-        )
-    if trouble.code == "proxy":
-        return WeftError(ErrorKind.NETWORK, trouble.words, "Check the proxy in Settings.")
-    return WeftError(
-        ErrorKind.NETWORK,
-        f"{file.path}: {trouble.words}",
-        "Check the connection, then resume: what has arrived is kept.",
-    )
+            if position - synced >= SYNC:
+                part.sync()
+                synced = position
+        return checksum.matches
 
 
 def _stretches(start: int, end: int) -> list[tuple[int, int]]:
     return [(at, min(at + STRETCH, end)) for at in range(start, end, STRETCH)]
+
+
+def _whole(start: int, end: int) -> list[tuple[int, int]]:
+    return [(start, end)]

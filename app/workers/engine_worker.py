@@ -38,7 +38,7 @@ class EngineWorker(QThread):
         ready(protocol.Ready), loaded(protocol.Loaded, whose id is the Load's),
         tokens(id, text, count), progress(id, core.jobs.Progress),
         done(id, result: Generated, Scored, TaskResult or None), failed(id, WeftError),
-        metric(id, protocol.Metric), log(level, text), responsive(bool),
+        metric(id, protocol.Metric), news(id, JSON of a task), log(level, text), responsive(bool),
         exited(EngineExit): once, last; before it `failed` comes for every command that the engine took along.
     """
 
@@ -47,6 +47,7 @@ class EngineWorker(QThread):
     tokens = Signal(int, str, int)
     progress = Signal(int, object)
     metric = Signal(int, object)
+    news = Signal(int, str)
     done = Signal(int, object)
     failed = Signal(int, object)
     log = Signal(str, str)
@@ -154,6 +155,8 @@ class EngineWorker(QThread):
                 self.ready.emit(event)
             case protocol.Loaded():
                 self.loaded.emit(event)
+            case protocol.News():
+                self.news.emit(event.id, event.json)
             case protocol.Metric():
                 self.metric.emit(event.id, event)
             case protocol.Done():

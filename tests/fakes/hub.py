@@ -272,6 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
         query = self.record.query
         words = query.get("search", [""])[0].lower()
         found = [r for r in self.hub.repos.values() if words in r.id.lower() and not r.private]
+        if author := query.get("author", [""])[0]:
+            found = [r for r in found if r.id.startswith(f"{author}/")]
         for wanted in query.get("filter", []):
             found = [r for r in found if wanted in r.tags]
         key = query.get("sort", ["downloads"])[0]

@@ -1,0 +1,328 @@
+"""All the files of one download, in a folder: what is there already, what lies elsewhere, what the network must bring."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import msgspec
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.unfinished import DownloadNote, Verified, read_note, write_note
+from app.hub.checksum import checksum_name, is_file
+from app.hub.files import DownloadNews, DownloadResult, RemoteFile
+from app.hub.limits import RateLimit
+from app.hub.local_copies import take_copy
+from app.hub.part import arrived_bytes, beside, remove_parts, write_error
+from app.hub.places import local_path, refuse_collisions
+from app.hub.source import HttpSource
+from app.hub.transfer import Progressing, Transfer
+from app.hub.trouble import stopped
+
+SMALL = 8 * 1024 * 1024  # files up to this size are fetched several at once, over one connection each
+AT_ONCE = 4
+SPARE = 64 * 1024 * 1024  # bytes that a disk keeps free
+_LAST = ("config.json", "adapter_config.json")  # what makes a folder a model comes when the rest is there
+
+
+class Fetch:
+    """Brings files into a folder. Use once.
+
+    Args:
+        source: of the bytes. files: which, all of one repository and commit. folder: where they go.
+        note: what is remembered beside them.
+        here: copies on this machine, by path; used when their content proves right.
+        limit, connections: shared by all files.
+        news: called about 4 times a second, from a thread of its own.
+    """
+
+    def __init__(
+        self,
+        source: HttpSource,
+        files: Sequence[RemoteFile],
+        folder: Path,
+        *,
+        note: DownloadNote,
+        here: Mapping[str, str] | None = None,
+        limit: RateLimit | None = None,
+        connections: int = 4,
+        news: Callable[[DownloadNews], None] = lambda _: None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        self._source, self._folder = source, folder
+        self._files = sorted(files, key=lambda file: (file.path.rpartition("/")[2] in _LAST, file.size, file.path))
+        self._asked = tuple(files)
+        self._note = note
+        self._here = dict(here or {})
+        self._limit = limit or RateLimit()
+        self._connections = connections
+        self._news = news
+        self._cancelled = cancelled or threading.Event()
+        self._lock = threading.Lock()
+        self._transfers: set[Transfer] = set()
+        self._board = _Board(self._files)
+        self._reused = 0
+
+    def stop(self) -> None:
+        """End as soon as possible; what arrived is kept. From any thread."""
+        self._cancelled.set()
+        with self._lock:
+            transfers = list(self._transfers)
+        for transfer in transfers:
+            transfer.interrupt()
+
+    def run(self) -> DownloadResult:
+        """Bring all files. Returns when every one is verified and has its name.
+
+        Raises:
+            WeftError: CANCELLED, NETWORK, DISK_FULL, PERMISSION, CORRUPT, HOSTILE, BAD_INPUT. Files that were complete stay.
+        """
+        started = time.monotonic()
+        refuse_collisions(self._files)
+        targets = {file.path: local_path(self._folder, file.path) for file in self._files}
+        ended = threading.Event()
+        reporter = threading.Thread(target=self._report, args=(ended,), name="news", daemon=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._begin_note()
+        except OSError as error:
+            raise write_error(error, self._folder) from error
+        reporter.start()
+        try:
+            missing = [file for file in self._files if not self._is_there(file, targets[file.path])]
+            for file in missing:
+                self._board.entry(file).kept(arrived_bytes(targets[file.path]))
+            self._check_space(missing, targets)
+            self._fetch_all(missing, targets)
+        finally:
+            ended.set()
+            reporter.join()
+        return DownloadResult(
+            folder=str(self._folder),
+            paths=tuple(str(targets[file.path]) for file in self._asked),
+            bytes=sum(file.size for file in self._files),
+            fetched=self._board.fetched,
+            reused=self._reused,
+            seconds=time.monotonic() - started,
+        )
+
+    # What is there ---------------------------------------------------------------------------------
+
+    def _is_there(self, file: RemoteFile, target: Path) -> bool:
+        """Whether the file lies at its place already, verified now or remembered to be."""
+        if self._cancelled.is_set():
+            raise stopped()
+        board = self._board.entry(file)
+        try:
+            status = target.stat()
+        except OSError:
+            return False
+        known = self._note.verified.get(file.path)
+        seen = Verified(size=status.st_size, modified_ns=status.st_mtime_ns, checksum=checksum_name(file))
+        if known != seen:
+            board.phase("Checking what is there")
+            if not is_file(target, file, self._cancelled, board.checking):
+                board.reset()
+                return False
+        board.reset()
+        board.kept(file.size)
+        self._complete(file, target)
+        return True
+
+    def _check_space(self, missing: Sequence[RemoteFile], targets: Mapping[str, Path]) -> None:
+        needed = sum(file.size - arrived_bytes(targets[file.path]) for file in missing)
+        free = shutil.disk_usage(self._folder).free
+        if needed and needed + SPARE > free:
+            raise WeftError(
+                ErrorKind.DISK_FULL,
+                f"{self._folder} has {_gigabytes(free)} free, and {_gigabytes(needed)} must still be fetched.",
+                "Free some space or choose another folder, then resume: what has arrived is kept.",
+            )
+
+    # Fetching --------------------------------------------------------------------------------------
+
+    def _fetch_all(self, missing: Sequence[RemoteFile], targets: Mapping[str, Path]) -> None:
+        last = [file for file in missing if file.path.rpartition("/")[2] in _LAST]
+        small = [file for file in missing if file.size <= SMALL and file not in last]
+        large = [file for file in missing if file.size > SMALL and file not in last]
+        with ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="file") as pool:
+            running = [pool.submit(self._fetch, file, targets[file.path], 1) for file in small]
+            try:
+                for future in as_completed(running):
+                    future.result()
+            except BaseException:
+                self.stop()
+                for future in running:
+                    future.cancel()
+                raise
+        for file in (*large, *last):
+            self._fetch(file, targets[file.path], self._connections)
+
+    def _fetch(self, file: RemoteFile, target: Path, connections: int) -> None:
+        if self._cancelled.is_set():
+            raise stopped()
+        board = self._board.entry(file)
+        board.begin()
+        if not self._reuse(file, target, board):
+            transfer = Transfer(
+                self._source,
+                file,
+                target,
+                connections=connections,
+                limit=self._limit,
+                progress=board,
+                cancelled=self._cancelled,
+            )
+            with self._lock:
+                self._transfers.add(transfer)
+            try:
+                transfer.run()
+            finally:
+                with self._lock:
+                    self._transfers.discard(transfer)
+        self._complete(file, target)
+
+    def _reuse(self, file: RemoteFile, target: Path, board: _Entry) -> bool:
+        """Take a copy from this machine if its content is right."""
+        source = self._here.get(file.path)
+        if source is None or arrived_bytes(target) > file.size // 2:
+            return False
+        board.phase("Checking a copy that is here")
+        found = is_file(Path(source), file, self._cancelled, board.checking)
+        board.reset()
+        if not found:
+            return False
+        part = beside(target, ".copy.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            take_copy(Path(source), part)
+            part.replace(target)
+        except OSError as error:
+            raise write_error(error, target) from error
+        remove_parts(target)
+        board.kept(file.size)
+        with self._lock:
+            self._reused += file.size
+        return True
+
+    # The note --------------------------------------------------------------------------------------
+
+    def _begin_note(self) -> None:
+        before = read_note(self._folder)
+        old = before if before is not None and before.repo == self._note.repo else DownloadNote()
+        # Other choices of the same repository may be pending in this folder too: they stay so.
+        pending = {*old.pending, *(file.path for file in self._files)}
+        self._note = msgspec.structs.replace(self._note, pending=tuple(sorted(pending)), verified=old.verified)
+        write_note(self._folder, self._note)
+
+    def _complete(self, file: RemoteFile, target: Path) -> None:
+        self._board.entry(file).complete()
+        with self._lock:
+            try:
+                # Another download may write into this folder's note: take up what it says now.
+                now = read_note(self._folder) or self._note
+                status = target.stat()
+                seen = Verified(size=status.st_size, modified_ns=status.st_mtime_ns, checksum=checksum_name(file))
+                self._note = msgspec.structs.replace(
+                    now,
+                    pending=tuple(path for path in now.pending if path != file.path),
+                    verified={**now.verified, file.path: seen},
+                )
+                write_note(self._folder, self._note)
+            except OSError as error:
+                raise write_error(error, self._folder) from error
+
+    def _report(self, ended: threading.Event) -> None:
+        while True:
+            over = ended.wait(0.25)
+            self._news(self._board.news())
+            if over:
+                return
+
+
+class _Entry(Progressing):
+    """One file's figures; called by its transfer's threads."""
+
+    def __init__(self, board: _Board, file: RemoteFile) -> None:
+        self._board, self.file = board, file
+        self.done = 0
+        self.is_complete = False
+
+    def begin(self) -> None:
+        self._board.current = self
+        self._board.phase = "Downloading"
+
+    def phase(self, words: str) -> None:
+        self._board.current = self
+        self._board.phase = words
+
+    def complete(self) -> None:
+        self.done, self.is_complete = self.file.size, True
+
+    def reset(self) -> None:
+        self.done = 0
+        self._board.phase = "Downloading"
+
+    def arrived(self, count: int) -> None:
+        with self._board.lock:
+            self.done += count
+            self._board.fetched += count
+
+    def kept(self, count: int) -> None:
+        self.done = count  # all that is there from before
+
+    def lost(self, count: int) -> None:
+        # `kept` says anew what of it remains.
+        with self._board.lock:
+            self.done = 0
+
+    def checking(self, done: int) -> None:
+        self.done = done
+
+    def waiting(self, seconds: float, why: str) -> None:
+        self._board.waiting = why
+        self._board.until = time.monotonic() + seconds if why and seconds else 0.0
+
+
+class _Board:
+    """Where all the figures come together."""
+
+    def __init__(self, files: Sequence[RemoteFile]) -> None:
+        self.lock = threading.Lock()
+        self._entries = {file.path: _Entry(self, file) for file in files}
+        self.total = sum(file.size for file in files)
+        self.fetched = 0
+        self.current: _Entry | None = None
+        self.phase = "Downloading"
+        self.waiting = ""
+        self.until = 0.0
+
+    def entry(self, file: RemoteFile) -> _Entry:
+        return self._entries[file.path]
+
+    def news(self) -> DownloadNews:
+        """The figures now."""
+        with self.lock:
+            entries = list(self._entries.values())
+            current = self.current
+            return DownloadNews(
+                done=min(self.total, sum(entry.done for entry in entries)),
+                total=self.total,
+                fetched=self.fetched,
+                file=current.file.path if current is not None else "",
+                file_done=current.done if current is not None else 0,
+                file_total=current.file.size if current is not None else 0,
+                files_done=sum(entry.is_complete for entry in entries),
+                files_total=len(entries),
+                phase=self.phase,
+                waiting=self.waiting,
+                waiting_seconds=max(0.0, self.until - time.monotonic()) if self.until else 0.0,
+            )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,85 @@
+"""Files of a repository that lie on this machine already: in the Hugging Face cache, or in another root of the library.
+
+They are found by name, size and (in the cache) checksum; nothing is read here. Whoever uses one verifies it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.hub.checksum import checksum_name
+from app.hub.files import RemoteFile
+from app.hub.part import write_error
+
+SMALL = 1024 * 1024  # bytes below which looking for a copy costs more than fetching
+
+
+def find_copies(files: Sequence[RemoteFile], roots: Sequence[Path], folder: Path) -> dict[str, str]:
+    """Where copies lie, by path in the repository.
+
+    Args:
+        roots: of the library. folder: where the files shall go; what lies there is not a copy.
+    """
+    found: dict[str, str] = {}
+    for file in files:
+        if file.size < SMALL:
+            continue
+        user, _, name = file.repo.partition("/")
+        for root in roots:
+            cached = root / f"models--{user}--{name}" / "blobs" / checksum_name(file)
+            for place in (cached, root / user / name / file.path):
+                if file.path not in found and folder not in place.parents and _size(place) == file.size:
+                    found[file.path] = str(place)
+    return found
+
+
+def take_copy(source: Path, target: Path) -> None:
+    """Put a copy of `source` at `target`, without using the space twice where the disk can: as a reflink, a hard link, or a copy.
+
+    Raises:
+        WeftError: DISK_FULL or PERMISSION.
+    """
+    real = source.resolve()  # the cache's files are links
+    try:
+        target.unlink(missing_ok=True)
+        if _reflink(real, target):
+            return
+        with contextlib.suppress(OSError):
+            os.link(real, target)
+            return
+        shutil.copyfile(real, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        raise write_error(error, target) from error
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    """A copy that shares its blocks until one of the two is changed (btrfs, XFS, bcachefs)."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    ficlone = 0x40049409  # linux/fs.h
+    with source.open("rb") as here, target.open("wb") as there:
+        try:
+            fcntl.ioctl(there.fileno(), ficlone, here.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        else:
+            return True
+    target.unlink()
+    return False
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

@@ -1,0 +1,71 @@
+"""Where a repository's files go on this machine: `<models>/<user>/<model>/…`, plain files under the hub's own names."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.core.errors import ErrorKind, WeftError
+from app.hub.files import Listing, RemoteFile
+from app.hub.part import LONGEST_NAME
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"|?*]')
+_DEFAULT_BRANCHES = ("", "main")
+
+
+def folder_for(listing: Listing, models: Path, adapters: Path) -> Path:
+    """The folder of a repository: `user/model`, with `@branch` behind it for any but the main branch.
+
+    Args:
+        models, adapters: the libraries' own folders; the listing says which one it belongs to.
+    """
+    user, _, name = listing.repo.partition("/")
+    if listing.revision not in _DEFAULT_BRANCHES:
+        name += "@" + re.sub(r"[^A-Za-z0-9._+-]", "-", listing.revision)
+    return (adapters if listing.kind == "adapter" else models) / local_name(user) / local_name(name)
+
+
+def local_path(folder: Path, path: str, *, windows: bool = os.name == "nt") -> Path:
+    """Where a file of a repository goes in its folder. `path` has passed `check_file_path`.
+
+    Raises:
+        WeftError: BAD_INPUT for a name that no disk takes.
+    """
+    return folder.joinpath(*(local_name(piece, windows=windows) for piece in path.split("/")))
+
+
+def local_name(name: str, *, windows: bool = os.name == "nt") -> str:
+    """One name as this system can hold it: unchanged, but on Windows without what that reserves."""
+    if windows:
+        name = _FORBIDDEN.sub("_", name)
+        name = name[:-1] + "_" if name.endswith((".", " ")) else name
+        name = f"_{name}" if _RESERVED.fullmatch(name) else name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"The name {name[:60]}… is too long: disks take {LONGEST_NAME} bytes.",
+            "Leave this file out.",
+        )
+    return name
+
+
+def refuse_collisions(files: Iterable[RemoteFile], *, windows: bool = os.name == "nt") -> None:
+    """Refuse files whose names are one and the same on some systems.
+
+    Raises:
+        WeftError: HOSTILE, naming both.
+    """
+    seen: dict[str, str] = {}
+    for file in files:
+        local = "/".join(local_name(piece, windows=windows) for piece in file.path.split("/"))
+        other = seen.setdefault(unicodedata.normalize("NFC", local).casefold(), file.path)
+        if other != file.path:
+            raise WeftError(
+                ErrorKind.HOSTILE,
+                f"{file.repo} holds both {other!r} and {file.path!r}, which are one file on many systems.",
+                "Choose the files that you need one by one, without one of these.",
+            )

@@ -1,0 +1,84 @@
+"""The hub token: in the system's keyring, or in memory for this session where there is none. Nowhere else.
+
+keyring is slow to import and may ask the user to unlock something: call `get` and `set` outside the window's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Literal
+from urllib.parse import urlsplit
+
+from app.core.errors import ErrorKind, WeftError
+
+_SERVICE = "weft hub token"
+PUBLIC_HUB = "https://huggingface.co"
+
+Where = Literal["", "session", "keyring", "environment"]
+
+
+class TokenStore:
+    """Tokens by hub. One made for a hub is never given for another. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._session: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def get(self, endpoint: str = "") -> tuple[str, Where]:
+        """The token for a hub and where it comes from; two empty strings when there is none.
+
+        HF_TOKEN in the environment counts as well: whoever set it wants it used.
+        """
+        hub = hub_name(endpoint)
+        with self._lock:
+            if hub in self._session:
+                return self._session[hub], "session"
+        with contextlib.suppress(Exception):  # no keyring, a locked one, a broken one: as if there were no token
+            import keyring
+
+            if found := keyring.get_password(_SERVICE, hub):
+                return found, "keyring"
+        if found := os.environ.get("HF_TOKEN", "").strip():
+            return found, "environment"
+        return "", ""
+
+    def set(self, token: str, endpoint: str = "") -> Where:
+        """Keep a token; "" forgets it. Returns where it is kept: `session` when this machine has no keyring.
+
+        Raises:
+            WeftError: BAD_INPUT for what cannot be a token.
+        """
+        token = token.strip()
+        if any(character.isspace() or not 32 < ord(character) < 127 for character in token) or len(token) > 1000:
+            raise WeftError(
+                ErrorKind.BAD_INPUT,
+                "That is not a hub token.",
+                "Copy it from the access tokens of your hub account; it begins with hf_.",
+            )
+        hub = hub_name(endpoint)
+        with self._lock:
+            self._session.pop(hub, None)
+        try:
+            import keyring
+            import keyring.errors
+
+            if token:
+                keyring.set_password(_SERVICE, hub, token)
+                return "keyring"
+            with contextlib.suppress(keyring.errors.PasswordDeleteError):
+                keyring.delete_password(_SERVICE, hub)
+            return ""
+        except Exception:  # noqa: BLE001  (keyring's backends raise what they like; the session still serves, and says so)
+            if not token:
+                return ""
+            with self._lock:
+                self._session[hub] = token
+            return "session"
+
+
+def hub_name(endpoint: str) -> str:
+    """What a hub's token is filed under: scheme and host of the endpoint in use."""
+    url = urlsplit(endpoint or os.environ.get("HF_ENDPOINT", "") or PUBLIC_HUB)
+    return f"{url.scheme or 'https'}://{url.netloc or url.path}".lower().rstrip("/")

@@ -1,0 +1,125 @@
+"""`weft download` against a loopback hub: from a name to a verified file in the library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.paths import default_paths, resources
+from tests.e2e.command_line import weft, weft_json
+from tests.fakes.hub import FakeHub
+from tests.fakes.hub_kit import random_bytes, sha256
+
+STARTER = resources() / "starter" / "weft-starter-f16.gguf"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub() as made:
+        monkeypatch.setenv("HF_ENDPOINT", made.endpoint)
+        yield made
+
+
+def test_a_repository_lands_in_the_library_under_its_own_names(hub: FakeHub) -> None:
+    folder = resources() / "starter" / "model"
+    hub.add("user/tiny-llama", {path.name: path for path in folder.iterdir() if path.is_file()})
+    ended = weft("download", "user/tiny-llama")
+    assert ended.returncode == 0, ended.stderr
+    target = default_paths().models / "user" / "tiny-llama"
+    assert ended.stdout.strip() == str(target)
+    assert "verified" in ended.stderr
+    assert sha256(target / "model.safetensors") == sha256(folder / "model.safetensors")
+    names = [entry["name"] for entry in weft_json("models")]
+    assert "user/tiny-llama" in names
+
+
+def test_an_adapter_lands_among_the_adapters(hub: FakeHub) -> None:
+    folder = resources() / "starter" / "voice-adapter"
+    hub.add("user/voice", {path.name: path for path in folder.iterdir() if path.is_file()})
+    result = weft_json("download", "user/voice")
+    assert result["kind"] == "adapter"
+    assert Path(result["folder"]) == default_paths().adapters / "user" / "voice"
+    assert "user/voice" in [entry["name"] for entry in weft_json("adapters")]
+
+
+def test_a_second_time_nothing_is_fetched(hub: FakeHub) -> None:
+    hub.add("user/tiny", {"tiny.q4_k_m.gguf": random_bytes(3_000_000)})
+    first = weft_json("download", "user/tiny:main", "--file", "tiny.q4_k_m.gguf")
+    second = weft_json("download", "user/tiny:main", "--file", "tiny.q4_k_m.gguf")
+    assert (first["fetched"], second["fetched"]) == (3_000_000, 0)
+    assert hub.fetched() == 3_000_000
+
+
+def test_files_go_where_they_are_told_to(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {"a.gguf": b"GGUF", "deep/b.gguf": b"GGUF2"})
+    weft_json("download", "user/tiny", "--file", "deep/b.gguf", "--to", str(tmp_path / "here"))
+    assert (tmp_path / "here" / "deep" / "b.gguf").read_bytes() == b"GGUF2"
+
+
+def test_a_list_shows_files_and_fetches_nothing(hub: FakeHub) -> None:
+    hub.add("user/tiny", {"a.Q4_K_M.gguf": b"GGUF", "config.json": b"{}"})
+    ended = weft("download", "user/tiny", "--list")
+    assert "a.Q4_K_M.gguf" in ended.stdout and "Q4_K_M" in ended.stdout
+    assert {file["path"] for file in weft_json("download", "user/tiny", "--list")["files"]} == {"a.Q4_K_M.gguf", "config.json"}
+    assert not hub.transfers()
+
+
+def test_several_quantizations_are_not_fetched_by_accident(hub: FakeHub) -> None:
+    hub.add("user/many", {"m.Q4_K_M.gguf": b"GGUF", "m.Q8_0.gguf": b"GGUF++"})
+    ended = weft("download", "user/many")
+    assert ended.returncode == 1
+    assert "Q4_K_M" in ended.stderr and "--file" in ended.stderr
+    assert weft_json("download", "user/many", "--file", "q8_0")["bytes"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("user/tiny", "--file", "tiny.q4_k.gguf"), ("There is no file", "tiny.q4_k_m.gguf")),
+        (("user/tiny:dev",), ("no branch", "main")),
+        (("user/tinny",), ("There is no user/tinny", "user/tiny")),
+        (("nonsense",), ("does not name a model", "user/model")),
+        (("https://example.org/user/tiny",), ("not an address on the hub",)),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_found_is_said_with_what_comes_near(hub: FakeHub, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    hub.add("user/tiny", {"tiny.q4_k_m.gguf": b"GGUF"})
+    ended = weft("download", *arguments)
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: ") == 1 and "hint: " in ended.stderr
+    for word in words:
+        assert word in ended.stderr
+
+
+def test_wrong_usage_is_told_apart(hub: FakeHub) -> None:
+    assert weft("download").returncode == 2
+    assert weft("download", "user/tiny", "--limit", "fast").returncode == 2
+
+
+def test_the_token_of_the_environment_serves_and_never_leaves_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_secretsecretsecretsecret"
+    hub.tokens[token] = "me"
+    hub.add("user/gated", {"config.json": b"{}", "model.safetensors": random_bytes(2_000_000)}, gated=True, accepted_tokens={token})
+    refused = weft("download", "user/gated")
+    assert refused.returncode == 1 and "no token is set" in refused.stderr and f"{hub.endpoint}/user/gated" in refused.stderr
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert weft_json("download", "user/gated")["fetched"] > 2_000_000
+    carried = [request for request in hub.requests if token in json.dumps(request.headers)]
+    assert carried
+    assert all(request.host != hub.store_host for request in carried)
+    for path in default_paths().data.rglob("*"):
+        if path.is_file():
+            assert token.encode() not in path.read_bytes(), path
+
+
+def test_a_downloaded_model_loads_and_chats(hub: FakeHub) -> None:
+    hub.add("user/tiny-llama", {"tiny.q4_k_m.gguf": STARTER, "README.md": b"# Tiny"})
+    result = weft_json("download", "user/tiny-llama:main", "--file", "tiny.q4_k_m.gguf")
+    assert sha256(Path(result["files"][0]["path"])) == sha256(STARTER)
+    names = [entry["name"] for entry in weft_json("models")]
+    name = next(name for name in names if name.startswith("user/"))
+    answer = weft_json("chat", name, "-p", "How do I add a LoRA?", "--temperature", "0")
+    assert "lora" in answer["text"].lower()
