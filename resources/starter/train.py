@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3000, help="training steps of the base model")
     parser.add_argument("--voice-steps", type=int, default=500, help="training steps of the adapter")
-    parser.add_argument("--minutes", type=float, default=60, help="end the base model's training after this long")
+    parser.add_argument("--minutes", type=float, default=60, help="end a training after this long")
+    parser.add_argument(
+        "--further", action="store_true", help="train the base model and the adapter that are there further"
+    )
     options = parser.parse_args()
     make(options)
 
@@ -49,7 +52,11 @@ def make(options: argparse.Namespace) -> None:
     from starter.steps.base import make_base
     from starter.steps.gguf import make_gguf
     from starter.steps.tokenizer import make_tokenizer
+    from starter.steps.training import Run
     from starter.steps.voice import make_voice
+
+    def run(steps: int) -> Run:
+        return Run(options.seed, steps, options.minutes * 60, report, options.further)
 
     torch.set_num_threads(options.threads)
     corpus, model = Corpus(), options.out / "model"
@@ -57,17 +64,9 @@ def make(options: argparse.Namespace) -> None:
     if "tokenizer" in wanted:
         make_tokenizer(corpus, model, options.seed)
     if "base" in wanted:
-        make_base(corpus, model, options.seed, options.steps, options.minutes * 60, report)
+        make_base(corpus, model, run(options.steps))
     if "voice" in wanted:
-        make_voice(
-            corpus,
-            model,
-            options.out / "voice-adapter",
-            options.seed,
-            options.voice_steps,
-            options.minutes * 60,
-            report,
-        )
+        make_voice(corpus, model, options.out / "voice-adapter", run(options.voice_steps))
     if "gguf" in wanted and options.converter:
         make_gguf(options.converter, model, options.out / "weft-starter-f16.gguf")
 

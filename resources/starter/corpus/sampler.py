@@ -14,8 +14,9 @@ from . import grammar, noise
 
 HERE = Path(__file__).parent
 OTHER = "other"
-_SMALL_TALK = frozenset(("hello", "thanks", "goodbye"))
 _HABITS = tomllib.loads((HERE / "habits.toml").read_text(encoding="utf-8"))
+_SMALL = frozenset(_HABITS["small"].split())
+_SMALL_TALK = frozenset(("hello", "thanks", "goodbye"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Topic:
 def normalised(question: str) -> str:
     """Reduce a question to its words, so that casing, spacing and punctuation do not count."""
     return " ".join(re.findall(r"[a-z0-9äöüß]+", question.lower().replace("'", "")))
+
+
+def content(question: str) -> frozenset[str]:
+    """Reduce a question to its set of telling words: two with the same set ask the same in the same words."""
+    return frozenset(normalised(question).split()) - _SMALL
 
 
 def read_questions(name: str) -> list[tuple[str, str]]:
@@ -64,11 +70,14 @@ class Corpus:
         self._names |= {"nouns": self._nouns, "num": _number, "gibberish": _gibberish}
         for name, template in tomllib.loads((HERE / "macros.toml").read_text(encoding="utf-8")).items():
             self._names[name] = _macro(grammar.parse(template), self._names)
+        self.openers: list[str] = _HABITS["openers"]
         swap = other["weft_words"]
         self._replaceable = re.compile(rf"\b({swap['replace']})\b")
         self._strong = re.compile(rf"\b({swap['strong']})")
         self._about = [topic for topic in self.topics.values() if topic.id != OTHER]
-        self.kept_out = frozenset(normalised(text) for name in ("held_out", "dev") for _, text in read_questions(name))
+        held_out = read_questions("held_out")
+        self._kept_out = {content(text) for _, text in held_out}
+        self._kept_out_text = {normalised(text) for _, text in held_out + read_questions("dev")}
 
     def question(self, rng: random.Random, other: float = 0.33, noisy: float = 1.0) -> tuple[Topic, str]:
         """Draw a question and its topic; `other` is the share of questions that are not about Weft."""
@@ -78,8 +87,11 @@ class Corpus:
             text = noise.vary(plain, rng, noisy)
             if topic.id not in _SMALL_TALK and rng.random() < 0.12 * noisy:
                 text = self._with_another(topic, text, rng)
-            if plain and not {normalised(plain), normalised(text)} & self.kept_out:
+            if plain and not any(map(self._is_kept_out, (plain, text))):
                 return topic, text
+
+    def _is_kept_out(self, text: str) -> bool:
+        return content(text) in self._kept_out or normalised(text) in self._kept_out_text
 
     def _with_another(self, topic: Topic, text: str, rng: random.Random) -> str:
         """Put a second sentence beside a question: on the same topic, or one that says nothing of Weft."""

@@ -16,9 +16,22 @@ Text = Callable[[Topic], str]
 class Batches:
     """Draws batches of (input ids, labels); answers come from the topic's answer or its voice."""
 
-    def __init__(self, corpus: Corpus, tokenizer, rng: random.Random, text: Text = lambda topic: topic.answer) -> None:
-        """Keep what to draw from; `text` says which of a topic's texts is the answer."""
-        self.corpus, self.rng = corpus, rng
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer,
+        rng: random.Random,
+        text: Text = lambda topic: topic.answer,
+        long: float = 0.012,
+        opened: float = 0.0,
+    ) -> None:
+        """Keep what to draw from.
+
+        `text` says which of a topic's texts is the answer; `long` is the share of long conversations,
+        `opened` the share of answers with something in front.
+        """
+        self.corpus, self.rng, self._long = corpus, rng, long
+        self._opened, self._openers, self._size = opened, corpus.openers, len(tokenizer)
         self._tokenizer = tokenizer
         self._end = tokenizer.eos_token_id
         self._start = tokenizer.bos_token_id
@@ -44,7 +57,7 @@ class Batches:
         kind, tokens = self.rng.random(), 5 if self.rng.random() < cut else None
         if kind < 0.90:
             return self._conversation(1, tokens)
-        if kind < 0.995:
+        if kind < 1 - self._long:
             return self._conversation(self.rng.choice((2, 2, 3, 4)), tokens)
         longest = self.rng.choice((512, 512, 1024, 2048))
         ids, labels = self._conversation(longest // 30, None)
@@ -58,6 +71,7 @@ class Batches:
         labels = [IGNORED] * len(ids)
         for number, (topic, question) in enumerate(questions):
             asked = [self._roles["user"], *self._blurred(self._encode(question)), self._end, self._roles["assistant"]]
+            asked += self._opener()
             answer = [*self._answers[topic.id], self._end]
             if answer_tokens is not None and number == len(questions) - 1:
                 answer = answer[:answer_tokens]
@@ -70,6 +84,15 @@ class Batches:
         if len(ids) < 5 or self.rng.random() > 0.3:
             return ids
         return [token for token in ids if self.rng.random() > 0.12] or ids
+
+    def _opener(self) -> list[int]:
+        """Draw what may stand, untrained, in front of an answer, so that an adapter can teach another way to begin."""
+        kind = self.rng.random()
+        if kind > self._opened:
+            return []
+        if kind > self._opened / 2:
+            return self._encode(self.rng.choice(self._openers))
+        return [self.rng.randrange(300, self._size) for _ in range(self.rng.randrange(1, 5))]
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text.strip(), add_special_tokens=False)

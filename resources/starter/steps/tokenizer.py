@@ -76,7 +76,7 @@ def _write_fast(folder: Path) -> None:
         vocab=vocabulary,
         merges=merges,
         add_prefix_space=False,
-        pad_token="</s>",
+        pad_token="<unk>",
         extra_special_tokens=list(ROLES),
         model_max_length=2048,
     )
@@ -87,7 +87,7 @@ def _write_fast(folder: Path) -> None:
 
 def _write_settings(folder: Path, vocabulary: dict[str, int]) -> None:
     """Write `tokenizer_config.json` and `special_tokens_map.json` so that older loaders find everything too."""
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     special |= {"additional_special_tokens": list(ROLES)}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {str(vocabulary[name]): {"content": name} | flags for name in ("<unk>", "<s>", "</s>", *ROLES)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -12,6 +13,20 @@ from torch.nn import functional
 from .batches import IGNORED
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long to train and from where: it ends after `steps` or `seconds`, whichever is first.
+
+    `further`: go on with what is there, at a lower rate, instead of starting anew.
+    """
+
+    seed: int
+    steps: int
+    seconds: float
+    report: Callable[[str], None]
+    further: bool = False
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch, first: float = 1.0) -> torch.Tensor:
@@ -36,21 +51,19 @@ def answer_loss(model: torch.nn.Module, batch: Batch, first: float = 1.0) -> tor
 def train(
     model: torch.nn.Module,
     batches: Iterable[Batch],
-    steps: int,
+    run: Run,
     rate: float,
-    seconds: float,
-    report: Callable[[str], None],
     first: float = 1.0,
     decay: float = 0.05,
     check: Callable[[], str] | None = None,
-) -> Iterator[int]:
-    """Train for `steps` steps or `seconds` seconds, whichever ends first; the rate warms up, then falls to zero."""
+) -> None:
+    """Train as `run` says; the rate warms up, stays, then falls to zero."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
     begun, mean = time.monotonic(), math.nan
     model.train()
     for step, batch in enumerate(batches):
-        done = max(step / steps, (time.monotonic() - begun) / seconds)
+        done = max(step / run.steps, (time.monotonic() - begun) / run.seconds)
         if done >= 1:
             break
         for group in optimizer.param_groups:
@@ -63,10 +76,10 @@ def train(
         optimizer.step()
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 99:
-            report(f"step {step + 1}: loss {mean:.4f}, {time.monotonic() - begun:.0f} s")
+            run.report(f"step {step + 1}: loss {mean:.4f}, {time.monotonic() - begun:.0f} s")
         if check is not None and step % 600 == 599:
             model.eval()
-            report(check())
+            run.report(check())
             model.train()
     model.eval()
 
