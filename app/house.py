@@ -14,9 +14,9 @@ from PySide6.QtWidgets import QApplication, QDialog, QWidget
 
 from app import logs
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import ModelEntry
-from app.core.paths import Paths
-from app.engine.environments import Environments, EnvironmentState
+from app.core.library import ModelEntry, ModelFormat
+from app.core.paths import Paths, resources
+from app.engine.environments import Environments
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.store.jobs import JobStore
@@ -25,7 +25,7 @@ from app.store.model_settings import ModelSettings
 from app.store.settings import SettingsStore
 from app.viewmodels.jobs import INSTALL, JobCenter, environment_of
 from app.viewmodels.library_roots import LibraryRoots
-from app.viewmodels.loadout import CodeQuestion, Crash, FitQuestion, Loadout
+from app.viewmodels.loadout import CodeQuestion, Crash, FitQuestion, Loadout, LoadoutState
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.settings import EngineList, SettingsView
 from app.views import theme
@@ -180,7 +180,7 @@ class House(QObject):
         """After the first paint: watch the disk and the machine, prepare engines, load the model."""
         from app.workers.library_worker import LibraryWorker
 
-        interrupted = self.job_store.mark_interrupted()
+        self.job_store.mark_interrupted()
         worker = LibraryWorker(self.library, self.roots.roots(), self)
         worker.changed.connect(self._library_changed)
         worker.scanning.connect(self._scanning)
@@ -194,7 +194,7 @@ class House(QObject):
         self._take(self._arguments)
         if self.settings.settings.load_last:
             self._load_first_model()
-        self._prepare_engines({environment_of(job) for job in interrupted if job.task == INSTALL})
+        self._prepare_engines()
 
     def _load_first_model(self) -> None:
         """The model used last, else the starter; it waits for its environment if that is not there yet."""
@@ -209,14 +209,14 @@ class House(QObject):
         except WeftError as error:
             self.window.show_notice(Notice(text=str(error), tone="warning"))
 
-    def _prepare_engines(self, interrupted: set[str]) -> None:
+    def _prepare_engines(self) -> None:
         """Install what was never tried, and go on with what was cut short. What somebody cancelled or removed stays so."""
-        tried = {environment_of(job) for job in self.job_store.jobs(500) if job.task == INSTALL}
+        last: dict[str, JobState] = {}
+        for job in self.job_store.jobs(500):  # newest first
+            if job.task == INSTALL:
+                last.setdefault(environment_of(job), job.state)
         for name in self.environments.specs():
-            state = self.environments.state(name)
-            new = state is EnvironmentState.MISSING and name not in tried
-            resumed = state is not EnvironmentState.READY and name in interrupted
-            if new or resumed:
+            if not self.jobs.is_ready(name) and last.get(name, JobState.CRASHED) is JobState.CRASHED:
                 self.jobs.install(name)
 
     @Slot(list)
@@ -304,6 +304,22 @@ class House(QObject):
             Notice(text=f"The engine is ready: {self.jobs.title(name)}.", tone="positive", important=True)
         )
         self.loadout.environment_ready(name)
+        self._answer_with_what_there_is()
+
+    def _answer_with_what_there_is(self) -> None:
+        """The starter waits for an environment that failed: the one that is ready runs the starter's other file."""
+        now = self.loadout
+        if now.state is not LoadoutState.FAILED or now.model is None or now.model.format is ModelFormat.GGUF:
+            return
+        if now.model.path.startswith(str(resources() / "starter")) and now.loader is not None:
+            if self.jobs.is_ready(now.loader.environment):
+                return
+            try:
+                other = starter("starter (gguf)")
+                if self.jobs.is_ready(now.choose_loader(other).environment):
+                    now.load(other)
+            except WeftError as error:
+                self.window.show_notice(Notice(text=str(error), tone="warning"))
 
     @Slot(str, object)
     def _environment_failed(self, name: str, error: WeftError) -> None:
@@ -336,14 +352,6 @@ class House(QObject):
 
     @Slot(object)
     def _load_failed(self, error: WeftError) -> None:
-        # The environment's own failure has been told already, with the way to its log.
-        if (
-            error.kind in (ErrorKind.NETWORK, ErrorKind.DISK_FULL)
-            and not self.loadout.is_loaded
-            and self.loadout.loader is None
-        ):
-            return
-
         def build() -> QDialog:
             from app.views.dialogs import ErrorDialog
 

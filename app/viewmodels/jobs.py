@@ -242,9 +242,16 @@ class JobCenter(QObject):
     def close(self) -> None:
         """Cancel what runs and wait for it: the window is going. It goes on from there next time."""
         self._queue.clear()
-        if self.running is not None:
-            self.running.worker.cancel()
-            self.running.worker.wait(CLOSE_MS)
+        running = self.running
+        if running is None:
+            return
+        job = running.worker.job
+        running.worker.cancel()
+        running.worker.wait(CLOSE_MS)
+        if self._store.get(job.id).state is not JobState.DONE:
+            # Not what the user cancelled: the next start goes on with it.
+            message, hint = "Weft was closed meanwhile.", "It goes on when Weft starts again."
+            self._store.update(job.id, state=JobState.CRASHED, message=message, hint=hint)
 
 
 def environment_of(job: Job) -> str:

@@ -298,9 +298,9 @@ class Loadout(QObject):
             self.load(plan.entry)
 
     def environment_failed(self, name: str, error: WeftError) -> None:
-        """An environment could not be installed: a load that waits for it fails, unless another loader is ready."""
+        """An environment could not be installed: a load that waits for it fails. Who installs it has told why already."""
         if self._waiting_for == name and self._plan is not None:
-            self._fail_load(error)
+            self._fail_load(error, told=True)
 
     # Requests ---------------------------------------------------------------------------------------
 
@@ -475,14 +475,14 @@ class Loadout(QObject):
             self.load_progress = None
         self.changed.emit()
 
-    def _fail_load(self, error: WeftError) -> None:
+    def _fail_load(self, error: WeftError, *, told: bool = False) -> None:
         self._waiting_for = ""
         self.error = error
         queued, self._queued = self._queued, {}
         self._set(LoadoutState.FAILED)
         for request in queued:
             self._fail_later(request, error)
-        if error.kind is not ErrorKind.CANCELLED:
+        if error.kind is not ErrorKind.CANCELLED and not told:
             self.load_failed.emit(error)
 
     @Slot(object)

@@ -1,4 +1,4 @@
-"""Toasts: short messages at the lower right that go away by themselves, newest below."""
+"""Toasts: short messages at the upper right that go away by themselves, newest below."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from app.views.widgets import IconLabel, button, icon_button, label, row
 
 SHOWN_MS = 6000
 AT_MOST = 4
+TOP = 64
 
 
 class Toast(QFrame):
@@ -42,18 +43,15 @@ class Toast(QFrame):
 
     @Slot()
     def _expire(self) -> None:
-        if self.underMouse() or (
-            self.isAncestorOf(self.focusWidget() or self)
-            and self.focusWidget() is not None
-            and self.focusWidget().hasFocus()
-        ):
+        focus = self.focusWidget()
+        if self.underMouse() or (focus is not None and focus.hasFocus()):
             self._timer.start()
         else:
             self.close()
 
 
 class Toasts(QObject):
-    """Stacks toasts at the lower right of a widget."""
+    """Stacks toasts at the upper right of a widget."""
 
     def __init__(self, parent: QWidget) -> None:
         super().__init__(parent)
@@ -88,9 +86,9 @@ class Toasts(QObject):
         return False
 
     def _place(self) -> None:
-        bottom = self._host.height() - 16
-        for toast in reversed(self._shown):
+        # Below the page's header: the lower right belongs to what is being typed.
+        top = TOP
+        for toast in self._shown:
             toast.adjustSize()
-            bottom -= toast.height()
-            toast.move(self._host.width() - toast.width() - 16, bottom)
-            bottom -= 8
+            toast.move(self._host.width() - toast.width() - 16, top)
+            top += toast.height() + 8

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PySide6.QtNetwork import QLocalServer, QLocalSocket
 
 MAX_MESSAGE = 1024 * 1024
-HAND_OVER_SECONDS = 10.0
+HAND_OVER_SECONDS = 20.0
 
 
 def socket_name(paths: Paths) -> str:

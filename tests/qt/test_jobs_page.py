@@ -115,6 +115,14 @@ def test_installs_one_after_the_other(yard: Yard, qtbot: QtBot) -> None:
     assert center.running is None
 
 
+def test_closing_the_window_is_no_cancel(yard: Yard, rooms: Rooms) -> None:
+    yard.center.install("core")
+    yard.center.close()
+    job = rooms.jobs.get(yard.made[0].job.id)
+    assert job.state is JobState.CRASHED
+    assert "goes on" in job.hint
+
+
 def test_page_shows_progress_cancels_and_retries(yard: Yard, qtbot: QtBot) -> None:
     page = JobsPage(jobs=yard.center)
     qtbot.addWidget(page)

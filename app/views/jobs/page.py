@@ -219,8 +219,10 @@ class JobsPage(Page):
             self._jobs.cancel(self.selected)
 
     def _retry(self) -> None:
-        if self.selected is not None:
-            self._jobs.retry(self.selected)
+        job = self.selected
+        if job is not None:
+            self._selected = 0  # the new job, which will stand first
+            self._jobs.retry(job)
 
     def _remove(self) -> None:
         if self.selected is not None:
