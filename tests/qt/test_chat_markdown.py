@@ -359,6 +359,34 @@ def test_no_message_holds_up_the_window(name: str, streamed: bool, qtbot: QtBot,
     assert worst < 0.1
 
 
+@pytest.mark.attack
+@pytest.mark.parametrize("name", ["a megabyte in one line", "a megabyte without a space", "many lines"])
+def test_what_a_user_pastes_does_not_either(name: str, qtbot: QtBot) -> None:
+    view = MarkdownView(chat_style(), markup=False)
+    qtbot.addWidget(view)
+    view.height_for(400)
+    before, worst = time.thread_time(), 0.0
+    view.set_markdown(_HEAVY[name])
+    worst = time.thread_time() - before
+    while view.busy:
+        view._timer.stop()
+        before = time.thread_time()
+        view._work()
+        view.height_for(380)
+        worst = max(worst, time.thread_time() - before)
+    print(f"{name}: worst step {worst * 1000:.1f} ms")
+    assert worst < 0.1 and view.hidden
+
+
+def test_what_a_user_typed_is_shown_as_typed(qtbot: QtBot) -> None:
+    view = MarkdownView(chat_style(), markup=False)
+    qtbot.addWidget(view)
+    text = "__init__ *a* # no heading\n\n1. one\n   indented <b>x</b>"
+    view.set_markdown(text + "\n```py\nx\n```")
+    _settle(qtbot, view)
+    assert view.toPlainText() == text + "\nx"
+
+
 def test_the_splitter_does_not_care_how_text_arrives() -> None:
     for size in (1, 2, 5, 13, 1000):
         splitter = BlockSplitter()
