@@ -14,6 +14,7 @@ from PySide6.QtWidgets import QApplication, QDialog, QWidget
 
 from app import logs
 from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import JobState
 from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, resources
 from app.engine.environments import Environments

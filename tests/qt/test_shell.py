@@ -13,9 +13,11 @@ from pytestqt.qtbot import QtBot
 
 from app import logs
 from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import JobState
 from app.core.paths import default_paths
 from app.house import House
 from app.rail import RAIL
+from app.viewmodels.jobs import INSTALL
 from app.views import theme
 from app.views.command_palette import CommandPalette, match
 from app.views.dialogs import ConfirmDialog, CrashDialog, ErrorDialog, read_tail
@@ -307,3 +309,23 @@ def test_unexpected_exception_is_told_with_its_trace(house: House, qtbot: QtBot)
     assert isinstance(house.window.dialog, ErrorDialog)
     assert "boom" in house.window.dialog.error.message
     house.window.dialog.reject()
+
+
+def test_first_start_prepares_every_engine_and_a_cancelled_one_stays_cancelled(
+    house: House, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WEFT_PYTHON_CORE")
+    monkeypatch.delenv("WEFT_PYTHON_LLAMACPP")
+    wanted: list[str] = []
+    monkeypatch.setattr(house.jobs, "install", wanted.append)
+    house._prepare_engines()
+    assert wanted == list(house.environments.specs())
+    wanted.clear()
+    jobs = house.job_store
+    job = jobs.create(INSTALL, "Install core", parameters='{"name": "core"}')
+    jobs.update(job.id, state=JobState.CANCELLED)
+    job = jobs.create(INSTALL, "Install llama.cpp", parameters='{"name": "llamacpp"}')
+    jobs.update(job.id, state=JobState.CRASHED)
+    house._prepare_engines()
+    assert "core" not in wanted
+    assert "llamacpp" in wanted
