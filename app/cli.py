@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from app import __version__, cli_download
+from app import __version__, cli_check, cli_download
 from app.backends import choose, specs
 from app.backends.base import Capability, Spec
+from app.cli_library import find_model
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             help=field.help.replace("%", "%%"),
         )
     download = cli_download.add_command(commands)
+    cli_check.add_parser(commands)
     for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -217,23 +219,6 @@ def _print_problem(problem: WeftError) -> None:
     print(f"note: {problem.message}", file=sys.stderr)
 
 
-def _find_model(name: str) -> ModelEntry:
-    paths = default_paths()
-    database = Database(paths.database)
-    try:
-        library = LibraryStore(database)
-        try:
-            return library.find(name)
-        except WeftError as error:
-            if error.kind is not ErrorKind.NOT_FOUND or Path(name).exists():
-                raise
-        # It may have come since the library was last read.
-        refresh(library, library_roots(SettingsStore(paths.settings).settings, paths))
-        return library.find(name)
-    finally:
-        database.close()
-
-
 # Chat ------------------------------------------------------------------------------------------
 
 
@@ -241,7 +226,7 @@ def _chat(parsed: argparse.Namespace) -> int:
     sampling = _sampling(parsed)
     paths = default_paths()
     environments = Environments(paths.environments)
-    model = _find_model(parsed.model)
+    model = find_model(parsed.model)
     spec = choose(
         model,
         ready=lambda name: environments.state(name) is EnvironmentState.READY,
