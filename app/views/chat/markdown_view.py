@@ -40,7 +40,7 @@ from app.views.chat.writer import (
     Mark,
 )
 
-SLICE = 0.006  # seconds of work at a time
+SLICE = 0.004  # seconds of work at a time
 FRAME = 33  # milliseconds between renderings of a streaming tail
 CODE_SLICE = 6000  # characters of code inserted at a time
 LONG = 700  # characters of a paragraph from where only its end is written again
@@ -369,7 +369,7 @@ class MarkdownView(QTextBrowser):
 
     def _highlight(self, deadline: float) -> bool:
         # Layout is the dear part: colour only where the layout has room left in this slice.
-        deadline = max(deadline, time.perf_counter() + 0.002)
+        deadline = max(deadline, time.perf_counter() + 0.001)
         while self._highlights:
             if not self._highlights[0][1].step(deadline):
                 return True
