@@ -6,6 +6,7 @@ Nothing is imported at the top that the first paint does not need: it comes at t
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Open the window, with files to take. Returns the exit status; a second start hands over to the first and returns 0."""
+    # Python's own handler would only run when Qt next calls Python. Ctrl+C in a terminal ends the window at once; what is written
+    # is safe (SQLite), and engines end when their pipe does.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     paths = default_paths()
     QGuiApplication.setHighDpiScaleFactorRoundingPolicy(Qt.HighDpiScaleFactorRoundingPolicy.PassThrough)
     application = QApplication([sys.argv[0]])
