@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from PySide6.QtCore import QUrl
+from PySide6.QtCore import QEvent, QObject, QUrl
 from PySide6.QtGui import QTextBlock, QTextDocument, QTextTable
 from pytestqt.qtbot import QtBot
 
@@ -398,3 +398,30 @@ def test_the_splitter_does_not_care_how_text_arrives() -> None:
         if size == 1:
             expected = found
         assert found == expected
+
+
+def test_the_last_words_are_painted_even_when_the_height_stays(qtbot: QtBot) -> None:
+    view = MarkdownView(chat_style())
+    qtbot.addWidget(view)
+    view.resize(600, 200)
+    view.show()
+    with qtbot.waitExposed(view):
+        pass
+    view.begin_stream()
+    view.feed("Drop the LoRA")
+    qtbot.wait(200)
+    height = view.height_for(600)
+    painted: list[str] = []
+
+    class Watch(QObject):
+        def eventFilter(self, watched: QObject, event: QEvent) -> bool:
+            if event.type() == QEvent.Type.Paint:
+                painted.append(view.toPlainText())
+            return False
+
+    watch = Watch()
+    view.viewport().installEventFilter(watch)
+    view.feed(" here.")
+    view.finish()
+    assert view.height_for(600) == height
+    qtbot.waitUntil(lambda: painted[-1:] == ["Drop the LoRA here."], timeout=2000)

@@ -214,6 +214,8 @@ class MarkdownView(QTextBrowser):
             more = self._highlight(deadline) or more
         finally:
             self.document().documentLayout().blockSignals(False)
+        # The blocked signals are also what asks for a repaint: text on a line that was there already would stay unseen.
+        self.viewport().update()
         self._size_changed(self.document().size())
         if more:
             self._timer.start(0 if not self._streaming else FRAME // 2)
