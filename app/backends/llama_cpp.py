@@ -135,8 +135,9 @@ class Backend(BaseBackend):
         try:
             self._model = LlamaModel(self._library, self._log, path, options, lambda done: _advance(report, done))
             on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
-            notes = self._open_context(request.model, options, vram if on_gpu else free, report)
-            self._open_template(notes)
+            template_notes = self._open_template()  # its child starts while the context is made
+            notes = self._open_context(request.model, options, vram if on_gpu else free, report) + template_notes
+            self._template.wait_until_ready()
         except BaseException:
             self.unload()
             raise
@@ -229,15 +230,14 @@ class Backend(BaseBackend):
         report.log("info", measured.text)
         return notes
 
-    def _open_template(self, notes: list[str]) -> None:
+    def _open_template(self) -> list[str]:
         from app.generation.template import DEFAULT_TEMPLATE, ChatTemplate
 
         source = self._model.template
-        if not source:
-            notes.append("The file has no chat template; a plain one (ChatML) is used.")
         bos, eos = self._model.special_text("bos"), self._model.special_text("eos")
         self._template = ChatTemplate(source or DEFAULT_TEMPLATE, bos, eos)
         self._template.warm()
+        return [] if source else ["The file has no chat template; a plain one (ChatML) is used."]
 
     def _device(self) -> str:
         threads = self._library.llama_n_threads(self._context.pointer)

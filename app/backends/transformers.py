@@ -127,6 +127,7 @@ class Backend(base.Backend):
             hf_load.unmap(self._model)
         _give_back()
         self._decoder = Decoder(self._model, device, slow)
+        prompts.template.wait_until_ready()
         if prompts.bare:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
         return plan.notes

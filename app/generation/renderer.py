@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,6 +55,12 @@ class Renderer:
         self._starting = True
         if len(self._compile) <= PIPE_BUFFER:
             self._send(self._compile)
+
+    def wait_until_ready(self) -> None:
+        """Wait for what `start` began, so that the first `render` need not. What is wrong with it, `render` says."""
+        if self._child is not None and self._starting:
+            with contextlib.suppress(WeftError):
+                self._greet()
 
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any], seconds: float) -> str:
         """Render once. The time that starting and compiling take does not count.

@@ -62,6 +62,10 @@ class ChatTemplate:
         """Start the child and have it compile the template, without waiting for either."""
         self._renderer.start()
 
+    def wait_until_ready(self) -> None:
+        """Wait for what `warm` began, so that the first answer does not pay for it."""
+        self._renderer.wait_until_ready()
+
     def set_variables(self, **variables: Any) -> None:
         """Add or change names that the template sees."""
         self._variables.update(variables)
