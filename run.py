@@ -39,7 +39,7 @@ def main():
         sys.stderr.write(problem + "\n")
         return 1
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    from launcher import start
+    from installer.launcher import start
 
     return start.main(sys.argv[1:])
 

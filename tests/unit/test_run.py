@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import run
-from launcher import checks, menu, say, start, system_libraries, virtual_environment
+from installer.launcher import checks, menu, say, start, system_libraries, virtual_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

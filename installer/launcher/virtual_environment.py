@@ -17,9 +17,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.say import Stop, say
+from installer.launcher.say import Stop, say
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "resources" / "environments" / "constraints.txt"
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.say import Stop, say
-from launcher.virtual_environment import ROOT, python_of
+from installer.launcher.say import Stop, say
+from installer.launcher.virtual_environment import ROOT, python_of
 
 NAME = "Weft"
 SUMMARY = "Run language models on your own machine"

@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import system_libraries, virtual_environment
-from launcher.say import Stop
+from installer.launcher import system_libraries, virtual_environment
+from installer.launcher.say import Stop
 
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say. Returns the exit status (on POSIX, opening Weft replaces this process)."""
     try:
         if arguments[:1] == ["test"]:
-            from launcher import checks
+            from installer.launcher import checks
 
             return checks.main(arguments[1:])
         if arguments == ["--launcher"]:
-            from launcher import menu
+            from installer.launcher import menu
 
             virtual_environment.ensure()
             return menu.install()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.say import Stop, say
+from installer.launcher.say import Stop, say
 
 # soname: Debian package. What Qt's core, gui and widgets need on any display.
 NEEDED = {

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from launcher import system_libraries, virtual_environment
-from launcher.say import Stop, say
-from launcher.virtual_environment import ROOT
+from installer.launcher import system_libraries, virtual_environment
+from installer.launcher.say import Stop, say
+from installer.launcher.virtual_environment import ROOT
 
 WINDOW, ENGINES = "window", "engines"
 FOLDERS = {WINDOW: ("tests/unit", "tests/qt", "tests/e2e", "tests/benchmarks"), ENGINES: ("tests/engine", "tests/gpu")}
