@@ -18,6 +18,7 @@ from app.core.jobs import JobState
 from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, resources
 from app.engine.environments import Environments
+from app.house_downloads import DownloadsHouse
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.store.jobs import JobStore
@@ -79,6 +80,9 @@ class House(QObject):
             log_of=lambda loader: paths.logs / f"engine-{loader}.log",
             parent=self,
         )
+        self.downloads = DownloadsHouse(
+            self.database, self.settings_view, paths, machine=self.machine.now, state=window.state, parent=self
+        )
         self._library_worker: LibraryWorker | None = None
         self._arguments: list[str] = []
         self.window = window
@@ -124,7 +128,13 @@ class House(QObject):
     def _settings_page(self) -> Page:
         from app.views.settings.page import SettingsPage
 
-        page = SettingsPage(settings=self.settings_view, roots=self.roots, engines=self.engines, paths=self.paths)
+        page = SettingsPage(
+            settings=self.settings_view,
+            roots=self.roots,
+            engines=self.engines,
+            paths=self.paths,
+            hub=self.downloads.hub_section,
+        )
         page.remove_environment.connect(self._confirm_removal)
         return page
 
@@ -189,6 +199,7 @@ class House(QObject):
         self._library_worker = worker
         worker.start()
         self.machine.start()
+        self.downloads.open()
         for sentence in (self.database.notice, *self.settings.problems):
             if sentence:
                 self.window.show_notice(Notice(text=sentence, tone="warning"))
@@ -227,6 +238,8 @@ class House(QObject):
         self._take(arguments)
 
     def _take(self, arguments: Sequence[str]) -> None:
+        for link in [argument for argument in arguments if "://" in argument][:4]:
+            self.downloads.take_link(link)
         files = [Path(argument) for argument in arguments if "://" not in argument]
         if files and not self.window.take(files):
             self.window.show_notice(
@@ -240,6 +253,7 @@ class House(QObject):
         """Stop every worker and let go of the files. Nothing runs on after this."""
         self.window.close_pages()
         self.loadout.close()
+        self.downloads.close()
         self.jobs.close()
         self.engines.close()
         self.machine.close()
@@ -265,9 +279,32 @@ class House(QObject):
         self.settings_view.changed.connect(self._setting_changed)
         self.settings_view.failed.connect(self.window.show_error)
         self.engines.failed.connect(self.window.show_error)
+        self.downloads.notice.connect(self.window.show_notice)
+        self.downloads.badge.connect(self._download_badge)
+        self.downloads.library_changed.connect(self.refresh_library)
+        self.downloads.settings_wanted.connect(self._show_hub_settings)
+        self.window.window_wanted.connect(self._open_window)
+        self.window.closing.connect(self.downloads.close_window)
         reporter.unexpected.connect(self._unexpected)
         # Unfinished work is saved while the window still stands.
         self.window.closing.connect(self.machine.close)
+
+    @Slot(str)
+    def _open_window(self, name: str) -> None:
+        assert name == "downloads"
+        self.downloads.show_window()
+
+    @Slot(object)
+    def _download_badge(self, fraction: float | None) -> None:
+        self.window.rail.set_badge("downloads", fraction)
+
+    @Slot()
+    def _show_hub_settings(self) -> None:
+        self.window.come_to_front()
+        self.window.show_page("settings")
+        page = self.window.built("settings")
+        if page is not None:
+            page.show_section("hub")  # type: ignore[attr-defined]
 
     @Slot()
     def _library_changed(self) -> None:

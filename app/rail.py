@@ -7,6 +7,7 @@ from app.views.page import PageSpec
 RAIL = (
     PageSpec(name="chat", title="Chat", icon="chat", loadout_bar=True),
     PageSpec(name="models", title="Models", icon="models"),
+    PageSpec(name="downloads", title="Downloads", icon="download", bottom=True, window=True),
     PageSpec(name="jobs", title="Jobs", icon="jobs", bottom=True),
     PageSpec(name="settings", title="Settings", icon="settings", bottom=True),
 )

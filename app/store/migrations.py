@@ -152,4 +152,29 @@ CREATE TRIGGER models_own_name AFTER INSERT ON models WHEN EXISTS (SELECT 1 FROM
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES)
+_DOWNLOADS = """
+CREATE TABLE downloads (  -- the queue, and what it brought; never a token
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    position REAL NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    title TEXT NOT NULL,
+    repo TEXT NOT NULL,
+    revision TEXT NOT NULL,
+    commit_hash TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    folder TEXT NOT NULL,
+    files TEXT NOT NULL,  -- JSON: RemoteFile of each
+    here TEXT NOT NULL DEFAULT '{}',  -- JSON: copies on this machine, by path
+    total INTEGER NOT NULL,
+    done INTEGER NOT NULL DEFAULT 0,
+    failure TEXT NOT NULL DEFAULT '',  -- an ErrorKind
+    message TEXT NOT NULL DEFAULT '',
+    hint TEXT NOT NULL DEFAULT '',
+    created REAL NOT NULL,
+    ended REAL NOT NULL DEFAULT 0
+);
+CREATE INDEX downloads_position ON downloads (position, id);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS)

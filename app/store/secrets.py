@@ -29,7 +29,7 @@ class TokenStore:
     def get(self, endpoint: str = "") -> tuple[str, Where]:
         """The token for a hub and where it comes from; two empty strings when there is none.
 
-        HF_TOKEN in the environment counts as well: whoever set it wants it used.
+        HF_TOKEN in the environment counts as well, for the hub that the environment means: whoever set it wants it used.
         """
         hub = hub_name(endpoint)
         with self._lock:
@@ -40,7 +40,7 @@ class TokenStore:
 
             if found := keyring.get_password(_SERVICE, hub):
                 return found, "keyring"
-        if found := os.environ.get("HF_TOKEN", "").strip():
+        if hub == hub_name("") and (found := os.environ.get("HF_TOKEN", "").strip()):
             return found, "environment"
         return "", ""
 

@@ -40,6 +40,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         downloads: where downloads go; "" is Weft's own models folder.
         hub_endpoint: address of the hub; "" is the usual one.
         proxy: for all network use; "" is what the system says.
+        download_rate: bytes a second that all downloads together may take; 0 is unlimited.
+        downloads_at_once: how many downloads run at the same time.
         autoload: load a model as soon as it is picked.
         load_last: load the model used last when Weft starts.
         last_model: library id of that one; "" loads the starter model.
@@ -61,6 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     downloads: str = ""
     hub_endpoint: str = ""
     proxy: str = ""
+    download_rate: int = 0
+    downloads_at_once: int = 2
     autoload: bool = True
     load_last: bool = True
     last_model: str = ""

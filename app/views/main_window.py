@@ -33,10 +33,12 @@ class MainWindow(QMainWindow):
 
     Signals:
         painted: the window's first paint has happened. closing: it is about to close.
+        window_wanted(name): an entry of the rail that is a window of its own was chosen.
     """
 
     painted = Signal()
     closing = Signal()
+    window_wanted = Signal(str)
 
     def __init__(self, specs: Sequence[PageSpec], *, state: QSettings) -> None:
         super().__init__()
@@ -105,6 +107,9 @@ class MainWindow(QMainWindow):
     def show_page(self, name: str) -> None:
         """Bring a page to the front, building it on its first time."""
         spec = self._specs[name]
+        if spec.window:
+            self.window_wanted.emit(name)
+            return
         if self._build is None:
             self._wanted = name
             self.rail.show_page(name)
@@ -143,6 +148,11 @@ class MainWindow(QMainWindow):
         """Have every page save and end what it does in the background."""
         for page in self._pages.values():
             page.shutdown()
+
+    @property
+    def state(self) -> QSettings:
+        """Where geometry is remembered."""
+        return self._state
 
     @property
     def current(self) -> str:
@@ -279,7 +289,7 @@ class MainWindow(QMainWindow):
             return False
         order = [self._current, *(name for name in self.rail.names if name != self._current)]
         for name in order:
-            if name and self.page(name).accepts(paths):
+            if name and not self._specs[name].window and self.page(name).accepts(paths):
                 self.show_page(name)
                 self.page(name).take(paths)
                 return True

@@ -87,6 +87,7 @@ class PageSpec(msgspec.Struct, frozen=True, kw_only=True):
         name: stable, for code and settings. title: on the rail. icon: file of resources/icons.
         bottom: stands in the lower part of the rail.
         loadout_bar: the loadout bar runs along the top of this page.
+        window: it opens a window of its own instead of a page.
     """
 
     name: str
@@ -94,3 +95,4 @@ class PageSpec(msgspec.Struct, frozen=True, kw_only=True):
     icon: str
     bottom: bool = False
     loadout_bar: bool = False
+    window: bool = False

@@ -66,6 +66,7 @@ class Rail(QFrame):
         self.setFixedWidth(WIDTH)
         self.setAccessibleName("Pages")
         self._group = QButtonGroup(self)
+        self._shown = ""
         self._buttons: dict[str, RailButton] = {}
         layout = column(parent=self, spacing=4, margins=(8, 8, 7, 8))
         for bottom in (False, True):
@@ -87,6 +88,7 @@ class Rail(QFrame):
         return list(self._buttons)
 
     def show_page(self, name: str) -> None:
+        self._shown = name
         self._buttons[name].setChecked(True)
 
     def set_badge(self, name: str, value: float | None) -> None:
@@ -95,6 +97,8 @@ class Rail(QFrame):
 
     def _clicked(self, pressed: QToolButton) -> None:
         if isinstance(pressed, RailButton):
+            if pressed.spec.window:  # the page in front stays the one that is shown
+                self._buttons.get(self._shown, pressed).setChecked(True)
             self.chosen.emit(pressed.spec.name)
 
     def keyPressEvent(self, event: QKeyEvent) -> None:

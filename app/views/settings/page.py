@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PySide6.QtCore import Qt, Signal, Slot
@@ -67,6 +67,7 @@ class SettingsPage(Page):
         roots: LibraryRoots,
         engines: EngineList,
         paths: Paths,
+        hub: Callable[[], QWidget] | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -86,6 +87,9 @@ class SettingsPage(Page):
         self.sections: dict[str, QWidget] = {}
         self._folders()
         self._engine_section()
+        if hub is not None:
+            self._section("hub", "Hub", "Where models and LoRAs are downloaded from.")
+            self._body.addWidget(hub())
         self._appearance()
         self._defaults()
         self._shortcuts()

@@ -1,0 +1,516 @@
+"""The download queue as the window drives it: who runs, how fast, what comes next."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from PySide6.QtCore import QObject, QTimer, Signal, Slot
+
+from app.core.errors import ErrorKind, WeftError
+from app.hub.files import DownloadNews, DownloadResult, Listing, RemoteFile
+from app.hub.part import arrived_bytes, remove_parts
+from app.hub.places import folder_for, local_path, refuse_collisions
+from app.hub.selection import gguf_choices
+from app.store.downloads import Download, DownloadState, DownloadStore
+from app.viewmodels.background import Background
+from app.viewmodels.settings import SettingsView
+from app.viewmodels.transfer_rates import Speed, shares
+from app.viewmodels.units import readable_bytes
+from app.workers.download_worker import DownloadWorker
+
+TICK_MS = 500
+CLOSE_MS = 5000
+SPARE = 64 * 1024 * 1024
+# Seconds until a download that the network ended is tried again, without anybody saying so.
+TRY_AGAIN = (15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Row:
+    """One download with what is known of it while the window lives."""
+
+    def __init__(self, download: Download) -> None:
+        self.download = download
+        self.worker: DownloadWorker | None = None
+        self.speed = Speed()
+        self.wanted: DownloadState | None = None  # what it becomes when its worker has stopped
+        self.forget: bool | None = None  # remove it then, with its parts or without
+        self.tries = 0
+        self.not_before = 0.0  # time.monotonic
+
+    @property
+    def news(self) -> DownloadNews | None:
+        return self.worker.latest if self.worker is not None else None
+
+    @property
+    def state(self) -> DownloadState:
+        return self.download.state
+
+    @property
+    def done(self) -> int:
+        news = self.news
+        return news.done if news is not None else self.download.done
+
+    @property
+    def fraction(self) -> float:
+        total = self.download.total
+        return 1.0 if self.state is DownloadState.DONE else min(1.0, self.done / total) if total else 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, or None while unknown."""
+        return self.speed.left(self.download.total - self.done) if self.worker is not None else None
+
+    @property
+    def waits(self) -> float:
+        """Seconds until it is tried again; 0 when it does not wait for that."""
+        return max(0.0, self.not_before - time.monotonic()) if self.state is DownloadState.QUEUED else 0.0
+
+
+class Downloads(QObject):
+    """The queue.
+
+    Args:
+        make_worker: makes the worker of a download, not started.
+        models, adapters: the libraries' own folders.
+
+    Signals:
+        changed: rows came, went, or changed their state. progressed: figures are newer.
+        added(Download); refused(WeftError): the answer to `add`.
+        finished(Download): complete and verified. broke(Download, WeftError): it failed. idle: nothing runs or waits any more.
+    """
+
+    changed = Signal()
+    progressed = Signal()
+    added = Signal(object)
+    refused = Signal(object)
+    finished = Signal(object)
+    broke = Signal(object, object)
+    idle = Signal()
+
+    def __init__(
+        self,
+        store: DownloadStore,
+        settings: SettingsView,
+        *,
+        make_worker: Callable[[Download], DownloadWorker],
+        models: Path,
+        adapters: Path,
+        parent: QObject | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._store = store
+        self._settings = settings
+        self._make_worker = make_worker
+        self._models, self._adapters = models, adapters
+        self._work = Background(self)
+        self._work.done.connect(self._worked)
+        self._tick = QTimer(self)
+        self._tick.setInterval(TICK_MS)
+        self._tick.timeout.connect(self._on_tick)
+        self._closing = False
+        self.rows: list[Row] = []
+        settings.changed.connect(self._setting_changed)
+
+    def open(self) -> None:
+        """Take up the queue where it was left."""
+        self._store.requeue_interrupted()
+        self.rows = [Row(download) for download in self._store.downloads()]
+        self.changed.emit()
+        self._fill()
+
+    def close(self) -> None:
+        """Stop what runs and wait for it: the window is going. It goes on from there next time."""
+        self._closing = True
+        self._tick.stop()
+        running = [row.worker for row in self.rows if row.worker is not None]
+        for worker in running:
+            worker.stop()
+        for worker in running:
+            worker.wait(CLOSE_MS)
+        self._work.close()
+
+    # What there is ----------------------------------------------------------------------------------
+
+    def row(self, download: int) -> Row | None:
+        return next((row for row in self.rows if row.download.id == download), None)
+
+    @property
+    def running(self) -> list[Row]:
+        return [row for row in self.rows if row.worker is not None]
+
+    @property
+    def active(self) -> list[Row]:
+        """What runs or waits for its turn."""
+        return [row for row in self.rows if row.state.active]
+
+    @property
+    def fraction(self) -> float | None:
+        """Of all that runs or waits, by bytes; None when nothing does."""
+        active = self.active
+        total = sum(row.download.total for row in active)
+        return (sum(row.done for row in active) / total if total else 0.0) if active else None
+
+    @property
+    def speed(self) -> float:
+        return sum(row.speed.now for row in self.running)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds for all that runs or waits, at the speed of now."""
+        speed, rest = self.speed, sum(row.download.total - row.done for row in self.active)
+        return rest / speed if speed > 1 and rest > 0 else None
+
+    def folder(self, listing: Listing) -> Path:
+        """Where the files of a repository go."""
+        downloads = self._settings.now.downloads
+        return folder_for(listing, Path(downloads) if downloads else self._models, self._adapters)
+
+    # Adding -----------------------------------------------------------------------------------------
+
+    def add(self, listing: Listing, files: Sequence[RemoteFile], *, copies: bool = True) -> None:
+        """Put files into the queue; `added` or `refused` follows.
+
+        Args:
+            copies: take files that lie on this machine already instead of fetching them, where they prove right.
+        """
+        chosen = tuple(files)
+        folder = self.folder(listing)
+        try:
+            refuse_collisions(chosen)
+        except WeftError as error:
+            self.refused.emit(error)
+            return
+        for row in self.rows:
+            same = row.download.folder == str(folder) and row.download.commit == listing.commit
+            if same and set(row.download.files) == set(chosen) and row.state is not DownloadState.DONE:
+                self.resume([row.download.id])
+                self.added.emit(row.download)
+                return
+        queued = [(row.download.folder, row.download.total - row.done) for row in self.active]
+        here = listing.here if copies else {}
+        key = ("add", listing, chosen, folder, here)
+        self._work.run(key, lambda: check_space(folder, chosen, queued, here))
+
+    @Slot(object, object, object)
+    def _worked(self, key: object, _result: object, error: object) -> None:
+        assert isinstance(key, tuple)
+        if key[0] == "remove":
+            if isinstance(error, WeftError):
+                self.refused.emit(error)
+            return
+        _, listing, files, folder, here = key
+        if isinstance(error, WeftError):
+            self.refused.emit(error)
+            return
+        try:
+            download = self._store.add(listing, files, str(folder), title_of(listing, files), here=here)
+        except WeftError as full:
+            self.refused.emit(full)
+            return
+        self.rows.append(Row(download))
+        self.added.emit(download)
+        self.changed.emit()
+        self._fill()
+
+    # What a person does -----------------------------------------------------------------------------
+
+    def pause(self, downloads: Sequence[int]) -> None:
+        for row in self._listed(downloads):
+            if row.worker is not None:
+                row.wanted = DownloadState.PAUSED
+                row.worker.stop()
+            elif row.state is DownloadState.QUEUED:
+                self._set(row, state=DownloadState.PAUSED)
+        self._fill()
+
+    def resume(self, downloads: Sequence[int]) -> None:
+        """Let paused and failed ones take their turn again."""
+        for row in self._listed(downloads):
+            row.tries, row.not_before = 0, 0.0
+            if row.worker is not None:
+                row.wanted = DownloadState.QUEUED if row.wanted is not None else None
+            elif row.state in (DownloadState.PAUSED, DownloadState.FAILED):
+                self._set(row, state=DownloadState.QUEUED, failure="", message="", hint="")
+        self._fill()
+
+    def pause_all(self) -> None:
+        self.pause([row.download.id for row in self.active])
+
+    def resume_all(self) -> None:
+        wanted = (DownloadState.PAUSED, DownloadState.FAILED)
+        self.resume([row.download.id for row in self.rows if row.state in wanted or row.wanted is DownloadState.PAUSED])
+
+    def cancel(self, downloads: Sequence[int], *, keep: bool) -> None:
+        """Take downloads off the list. Complete files stay.
+
+        Args:
+            keep: leave what has arrived of incomplete files, so that the same download goes on from there.
+        """
+        for row in self._listed(downloads):
+            if row.worker is not None:
+                row.forget = keep
+                row.worker.stop()
+            else:
+                self._forget(row, keep)
+        self.changed.emit()
+        self._fill()
+
+    def clear_done(self) -> None:
+        """Take the complete ones off the list."""
+        self.cancel([row.download.id for row in self.rows if row.state is DownloadState.DONE], keep=True)
+
+    def move(self, downloads: Sequence[int], step: int) -> None:
+        """Move downloads up (negative) or down the queue; by the length of the queue means to its end."""
+        chosen = set(downloads)
+        order = list(self.rows)
+        places = [place for place, row in enumerate(order) if row.download.id in chosen]
+        for place in places if step < 0 else reversed(places):
+            row = order.pop(place)
+            target = place + step
+            limit = (
+                sum(1 for other in order[:place] if other.download.id in chosen)
+                if step < 0
+                else len(order) - sum(1 for other in order[place:] if other.download.id in chosen)
+            )
+            order.insert(max(limit, target) if step < 0 else min(limit, target), row)
+        if [row.download.id for row in order] == [row.download.id for row in self.rows]:
+            return
+        self.rows = order
+        try:
+            self._store.reorder([row.download.id for row in order])
+        except WeftError as error:
+            self.refused.emit(error)
+        self.changed.emit()
+        self._fill()
+
+    def set_limits(self, *, rate: int | None = None, at_once: int | None = None) -> None:
+        """Change the limits; they hold at once."""
+        if rate is not None:
+            self._settings.set("download_rate", max(0, rate))
+        if at_once is not None:
+            self._settings.set("downloads_at_once", max(1, at_once))
+
+    @property
+    def rate(self) -> int:
+        return self._settings.now.download_rate
+
+    @property
+    def at_once(self) -> int:
+        return max(1, self._settings.now.downloads_at_once)
+
+    # The machinery ----------------------------------------------------------------------------------
+
+    def _listed(self, downloads: Sequence[int]) -> list[Row]:
+        wanted = set(downloads)
+        return [row for row in self.rows if row.download.id in wanted]
+
+    def _set(self, row: Row, **fields: object) -> None:
+        """Change a row, here and in the store; what the store cannot take still holds until the window closes."""
+        row.download = msgspec.structs.replace(row.download, **fields)
+        try:
+            self._store.update(row.download.id, **fields)
+        except WeftError as error:
+            self.refused.emit(error)
+        self.changed.emit()
+
+    def _fill(self) -> None:
+        """Start what may run; stop what is too much since the limit was lowered."""
+        if self._closing:
+            return
+        kept = [row for row in self.running if row.wanted is None and row.forget is None]
+        for row in kept[self.at_once :]:
+            row.wanted = DownloadState.QUEUED
+            row.worker.stop()  # type: ignore[union-attr]
+        free = self.at_once - len(self.running)
+        for row in list(self.rows):
+            if free <= 0:
+                break
+            if row.state is DownloadState.QUEUED and row.worker is None and not row.waits:
+                free -= self._start(row)
+        waiting = any(row.waits for row in self.rows)
+        if (self.running or waiting) and not self._tick.isActive():
+            self._tick.start()
+
+    def _start(self, row: Row) -> bool:
+        try:
+            worker = self._make_worker(row.download)
+        except WeftError as error:
+            self._fail(row, error)
+            return False
+        row.worker, row.speed, row.wanted = worker, Speed(), None
+        worker.setParent(self)
+        worker.ended.connect(self._ended)
+        worker.finished.connect(self._gone)
+        self._set(row, state=DownloadState.RUNNING, failure="", message="", hint="")
+        self._share()
+        worker.start()
+        return True
+
+    @Slot(object, object)
+    def _ended(self, result: object, error: object) -> None:
+        worker = self.sender()
+        row = next((row for row in self.rows if row.worker is worker), None)
+        if row is None or self._closing:
+            return
+        done = row.done
+        came = row.news.fetched if row.news is not None else 0
+        row.worker = None
+        row.download = msgspec.structs.replace(row.download, done=done)
+        if isinstance(result, DownloadResult):
+            row.forget = None
+            self._set(row, state=DownloadState.DONE, done=row.download.total, ended=time.time())
+            self.finished.emit(row.download)
+        elif row.forget is not None:
+            self._forget(row, row.forget)
+            self.changed.emit()
+        elif row.wanted is not None:
+            wanted, row.wanted = row.wanted, None
+            self._set(row, state=wanted)
+        elif isinstance(error, WeftError):
+            self._trouble(row, error, came)
+        self._share()
+        self._fill()
+        if not self.active:
+            self.idle.emit()
+
+    @Slot()
+    def _gone(self) -> None:
+        worker = self.sender()
+        if worker is not None:
+            worker.deleteLater()
+
+    def _trouble(self, row: Row, error: WeftError, came: int) -> None:
+        if came:
+            row.tries = 0
+        if error.kind is ErrorKind.NETWORK and row.tries < len(TRY_AGAIN):
+            row.not_before = time.monotonic() + TRY_AGAIN[row.tries]
+            row.tries += 1
+            self._set(row, state=DownloadState.QUEUED, message=error.message, hint=error.hint)
+            return
+        self._fail(row, error)
+
+    def _fail(self, row: Row, error: WeftError) -> None:
+        self._set(row, state=DownloadState.FAILED, failure=error.kind.value, message=error.message, hint=error.hint)
+        self.broke.emit(row.download, error)
+
+    def _forget(self, row: Row, keep: bool) -> None:
+        try:
+            self._store.remove(row.download.id)
+        except WeftError as error:
+            self.refused.emit(error)
+            return
+        self.rows.remove(row)
+        if not keep and row.state is not DownloadState.DONE:
+            download = row.download
+            self._work.run(("remove", download), lambda: remove_leftovers(download))
+
+    @Slot()
+    def _on_tick(self) -> None:
+        for row in self.running:
+            news = row.news
+            if news is not None:
+                row.speed.add(news.fetched)
+        self._share()
+        if any(row.state is DownloadState.QUEUED and row.worker is None for row in self.rows):
+            self._fill()
+        self.progressed.emit()
+        if not self.running and not any(row.waits for row in self.rows):
+            self._tick.stop()
+
+    def _share(self) -> None:
+        running = self.running
+        for row, rate in zip(running, shares(self.rate, [row.speed.now for row in running]), strict=True):
+            row.worker.set_rate(rate)  # type: ignore[union-attr]
+
+    @Slot(str)
+    def _setting_changed(self, name: str) -> None:
+        if name == "download_rate":
+            self._share()
+        elif name == "downloads_at_once":
+            self._fill()
+        if name in ("download_rate", "downloads_at_once"):
+            self.changed.emit()
+
+
+def title_of(listing: Listing, files: Sequence[RemoteFile]) -> str:
+    """`user/model`, with the branch and the quantization where these were chosen."""
+    name = listing.repo if listing.revision in ("", "main") else f"{listing.repo}:{listing.revision}"
+    chosen = {file.path for file in files}
+    picked = [choice for choice in gguf_choices(listing.files) if {file.path for file in choice.files} <= chosen]
+    if len(picked) == 1:
+        return f"{name} {picked[0].quantization or picked[0].title}"
+    return f"{name} {files[0].path}" if len(files) == 1 and len(listing.files) > 1 else name
+
+
+def check_space(
+    folder: Path, files: Sequence[RemoteFile], queued: Sequence[tuple[str, int]], here: dict[str, str]
+) -> None:
+    """Refuse what the drive cannot hold beside all that is queued for it. May wait for a slow drive.
+
+    Args:
+        queued: folder and bytes still to come of each download that runs or waits.
+
+    Raises:
+        WeftError: DISK_FULL with the numbers; PERMISSION when the drive is not there.
+    """
+    place = _existing(folder)
+    try:
+        drive, free = place.stat().st_dev, shutil.disk_usage(place).free
+        spoken = sum(rest for other, rest in queued if _existing(Path(other)).stat().st_dev == drive)
+    except OSError as error:
+        raise WeftError(
+            ErrorKind.PERMISSION,
+            f"{folder} cannot be reached: {error.strerror}.",
+            "Connect its drive, or choose another folder for downloads in Settings.",
+        ) from error
+    needed = 0
+    for file in files:
+        target = local_path(folder, file.path)
+        try:
+            complete = target.stat().st_size == file.size
+        except OSError:
+            complete = False
+        if not complete and not (file.path in here and Path(here[file.path]).stat().st_dev == drive):
+            needed += file.size - arrived_bytes(target)
+    if needed and needed + spoken + SPARE > free:
+        queue = f", of which {readable_bytes(spoken)} is spoken for by the queue" if spoken else ""
+        raise WeftError(
+            ErrorKind.DISK_FULL,
+            f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}.",
+            "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def remove_leftovers(download: Download) -> None:
+    """Delete the parts of an abandoned download, the note that it is pending, and folders that are empty then."""
+    from app.core.unfinished import NOTE, read_note, write_note
+
+    folder = Path(download.folder)
+    for file in download.files:
+        remove_parts(local_path(folder, file.path))
+    note = read_note(folder)
+    if note is not None:
+        gone = {file.path for file in download.files}
+        rest = tuple(path for path in note.pending if path not in gone)
+        try:
+            if rest or note.verified:
+                write_note(folder, msgspec.structs.replace(note, pending=rest))
+            else:
+                (folder / NOTE).unlink(missing_ok=True)
+        except OSError as error:
+            raise WeftError(
+                ErrorKind.PERMISSION, f"{folder} could not be tidied: {error.strerror}.", "Look into that folder."
+            ) from error
+    for place in sorted({local_path(folder, file.path).parent for file in download.files} | {folder}, reverse=True):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()

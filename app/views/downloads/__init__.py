@@ -1,0 +1,1 @@
+"""The Downloads window: what the hub has, and the queue."""

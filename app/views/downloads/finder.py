@@ -1,0 +1,350 @@
+"""The upper half: one field that takes names, addresses and search words; results; the files of a repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from PySide6.QtCore import QModelIndex, Qt, QUrl, Signal, Slot
+from PySide6.QtGui import QDesktopServices
+from PySide6.QtWidgets import QCheckBox, QFrame, QLineEdit, QProgressBar, QStackedWidget, QWidget
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry
+from app.hub.files import Listing, SearchHit
+from app.hub.reference import HubReference, parse_reference
+from app.viewmodels import hub_tables
+from app.viewmodels.fitting import Fitting
+from app.viewmodels.hub_queries import HubQueries
+from app.viewmodels.hub_tables import FileTable, HitRole, ResultTable
+from app.viewmodels.units import readable_bytes
+from app.views.downloads.tables import FileCell, ResultCell, Table
+from app.views.option_fields import QuietCombo
+from app.views.widgets import Banner, Chip, ElidedLabel, EmptyState, button, column, icon_button, label, row
+
+_KINDS = (
+    ("Any kind", ()),
+    ("GGUF", ("gguf",)),
+    ("LoRA adapters", ("lora",)),
+    ("Safetensors", ("safetensors",)),
+    ("GPTQ", ("gptq",)),
+    ("AWQ", ("awq",)),
+)
+_SORTS = (
+    ("Most downloaded", "downloads"),
+    ("Trending", "trending_score"),
+    ("Most liked", "likes"),
+    ("Recently updated", "last_modified"),
+    ("Newest", "created_at"),
+)
+_ADDRESS = re.compile(r"https?://[^\s,]+[^\s,.;:]")
+EMPTY, RESULTS, FILES, NOTHING = range(4)
+
+
+class Finder(QWidget):
+    """Finds what to fetch.
+
+    Signals:
+        wanted(Listing, files, copies): fetch these. settings_wanted: the token or the hub's address must be set.
+    """
+
+    wanted = Signal(object, object, bool)
+    settings_wanted = Signal()
+
+    def __init__(
+        self,
+        queries: HubQueries,
+        *,
+        judge: Callable[[ModelEntry], Fitting],
+        endpoint: Callable[[], str],
+        folder: Callable[[Listing], str],
+        parent: QWidget | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._queries = queries
+        self._endpoint = endpoint
+        self._folder = folder
+        self._reference: HubReference | None = None
+        self._page = ""
+        self.results = ResultTable(self)
+        self.files = FileTable(judge, self)
+        self._stack = QStackedWidget()
+        self._stack.addWidget(self._empty_page())
+        self._stack.addWidget(self._result_page())
+        self._stack.addWidget(self._file_page())
+        self._stack.addWidget(
+            EmptyState("search", "Nothing found", "Try fewer or other words, or another kind of model.")
+        )
+        self.banner = self._make_banner()
+        self._busy = QProgressBar()
+        self._busy.setRange(0, 0)
+        self._busy.setTextVisible(False)
+        self._busy.setFixedHeight(3)
+        self._busy.setMaximumHeight(3)
+        keep = self._busy.sizePolicy()
+        keep.setRetainSizeWhenHidden(True)
+        self._busy.setSizePolicy(keep)
+        self._busy.hide()
+        column(self._head(), self._busy, self.banner, self._stack, spacing=0, parent=self).setStretch(3, 1)
+        queries.asking.connect(self._asking)
+        queries.searched.connect(self._searched)
+        queries.listed.connect(self._listed)
+        queries.failed.connect(self._failed)
+        self.files.chosen.connect(self._show_choice)
+        self._typed()
+
+    # Parts ------------------------------------------------------------------------------------------
+
+    def _head(self) -> QWidget:
+        head = QFrame()
+        head.setObjectName("pageHeader")
+        head.setFixedHeight(56)
+        self.field = QLineEdit()
+        self.field.setPlaceholderText("Paste user/model or an address, or search the hub")
+        self.field.setAccessibleName("Model name, address or search words")
+        self.field.setClearButtonEnabled(True)
+        self.field.setMaxLength(2000)
+        self.field.textChanged.connect(self._typed)
+        self.field.returnPressed.connect(self.go)
+        self.kind = QuietCombo()
+        self.kind.setAccessibleName("Kind of model")
+        for text, tags in _KINDS:
+            self.kind.addItem(text, tags)
+        self.sort = QuietCombo()
+        self.sort.setAccessibleName("Order of the results")
+        for text, value in _SORTS:
+            self.sort.addItem(text, value)
+        for combo, width in ((self.kind, 136), (self.sort, 176)):
+            combo.setFixedWidth(width)
+            combo.currentIndexChanged.connect(self._search_again)
+        self.start = button("Search", self.go, kind="primary")
+        self.start.setMinimumWidth(112)
+        made = row(self.field, self.kind, self.sort, self.start, margins=(16, 0, 16, 0), parent=head)
+        made.setStretch(0, 1)
+        return head
+
+    def _make_banner(self) -> Banner:
+        banner = Banner("negative", slim=True)
+        self._open_page = button("Open page", self._open, kind="link", icon_name="open")
+        self._open_settings = button("Settings", self.settings_wanted.emit, kind="link", icon_name="settings")
+        self._again = button("Try again", self.go, kind="link", icon_name="reload")
+        for made in (self._open_page, self._open_settings, self._again):
+            banner.add(made)
+        banner.add(icon_button("close", "Dismiss", banner.hide))
+        banner.hide()
+        return banner
+
+    def _empty_page(self) -> QWidget:
+        return EmptyState(
+            "download",
+            "Find a model or a LoRA",
+            "Search by words, or paste user/model, user/model:branch or a page's address. Downloads go on after "
+            "cuts and restarts, and every file is checked before it appears in the library.",
+        )
+
+    def _result_page(self) -> QWidget:
+        self.result_view = Table(
+            "Search results",
+            ResultCell(),
+            {hub_tables.KIND: 144, hub_tables.DOWNLOADS: 104, hub_tables.LIKES: 80, hub_tables.UPDATED: 136},
+            (hub_tables.LIKES, hub_tables.UPDATED, hub_tables.KIND),
+        )
+        self.result_view.setSelectionMode(Table.SelectionMode.SingleSelection)
+        self.result_view.set_model(self.results)
+        self.result_view.setSortingEnabled(True)
+        self.result_view.horizontalHeader().setSortIndicator(-1, Qt.SortOrder.DescendingOrder)
+        self.result_view.opened.connect(self._open_hit)
+        return self.result_view
+
+    def _file_page(self) -> QWidget:
+        self.back = icon_button("chevron-left", "Back to the results", self._back)
+        self._name = ElidedLabel()
+        self._what = label(tone="muted")
+        self._gated = Chip("gated", "warning")
+        head = QWidget()
+        top = row(self.back, self._name, self._gated, self._what, margins=(12, 6, 16, 6), spacing=12, parent=head)
+        top.setStretch(1, 1)
+        self.file_view = Table(
+            "Files",
+            FileCell(),
+            {hub_tables.QUANTIZATION: 112, hub_tables.SIZE: 88, hub_tables.FITS: 96, hub_tables.NOTE: 184},
+            (hub_tables.NOTE, hub_tables.QUANTIZATION),
+        )
+        self.file_view.setSelectionMode(Table.SelectionMode.SingleSelection)
+        self.file_view.set_model(self.files)
+        self.file_view.opened.connect(self._toggle_row)
+        self.copies = QCheckBox()
+        self.copies.setChecked(True)
+        self.copies.setToolTip(
+            "They are compared with the hub's checksum first, and linked rather than copied where the disk can."
+        )
+        self._where = ElidedLabel(mode=Qt.TextElideMode.ElideMiddle)
+        self._where.setProperty("tone", "muted")
+        self.fetch = button("Download", self._fetch, kind="primary", icon_name="download")
+        foot = QFrame()
+        foot.setObjectName("bar")
+        links = [
+            button(text, lambda which=which: self.files.check(which), kind="link", tip=tip)
+            for text, which, tip in (
+                ("Usual", "usual", "What loading needs, nothing twice: no .bin beside safetensors, no original/"),
+                ("All", "all", "Every file"),
+                ("None", "none", "No file"),
+            )
+        ]
+        below = row(label("Select"), *links, self.copies, self._where, self.fetch, margins=(16, 8, 16, 8), parent=foot)
+        below.setStretch(5, 1)
+        page = QWidget()
+        column(head, self.file_view, foot, spacing=0, parent=page).setStretch(1, 1)
+        return page
+
+    # Asking -----------------------------------------------------------------------------------------
+
+    def focus(self) -> None:
+        self.field.setFocus()
+        self.field.selectAll()
+
+    def ask(self, reference: HubReference) -> None:
+        """Get the file list of a repository."""
+        self._reference = reference
+        text = reference.repo + (f":{reference.revision}" if reference.revision else "")
+        if self.field.text() != text:
+            self.field.setText(text)
+        self.banner.hide()
+        self._queries.list_files(reference)
+
+    @Slot()
+    def go(self) -> None:
+        """Get the file list of what is named in the field, or search for its words."""
+        self.banner.hide()
+        text = self.field.text().strip()
+        if not text:
+            self.field.setFocus()
+            return
+        reference = self._named()
+        if reference is not None:
+            self.ask(reference)
+            return
+        if "://" in text:
+            try:
+                parse_reference(text, self._endpoint())
+            except WeftError as error:
+                self._failed("hub_files", error)
+            return
+        self._search()
+
+    def _named(self) -> HubReference | None:
+        """The repository that the field names; None when it holds words to search for."""
+        try:
+            return parse_reference(self.field.text(), self._endpoint())
+        except WeftError:
+            return None
+
+    def _search(self) -> None:
+        self._reference = None
+        self._queries.forget("hub_files")
+        self._queries.search(
+            self.field.text().strip(), sort=self.sort.currentData(), tags=tuple(self.kind.currentData())
+        )
+
+    @Slot()
+    def _search_again(self) -> None:
+        if self._stack.currentIndex() in (RESULTS, NOTHING) and self._named() is None and self.field.text().strip():
+            self._search()
+
+    @Slot()
+    def _typed(self) -> None:
+        named = self._named() is not None or "://" in self.field.text()
+        self.start.setText("Get file list" if named else "Search")
+        self.start.setAccessibleName(self.start.text())
+        self.start.setEnabled(bool(self.field.text().strip()))
+
+    # Answers ----------------------------------------------------------------------------------------
+
+    @Slot(bool)
+    def _asking(self, asking: bool) -> None:
+        self._busy.setVisible(asking)
+
+    @Slot(list)
+    def _searched(self, hits: list[SearchHit]) -> None:
+        self.result_view.horizontalHeader().setSortIndicator(-1, Qt.SortOrder.DescendingOrder)
+        self.results.set_hits(hits)
+        self._stack.setCurrentIndex(RESULTS if hits else NOTHING)
+        if hits:
+            self.result_view.setCurrentIndex(self.results.index(0, 0))
+            self.result_view.scrollToTop()
+
+    @Slot(object)
+    def _listed(self, listing: Listing) -> None:
+        wanted = self._reference.file if self._reference is not None else ""
+        self.files.set_listing(listing, wanted)
+        branch = "" if listing.revision == "main" else f"  :{listing.revision}"
+        self._name.setText(f"{listing.repo}{branch}")
+        self._gated.setVisible(listing.gated)
+        kind = "LoRA adapter" if listing.kind == "adapter" else "Model"
+        whole = self.files.whole
+        fits = f" · fits: {whole.word}" if whole is not None and whole.tone != "plain" else ""
+        self._what.setText(f"{kind} · {len(listing.files)} files{fits}")
+        self._what.setToolTip(f"Judged by size alone.\n{whole.numbers}" if whole is not None else "")
+        self._where.setText(f"to {self._folder(listing)}")
+        self.back.setVisible(bool(self.results.hits))
+        self._stack.setCurrentIndex(FILES)
+        self.file_view.setFocus()
+        checked = next((place for place, line in enumerate(self.files.rows) if line.checked), 0)
+        self.file_view.setCurrentIndex(self.files.index(checked, 0))
+
+    @Slot(str, object)
+    def _failed(self, kind: str, error: WeftError) -> None:
+        if kind == "hub_user":
+            return  # the settings' own question
+        self.show_error(error)
+
+    def show_error(self, error: WeftError) -> None:
+        """Say what failed above the list, with the buttons that help."""
+        text = f"{error.message} {error.hint}"
+        found = _ADDRESS.search(text)
+        self._page = found[0] if found else ""
+        self.banner.set_tone("warning" if error.kind in (ErrorKind.BAD_INPUT, ErrorKind.NOT_FOUND) else "negative")
+        self.banner.text.setText(text)
+        self._open_page.setVisible(bool(self._page))
+        self._open_settings.setVisible("Settings" in text)
+        self._again.setVisible(error.kind is ErrorKind.NETWORK)
+        self.banner.show()
+
+    @Slot()
+    def _show_choice(self) -> None:
+        files = self.files.files
+        total = sum(file.size for file in files)
+        self.fetch.setText(f"Download {readable_bytes(total)}" if files else "Download")
+        self.fetch.setEnabled(bool(files))
+        here = self.files.here
+        self.copies.setVisible(bool(here))
+        self.copies.setText(f"Use {readable_bytes(here)} that is on this machine")
+
+    # Choosing ---------------------------------------------------------------------------------------
+
+    @Slot(QModelIndex)
+    def _open_hit(self, index: QModelIndex) -> None:
+        hit: SearchHit | None = index.data(HitRole)
+        if hit is not None:
+            self._reference = HubReference(repo=hit.repo)
+            self.banner.hide()
+            self._queries.list_files(self._reference)
+
+    @Slot(QModelIndex)
+    def _toggle_row(self, index: QModelIndex) -> None:
+        line = self.files.rows[index.row()]
+        state = Qt.CheckState.Unchecked if line.checked else Qt.CheckState.Checked
+        self.files.setData(self.files.index(index.row(), hub_tables.FILE), state, Qt.ItemDataRole.CheckStateRole)
+
+    def _back(self) -> None:
+        self._stack.setCurrentIndex(RESULTS)
+        self.result_view.setFocus()
+
+    @Slot()
+    def _fetch(self) -> None:
+        if self.files.listing is not None and self.files.files:
+            self.wanted.emit(self.files.listing, self.files.files, self.copies.isChecked())
+
+    @Slot()
+    def _open(self) -> None:
+        QDesktopServices.openUrl(QUrl(self._page))
