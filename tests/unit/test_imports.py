@@ -18,7 +18,10 @@ HEAVY = {
     "scipy", "sentencepiece", "tokenizers", "torch", "transformers",
 }  # fmt: skip
 # Rooms whose every module the window's process may import. `app.generation` and the engine's host run in children.
-ROOMS = ("app.core", "app.store", "app.engine", "app.workers", "app.viewmodels", "app.views", "app.backends")
+ROOMS = (
+    "app.core", "app.store", "app.engine", "app.hub", "app.tasks", "app.workers", "app.viewmodels", "app.views", "app.backends",
+    "app.house", "app.cli",
+)  # fmt: skip
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
@@ -103,7 +106,7 @@ def _names(requirements: list[str]) -> set[str]:
 
 
 def test_what_the_window_imports_is_declared() -> None:
-    children = {"app/generation", "app/backends"}
+    children = {"app/adapters", "app/generation", "app/backends"}
     rooms = [f"app/{path.name}" for path in (ROOT / "app").iterdir() if path.name != "__pycache__"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = _names(project["dependencies"])
@@ -114,6 +117,6 @@ def test_what_the_window_imports_is_declared() -> None:
 def test_what_engines_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = _names([*project["optional-dependencies"]["core"], *project["optional-dependencies"]["llamacpp"]])
-    for name, path in _imported("app/generation", "app/backends").items():
+    for name, path in _imported("app/adapters", "app/generation", "app/backends").items():
         known = {"llama_cpp": "llama-cpp-python"}.get(name, name).lower().replace("_", "-")
         assert known in declared, f"{path} imports {name}"
