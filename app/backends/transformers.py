@@ -18,6 +18,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.core.options import build
 from app.core.sampling import Sampling
+from app.core.stack import AdapterStack
 from app.engine.protocol import FinishReason, Generate, Generated, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import hf_files
@@ -26,6 +27,7 @@ from app.generation.hf_prompt import Prompts
 from app.generation.stop import StopScanner
 
 if TYPE_CHECKING:
+    from app.adapters.hf_stack import ModelStack
     from app.generation.hf_decode import Decoder
 
 SPEC = Spec(
@@ -34,7 +36,7 @@ SPEC = Spec(
     summary="Runs models from safetensors or .bin folders as they are, or quantized while loading.",
     formats=frozenset({ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES}),
     environment="core",
-    capabilities=frozenset({Capability.PERPLEXITY}),
+    capabilities=frozenset({Capability.LORA, Capability.MULTI_LORA, Capability.PERPLEXITY}),
     options=Options,
     sampling=frozenset(Sampling.__struct_fields__),
     estimate=estimate,
@@ -53,6 +55,7 @@ class Backend(base.Backend):
         self._offload = ""  # temporary folder of rewritten weights
         self._context = 0
         self._told = ""  # the last note about the template, told once
+        self._stack: ModelStack | None = None
 
     def libraries(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -127,6 +130,8 @@ class Backend(base.Backend):
             hf_load.unmap(self._model)
         _give_back()
         self._decoder = Decoder(self._model, device, slow)
+        if request.adapters.adapters:
+            plan.notes += self._set_stack(request.adapters, report)
         prompts.template.wait_until_ready()
         if prompts.bare:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
@@ -143,13 +148,29 @@ class Backend(base.Backend):
             )
         return trust and bool(stage.custom_code)
 
+    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
+        self._ready()
+        for note in self._set_stack(adapters, report):
+            report.log("warning", note)
+
+    def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
+        """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
+        from app.adapters.hf_stack import ModelStack
+
+        _, decoder = self._ready()
+        self._stack = self._stack or ModelStack(self._model)
+        stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "modules"))
+        if stale:
+            decoder.reset()
+        return notes
+
     def unload(self) -> None:
         if self._prompts is not None:
             self._prompts.close()
         if self._decoder is not None:
             self._decoder.close()
         had_model = self._model is not None
-        self._model = self._prompts = self._decoder = None
+        self._model = self._prompts = self._decoder = self._stack = None
         if self._stage is not None:
             self._stage.close()
         if self._offload:

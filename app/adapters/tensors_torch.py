@@ -1,0 +1,121 @@
+"""Adapter tensors as torch sees them, read from our own look at the headers; pickled files only after a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from app.core import pickle_scan
+from app.core.adapter_file import AdapterFile, TensorInfo, adapter_from_tensors, locate, read_adapter_file
+from app.core.errors import ErrorKind, WeftError
+from app.core.gguf_header import os_error
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class OpenAdapter(NamedTuple):
+    """An adapter whose tensors can be read. `read` gives float32, on the CPU, never NaN or infinite."""
+
+    file: AdapterFile
+    read: Callable[[TensorInfo], torch.Tensor]
+
+
+def open_adapter(path: Path, alpha: float | None = None) -> OpenAdapter:
+    """Open a PEFT folder or a lone .safetensors, .bin or .pt file.
+
+    Args:
+        alpha: for adapters that do not say it.
+
+    Raises:
+        WeftError: NOT_FOUND, CORRUPT, HOSTILE (a pickle that would run code), UNSUPPORTED, BAD_INPUT (alpha unknown).
+    """
+    if path.suffix.lower() == ".gguf":
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{path.name} is an adapter in llama.cpp's format, which Transformers cannot use.",
+            "Use the PEFT folder that it was made from, or a GGUF model with the llama.cpp loader.",
+        )
+    config, weights = locate(path)
+    if weights.suffix == ".safetensors":
+        opened = OpenAdapter(read_adapter_file(path, alpha), _from_file)
+    else:
+        import msgspec
+
+        tensors = _unpickle(weights)
+        infos = [
+            TensorInfo(name, str(t.dtype), tuple(t.shape), weights, 0, t.numel() * t.element_size())
+            for name, t in tensors.items()
+        ]
+        if config.alpha is None:
+            config = msgspec.structs.replace(config, alpha=alpha)
+        opened = OpenAdapter(
+            adapter_from_tensors(path, config, infos), lambda info: _finite(tensors[info.name].float(), info)
+        )
+    check_usable(opened.file)
+    return opened
+
+
+def check_usable(file: AdapterFile) -> None:
+    """Raise what stands against using an adapter at all."""
+    if file.problems:
+        raise WeftError(
+            ErrorKind.CORRUPT, f"{file.path.name} cannot be used. {file.problems[0]}", "Get the adapter again."
+        )
+    if file.needs_alpha:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"{file.path.name} does not say its alpha.",
+            "Put an adapter_config.json with lora_alpha beside it (often alpha is the rank, or twice the rank).",
+        )
+
+
+def _from_file(info: TensorInfo) -> torch.Tensor:
+    dtype = _DTYPES.get(info.type)
+    if dtype is None:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{info.file.name} holds {info.name[:80]} as {info.type}, which no adapter is computed in.",
+            "Save the adapter in float32, float16 or bfloat16.",
+        )
+    try:
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            data = bytearray(file.read(info.bytes))
+    except OSError as error:
+        raise os_error(info.file, error) from error
+    if len(data) != info.bytes:
+        raise WeftError(ErrorKind.CORRUPT, f"{info.file.name} became shorter while it was read.", "Get it again.")
+    return _finite(torch.frombuffer(data, dtype=dtype).reshape(info.shape).float(), info)
+
+
+def _finite(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise WeftError(
+            ErrorKind.CORRUPT,
+            f"{info.file.name} holds values that are no numbers (NaN or infinity) in {info.name[:80]}.",
+            "Get the adapter again, or train it anew with a lower learning rate.",
+        )
+    return tensor
+
+
+def _unpickle(weights: Path) -> dict[str, torch.Tensor]:
+    pickle_scan.check(weights)
+    try:
+        loaded: Any = torch.load(weights, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise WeftError(ErrorKind.CORRUPT, f"{weights.name} is damaged: {str(error)[:200]}", "Get it again.") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
+    ):
+        raise WeftError(ErrorKind.CORRUPT, f"{weights.name} is no file of named tensors.", "Get it again.")
+    return loaded
