@@ -269,7 +269,7 @@ class MainWindow(QMainWindow):
 
     def _find(self) -> None:
         if self._current:
-            self.page(self._current).find()
+            self.page(self._current).find_in_page()
 
     def _toggle_full_screen(self) -> None:
         self.setWindowState(self.windowState() ^ Qt.WindowState.WindowFullScreen)

@@ -74,7 +74,7 @@ class NumberBox(QDoubleSpinBox):
         except ValueError:
             return self.value()
 
-    def validate(self, text: str, position: int) -> object:
+    def validate(self, text: str, position: int) -> tuple[QValidator.State, str, int]:
         if self._automatic:
             return QValidator.State.Acceptable, text, position
         body = text.removesuffix(self.suffix()).strip().replace(",", ".")

@@ -63,7 +63,7 @@ class Page(QWidget):
         """What Ctrl+K offers because of this page, whether it is in front or not."""
         return []
 
-    def find(self) -> None:
+    def find_in_page(self) -> None:
         """Ctrl+F: find on this page."""
 
     def toggle_side(self) -> None:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 def open_weft(arguments: list[str], *, yes: bool = False) -> int:
     """The window when there are no arguments (or only files to open), else the command line."""
     # As app.__main__.wants_window, which cannot be asked yet: a bare word is a command, not a file.
-    if all(a.startswith("weft://") or Path(a).exists() and (Path(a).name != a or Path(a).suffix) for a in arguments):
+    if all(a.startswith("weft://") or (Path(a).exists() and (Path(a).name != a or Path(a).suffix)) for a in arguments):
         system_libraries.ensure(yes=yes)
     module = ["-m", "app"]
     if arguments[:1] == ["environments"]:

@@ -542,7 +542,7 @@ class ChatPage(Page):
 
     # Find -------------------------------------------------------------------------------------------
 
-    def find(self) -> None:
+    def find_in_page(self) -> None:
         if self.controller.path:
             self.find_bar.open_bar()
             self._place_find()

@@ -164,7 +164,8 @@ class ModelDetails(QFrame):
             self._save_later.stop()
             self.save()
         before, self.entry = self.entry, entry
-        self._scroll.widget().setVisible(entry is not None)
+        if body := self._scroll.widget():
+            body.setVisible(entry is not None)
         if entry is None:
             return
         if before is None or before.id != entry.id:

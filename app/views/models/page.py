@@ -174,7 +174,7 @@ class ModelsPage(Page):
     def entered(self) -> None:
         self.view.setFocus()
 
-    def find(self) -> None:
+    def find_in_page(self) -> None:
         self.field.setFocus()
         self.field.selectAll()
 
@@ -389,7 +389,7 @@ class ModelsPage(Page):
             self.notice.emit(Notice(text=f"{entry.name} is in the trash.", action="Undo" if run else "", run=run))
         self._refresh()
 
-    def _undo_trash(self, undo: Callable[[], None]) -> None:
+    def _undo_trash(self, undo: Callable[..., object]) -> None:
         try:
             undo()
         except WeftError as error:
