@@ -255,7 +255,7 @@ def test_ten_thousand_chats_stay_fluid(desk: Desk) -> None:
 def test_find_walks_through_matches_as_they_are_shown(desk: Desk) -> None:
     for i in range(30):
         desk.ask(f"question {i}", f"Answer with a ne**edl**e and text {i}.\n\n" + "filler\n\n" * 10)
-    desk.page.find()
+    desk.page.find_in_page()
     assert desk.page.find_bar.isVisible()
     desk.page.find_bar.field.setText("needle")
     desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return)

@@ -34,8 +34,8 @@ class Sheet(Page):
         self.name = name
         self.asked: list[object] = []
 
-    def find(self) -> None:
-        self.asked.append("find")
+    def find_in_page(self) -> None:
+        self.asked.append("find_in_page")
 
     def toggle_side(self) -> None:
         self.asked.append("side")
@@ -94,7 +94,7 @@ def test_pages_are_built_when_first_shown(window: MainWindow, qtbot: QtBot) -> N
 def test_shortcuts_reach_the_page_in_front(window: MainWindow, qtbot: QtBot) -> None:
     qtbot.keyClick(window, Qt.Key.Key_F, Qt.KeyboardModifier.ControlModifier)
     qtbot.keyClick(window, Qt.Key.Key_B, Qt.KeyboardModifier.ControlModifier)
-    assert sheet(window, "one").asked == ["entered", "find", "side"]
+    assert sheet(window, "one").asked == ["entered", "find_in_page", "side"]
 
 
 def test_rail_by_keyboard(window: MainWindow, qtbot: QtBot) -> None:
