@@ -143,6 +143,7 @@ class Loadout(QObject):
         self._ids = itertools.count(1)
         self._queued: dict[int, Generate] = {}
         self._running: dict[int, int] = {}  # the engine's id to ours
+        self._last_words: dict[int, WeftError] = {}  # why requests failed with an engine whose end is not told yet
         self._last_use = time.monotonic()
         self._waiting_for = ""
         self.state = LoadoutState.EMPTY
@@ -241,20 +242,24 @@ class Loadout(QObject):
                 self.fit_asked.emit(question)
                 return
         except WeftError as error:
-            self._drop_engine("Another model is being loaded.")
+            self._drop_engine("Another model is being loaded.", keep_queue=self._is(entry))
             self.model, self.loader, self._plan = entry, None, None
             self._fail_load(error)
             return
         plan = _Plan(entry=entry, spec=spec, options=values, chosen=loader_id or "")
         if self._plan is None or plan != self._plan:
             self._policy.reset()
-        self._begin(plan)
+        self._begin(plan, keep_queue=self._is(entry))
+
+    def _is(self, entry: ModelEntry) -> bool:
+        """Whether this model is the one that is picked: then what waits for it goes on waiting."""
+        return self.model is not None and self.model.id == entry.id
 
     def load_again(self) -> None:
         """Load what was loaded or tried last, with the same options; the user insists, so crashes are forgiven."""
         if self._plan is not None:
             self._policy.reset()
-            self._begin(self._plan)
+            self._begin(self._plan, keep_queue=True)
         elif self.model is not None:
             self.load(self.model)
 
@@ -293,9 +298,14 @@ class Loadout(QObject):
             return
         plan = self._plan
         if self._environments.is_ready(plan.spec.environment):
-            self._begin(plan)
+            self._begin(plan, keep_queue=True)
         elif not plan.chosen:
-            self.load(plan.entry)
+            try:
+                other = self.choose_loader(plan.entry)
+            except WeftError:
+                return  # it goes on waiting for the one that takes the model
+            if self._environments.is_ready(other.environment):
+                self.load(plan.entry)
 
     def environment_failed(self, name: str, error: WeftError) -> None:
         """An environment could not be installed: a load that waits for it fails. Who installs it has told why already."""
@@ -445,6 +455,7 @@ class Loadout(QObject):
         self._idle.stop()
         lost = list(self._running.values())
         self._running.clear()
+        self._last_words.clear()
         if not keep_queue:
             lost += self._queued
             self._queued.clear()
@@ -551,10 +562,13 @@ class Loadout(QObject):
                 self._load_id = 0
                 self._load_refused(error)
             return
+        if dead and engine_id in self._running:
+            # Told together with the engine's end, so that nobody hears of it while the state is still BUSY.
+            self._last_words[self._running[engine_id]] = error
+            return
         ours = self._running.pop(engine_id, 0)
         if ours:
-            if not dead:
-                self._rest()
+            self._rest()
             self.failed.emit(ours, error)
 
     def _load_refused(self, error: WeftError) -> None:
@@ -613,21 +627,27 @@ class Loadout(QObject):
     @Slot(object)
     def _engine_exited(self, end: Any) -> None:
         log = self.log_path
-        lost = [*self._running.values(), *self._queued]
+        running, queued, last_words = list(self._running.values()), list(self._queued), dict(self._last_words)
         self._running.clear()
         self._queued.clear()
         self._drop_engine("The engine ended.")
         error: WeftError = end.error
-        self._policy.crashed(error.message)
-        try:
-            self._policy.check()
-        except WeftError as stopped:
-            error = stopped
-        self.error = error
-        self._set(LoadoutState.FAILED)
-        for request in lost:
-            self._fail_later(request, error)
-        if error.kind is ErrorKind.ENVIRONMENT:
+        if end.crashed and error.kind is not ErrorKind.CANCELLED:
+            self._policy.crashed(error.message)
+            try:
+                self._policy.check()
+            except WeftError as stopped:
+                error = stopped
+            self.error = error
+            self._set(LoadoutState.FAILED)
+        else:
+            # We ended it, because it did not hear a Cancel: the next message loads the model again.
+            self._set(LoadoutState.EMPTY)
+        for request in (*running, *queued):
+            self._fail_later(request, last_words.get(request, error))
+        if self.state is LoadoutState.EMPTY:
+            self.notice.emit(str(error))
+        elif error.kind is ErrorKind.ENVIRONMENT:
             self.load_failed.emit(error)
         else:
             self.crashed.emit(Crash(error=error, log=str(log or ""), again=self._policy.allowed))

@@ -12,6 +12,8 @@ from pytestqt.qtbot import QtBot
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.engine.protocol import Generate
+from app.store.chats import ChatStore
+from app.viewmodels.chat import ChatController
 from app.viewmodels.loadout import Loadout, LoadoutState
 from tests.fakes.fake_engine import Problem, Script
 from tests.qt.shell_parts import GB, Rooms, model
@@ -227,3 +229,109 @@ def test_custom_code_permission_holds_for_these_files_only(rooms: Rooms, tmp_pat
     assert loadout.trusts_code(entry)
     (folder / "modeling.py").write_text("print('two')")
     assert not loadout.trusts_code(entry)
+
+
+def outcomes(loadout: Loadout) -> list[tuple[str, int, Any]]:
+    """What becomes of every request, in order, as it comes."""
+    found: list[tuple[str, int, Any]] = []
+    loadout.finished.connect(lambda number, result: found.append(("finished", number, result)))
+    loadout.failed.connect(lambda number, error: found.append(("failed", number, error)))
+    return found
+
+
+def test_message_sent_while_the_engine_is_installed_is_answered(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.environments.missing.add("llamacpp")
+    rooms.script = Script(answers=("hi there",))
+    loadout = rooms.loadout()
+    chat = ChatController(ChatStore(rooms.database), loadout)
+    loadout.load(model())
+    assert not chat.cannot_send()
+    assert chat.send("Hello")
+    loadout.environment_ready("core")  # another one: nothing changes
+    assert loadout.waiting_for == "llamacpp"
+    assert chat.writing
+    rooms.environments.missing.clear()
+    loadout.environment_ready("llamacpp")
+    qtbot.waitUntil(lambda: not chat.writing, timeout=15_000)
+    assert [(m.role, m.content.strip(), m.complete) for m in chat.path] == [
+        ("user", "Hello", True),
+        ("assistant", "hi there", True),
+    ]
+    chat.shutdown()
+
+
+def test_message_waits_on_when_its_model_is_loaded_again(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(tokens=3)
+    loadout = rooms.loadout()
+    entry = model()
+    rooms.environments.missing.add("llamacpp")
+    loadout.load(entry)
+    ended = outcomes(loadout)
+    asked = loadout.generate(ASK)
+    rooms.environments.missing.clear()
+    loadout.load(entry)
+    qtbot.waitUntil(lambda: bool(ended), timeout=15_000)
+    assert ended[0][:2] == ("finished", asked)
+
+
+def test_message_to_a_picked_model_loads_it_and_is_answered(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.settings.update(autoload=False)
+    rooms.script = Script(tokens=3)
+    loadout = rooms.loadout()
+    ended = outcomes(loadout)
+    loadout.select(model())
+    asked = loadout.generate(ASK)
+    qtbot.waitUntil(lambda: bool(ended), timeout=15_000)
+    assert ended[0][:2] == ("finished", asked)
+
+
+def test_message_does_not_go_to_another_model(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_seconds=5)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    ended = outcomes(loadout)
+    asked = loadout.generate(ASK)
+    rooms.script = Script(tokens=3)
+    loadout.load(model("maker/other-1B"))
+    qtbot.waitUntil(lambda: bool(ended), timeout=15_000)
+    assert ended[0][:2] == ("failed", asked)
+    assert ended[0][2].kind is ErrorKind.CANCELLED
+
+
+@pytest.mark.fault
+def test_unheard_cancel_is_no_crash(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(hang_at=2, hang="sleep", tokens=50)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    ended, crashes, notices = outcomes(loadout), list[Any](), list[str]()
+    loadout.crashed.connect(crashes.append)
+    loadout.notice.connect(notices.append)
+    asked = loadout.generate(ASK)
+    qtbot.wait(300)
+    loadout.cancel(asked)
+    qtbot.waitUntil(lambda: bool(ended), timeout=15_000)
+    assert ended[0][:2] == ("failed", asked)
+    assert ended[0][2].kind is ErrorKind.CANCELLED
+    assert loadout.state is LoadoutState.EMPTY
+    qtbot.wait(200)
+    assert not crashes
+    assert "did not stop" in notices[0]
+    rooms.script = Script(tokens=2)
+    for _ in range(4):  # not counted either: it may happen any number of times
+        loadout._policy.check()
+    with qtbot.waitSignal(loadout.finished, timeout=15_000):
+        loadout.generate(ASK)
+
+
+@pytest.mark.fault
+def test_state_has_changed_when_a_request_is_told_to_have_failed(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(crash_at=2, tokens=5)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    states: list[LoadoutState] = []
+    loadout.failed.connect(lambda *_: states.append(loadout.state))
+    loadout.generate(ASK)
+    qtbot.waitUntil(lambda: bool(states), timeout=15_000)
+    assert states == [LoadoutState.FAILED]
