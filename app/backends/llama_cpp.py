@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Backend(BaseBackend):
 
     def load(self, request: Load, report: Report) -> None:
         from app.generation import llama_machine
-        from app.generation.llama_model import LlamaModel, first_part
+        from app.generation.llama_model import LlamaModel, parts_of
 
         started = time.monotonic()
         self.unload()
@@ -126,8 +127,9 @@ class Backend(BaseBackend):
                 "llama.cpp takes no adapters in this version.",
                 "Load the model without adapters.",
             )
-        path = first_part(Path(request.model.path))
-        _check_file(path)
+        parts = parts_of(Path(request.model.path))
+        _check_files(parts)
+        path = parts[0]
         self._prepare(options, report)
         options, vram = self._place(request.model, options)
         before, free = llama_machine.resident_memory(), llama_machine.free_memory()
@@ -147,7 +149,7 @@ class Backend(BaseBackend):
                 device=self._device(),
                 memory=self._measured(before, llama_machine.resident_memory()),
                 seconds=time.monotonic() - started,
-                has_template=bool(self._model.template),
+                has_template=bool(options.chat_template.strip() or self._model.template),
                 notes=tuple(notes),
             )
         )
@@ -233,7 +235,9 @@ class Backend(BaseBackend):
     def _open_template(self) -> list[str]:
         from app.generation.template import DEFAULT_TEMPLATE, ChatTemplate
 
-        source = self._model.template
+        source = self._options.chat_template.strip() or self._model.template
+        if source.lower() == "chatml":
+            source = DEFAULT_TEMPLATE
         bos, eos = self._model.special_text("bos"), self._model.special_text("eos")
         self._template = ChatTemplate(source or DEFAULT_TEMPLATE, bos, eos)
         self._template.warm()
@@ -444,15 +448,16 @@ def _on_host(place: str) -> bool:
     return place.startswith("CPU") or place.endswith("_Host")
 
 
-def _check_file(path: Path) -> None:
-    """Our own bounded look at the header, before the library sees the file.
+def _check_files(parts: Sequence[Path]) -> None:
+    """Our own bounded look at the header of every part, before the library sees one.
 
     Raises:
         WeftError: CORRUPT or HOSTILE.
     """
     from app.core.formats import read_gguf_header
 
-    read_gguf_header(path)
+    for part in parts:
+        read_gguf_header(part)
 
 
 def _context_failure(reason: str, wanted: int, tokens: int) -> WeftError:

@@ -20,8 +20,8 @@ from app.generation.llama_options import Options
 _PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 
 
-def first_part(path: Path) -> Path:
-    """The file to hand to the library: the first part when the model is split.
+def parts_of(path: Path) -> list[Path]:
+    """All files of a model, in order: one, or its parts when it is split. The library is handed the first.
 
     Raises:
         WeftError: NOT_FOUND, naming the file or the parts that are missing.
@@ -44,7 +44,7 @@ def first_part(path: Path) -> Path:
         raise WeftError(
             ErrorKind.NOT_FOUND, f"There is no file {path}.", "Refresh the library, or download the model again."
         )
-    return parts[0]
+    return parts
 
 
 class LlamaModel:

@@ -422,6 +422,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ]
         | None
     ) = None
+    chat_template: Annotated[
+        str,
+        option(
+            "Chat template",
+            "A Jinja template in place of the model's own; empty uses that. The word chatml stands for the plain ChatML template.",
+            group="Other",
+            multiline=True,
+            advanced=True,
+        ),
+    ] = ""
     override_kv: Annotated[
         str,
         option(

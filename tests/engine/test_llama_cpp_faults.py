@@ -170,6 +170,18 @@ def test_split_files_load_from_any_part_and_missing_ones_are_named(tiny, tmp_pat
     assert caught.value.kind is ErrorKind.NOT_FOUND and parts[2].name in caught.value.message
 
 
+@pytest.mark.attack
+def test_the_header_of_every_part_is_checked_before_the_library_sees_one(tmp_path):
+    entry = tiny_gguf.write(tmp_path / "model.gguf", split=200_000)
+    part = Path(entry.files[2])
+    data = bytearray(part.read_bytes())
+    data[16:24] = struct.pack("<Q", 2**60)  # so many metadata entries
+    part.write_bytes(data)
+    with pytest.raises(WeftError) as caught, loaded(entry):
+        pass
+    assert caught.value.kind in (ErrorKind.CORRUPT, ErrorKind.HOSTILE) and part.name in caught.value.message
+
+
 def test_a_missing_file_is_not_found(tmp_path):
     with pytest.raises(WeftError) as caught, loaded(tiny_entry(tmp_path / "none.gguf")):
         pass

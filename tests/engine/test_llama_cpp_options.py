@@ -97,6 +97,21 @@ def test_every_cache_type_answers_and_takes_the_memory_that_is_said(tiny, kind):
         assert taken == pytest.approx(1024 * per_token * llama_options.CACHE_BYTES[kind], abs=0.006 * 2**20)
 
 
+def test_a_chosen_chat_template_goes_before_the_models_own(tmp_path):
+    """As the hint of a template that fails says; `chatml` stands for the plain one."""
+    broken = tiny_gguf.write(tmp_path / "model.gguf", template="{{ raise_exception('no') }}")
+    with loaded(broken) as (backend, _), pytest.raises(WeftError) as caught:
+        say(backend, "the sea")
+    assert "chat_template" in caught.value.hint
+    plain = "<|im_start|>user\nthe sea<|im_end|>\n<|im_start|>assistant\n"
+    for option, prompt in ((" ChatML ", plain), ("{{ messages[0].content }}!", "the sea!")):
+        with loaded(broken, chat_template=option) as (backend, event):
+            text, result = say(backend, "the sea")
+            assert event.has_template and not any("template" in note for note in event.notes)
+            assert result.prompt_tokens == len(backend._model.with_bos(backend._model.tokenize(prompt)))
+            assert write_on(backend, prompt)[0].lstrip() == text.lstrip()
+
+
 def test_rope_options_change_the_answer(tiny, backend):
     plain = tokens(backend, temperature=0)
     for options in (
