@@ -171,12 +171,13 @@ def test_split_files_load_from_any_part_and_missing_ones_are_named(tiny, tmp_pat
 
 
 @pytest.mark.attack
-def test_the_header_of_every_part_is_checked_before_the_library_sees_one(tmp_path):
+def test_the_header_of_every_part_is_checked_before_the_library_sees_one(tmp_path, monkeypatch):
     entry = tiny_gguf.write(tmp_path / "model.gguf", split=200_000)
     part = Path(entry.files[2])
     data = bytearray(part.read_bytes())
     data[16:24] = struct.pack("<Q", 2**60)  # so many metadata entries
     part.write_bytes(data)
+    monkeypatch.setattr("app.generation.llama_model.LlamaModel", lambda *_: pytest.fail("the library was asked"))
     with pytest.raises(WeftError) as caught, loaded(entry):
         pass
     assert caught.value.kind in (ErrorKind.CORRUPT, ErrorKind.HOSTILE) and part.name in caught.value.message
