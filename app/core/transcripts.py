@@ -129,12 +129,7 @@ def export(transcripts: Sequence[Transcript], form: TranscriptFormat) -> str:
 
 def _to_markdown(transcript: Transcript) -> str:
     parts = [f"# {' '.join(transcript.title.split()) or 'Conversation'}\n"]
-    turns: list[tuple[Role, str]] = []
-    if transcript.system:
-        turns.append(("system", transcript.system))
-    for message in branch(transcript):
-        turns.append((message.role, message.content))
-    for role, content in turns:
+    for role, content in _turns(transcript) or [("system", "")]:  # a conversation without any turn is one all the same
         # A message may itself contain such a mark: one backslash more tells them apart.
         text = _ESCAPED.sub(r"<!-- \1\\weft:", content)
         parts.append(f"<!-- weft:{role} -->\n## {_NAMES[role]}\n\n{text}\n")
@@ -142,9 +137,16 @@ def _to_markdown(transcript: Transcript) -> str:
 
 
 def _to_sharegpt(transcript: Transcript) -> dict[str, Any]:
-    turns = [{"from": "system", "value": transcript.system}] if transcript.system else []
-    turns += [{"from": _SHAREGPT[message.role], "value": message.content} for message in branch(transcript)]
+    turns = [{"from": _SHAREGPT[role], "value": content} for role, content in _turns(transcript)]
     return {"title": transcript.title, "conversations": turns}
+
+
+def _turns(transcript: Transcript) -> list[tuple[Role, str]]:
+    """The branch that is shown, with the system prompt before it. A first turn by "system" is always the system prompt."""
+    shown: list[tuple[Role, str]] = [(message.role, message.content) for message in branch(transcript)]
+    if transcript.system or (shown and shown[0][0] == "system"):
+        shown.insert(0, ("system", transcript.system))
+    return shown
 
 
 # Reading --------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def read(data: bytes, name: str) -> list[Transcript]:
         transcripts = _from_markdown(text, name)
     else:
         transcripts = _from_json(text, name)
-    if not any(transcript.messages for transcript in transcripts):
+    if not transcripts:
         raise _bad(name, "there is no message in it")
     if sum(len(transcript.messages) for transcript in transcripts) > MAX_MESSAGES:
         raise _bad(name, f"it has more than {MAX_MESSAGES:,} messages")
@@ -191,7 +193,9 @@ def _from_json(text: str, name: str) -> list[Transcript]:
     items = cast("list[Any]", value if isinstance(value, list) else [value])
     if items and all(isinstance(item, dict) and ("from" in item or "role" in item) for item in items):
         items = [{"messages": items}]  # one bare list of turns
-    return [_from_turns(item, name, f"conversation {number}") for number, item in enumerate(items, 1)]
+    found = [_from_turns(item, name, f"conversation {number}") for number, item in enumerate(items, 1)]
+    # Data sets hold empty conversations too. One with a title or a system prompt may be a chat of ours that is not begun.
+    return [transcript for transcript in found if transcript.messages or transcript.title or transcript.system]
 
 
 def _json_lines(text: str) -> list[Any] | None:
@@ -237,13 +241,13 @@ def _from_turns(item: object, name: str, where: str) -> Transcript:
     messages: list[TranscriptMessage] = []
     for number, turn in enumerate(cast("list[object]", turns), 1):
         role, content = _turn(turn, name, f"turn {number} of {where}")
-        if role == "system" and not messages and not system:
+        if role == "system" and number == 1 and not system:
             system = content
             continue
         messages.append(TranscriptMessage(role=role, content=content, parent=len(messages) - 1))
     title = table.get("title")
     return Transcript(
-        title=title if isinstance(title, str) and title else title_from(messages),
+        title=" ".join(title.split()) if isinstance(title, str) and title.strip() else title_from(messages),
         system=system,
         messages=tuple(messages),
         leaf=max(0, len(messages) - 1),
@@ -274,16 +278,18 @@ def _turn(turn: object, name: str, where: str) -> tuple[Role, str]:
 def _from_markdown(text: str, name: str) -> list[Transcript]:
     found: list[Transcript] = []
     title, system, messages = "", "", list[TranscriptMessage]()
+    turns = 0  # of this conversation
     role: Role | None = None
     lines: list[str] = []
 
     def end_turn() -> None:
-        nonlocal role, system
+        nonlocal role, system, turns
         if role is not None:
+            turns += 1
             # The writer adds a heading with an empty line, and one line break after the text.
             body = "\n".join(lines[2:] if lines[:1] == [f"## {_NAMES[role]}"] and lines[1:2] == [""] else lines)
             content = re.sub(r"<!-- (\\*)\\weft:", r"<!-- \1weft:", body.removesuffix("\n"))
-            if role == "system" and not messages and not system:
+            if role == "system" and turns == 1:
                 system = content
             else:
                 messages.append(TranscriptMessage(role=role, content=content, parent=len(messages) - 1))
@@ -302,15 +308,15 @@ def _from_markdown(text: str, name: str) -> list[Transcript]:
             role = cast("Role", mark[1])
         elif new_file:
             end_turn()
-            if messages or system:
+            if turns:
                 found.append(_linear(title, system, messages))
-            title, system, messages = line[2:], "", []
+            title, system, messages, turns = line[2:], "", [], 0
         elif role is not None:
             lines.append(line)
-        elif line.strip() and not messages:
+        elif line.strip() and not turns:
             raise _bad(name, f"line {number + 1} stands before the first `<!-- weft:… -->` mark")
     end_turn()
-    if messages or system:
+    if turns:
         found.append(_linear(title, system, messages))
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -19,7 +20,8 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.transcripts import Transcript
 from app.store.database import Database
 
-BIN_SECONDS = 30 * 24 * 3600.0  # how long a deleted conversation can be restored
+BIN_SECONDS = 30 * 24 * 3600.0  # how long a deleted conversation or message can be restored
+PURGED_AT_ONCE = 20  # conversations, or messages, per transaction: the window's own writes never wait long for it
 
 _CONVERSATION = "id, title, created, modified, pinned, system, sampling, model, leaf"
 _MESSAGE = "id, conversation, parent, role, content, created, statistics, complete"
@@ -41,6 +43,14 @@ class ChatStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def together(self) -> AbstractContextManager[object]:
+        """A context in which all that is written is kept, or nothing when anything fails."""
+        return self._database.transaction()
+
+    def release(self) -> None:
+        """Let go of what the calling thread holds. A thread that ends calls this."""
+        self._database.release()
 
     # Conversations ----------------------------------------------------------------------------------
 
@@ -110,18 +120,22 @@ class ChatStore:
         """Undo `delete`."""
         return self._set(conversation, "deleted = ?", None)
 
-    def deleted(self) -> list[Conversation]:
-        """What lies in the bin, the latest first."""
-        rows = self._database.rows(
-            f"SELECT {_CONVERSATION} FROM conversations WHERE deleted IS NOT NULL ORDER BY deleted DESC"
-        )
-        return [_conversation(row) for row in rows]
-
     def purge(self, older_than_seconds: float = BIN_SECONDS) -> int:
-        """Delete for good what has lain in the bin for longer; returns how many. Called once at start."""
-        return self._database.execute(
-            "DELETE FROM conversations WHERE deleted < ?", (time.time() - older_than_seconds,)
-        ).rowcount
+        """Delete for good what has lain in the bin for longer: whole conversations and single messages.
+
+        Returns how many of both. The Chat page has it done once, in the background.
+        """
+        gone, before = 0, time.time() - older_than_seconds
+        for table in ("conversations", "messages"):
+            while True:
+                count = self._database.execute(
+                    f"DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE deleted < ? LIMIT ?)",
+                    (before, PURGED_AT_ONCE),
+                ).rowcount
+                if not count:
+                    break
+                gone += count
+        return gone
 
     def _set(self, conversation: int, assignment: str, value: object) -> Conversation:
         self._database.execute(f"UPDATE conversations SET {assignment} WHERE id = ?", (value, conversation))

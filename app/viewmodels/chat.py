@@ -118,8 +118,12 @@ class ChatController(QObject):
     @property
     def unseen(self) -> int:
         """How many of the messages in view, from the top, the model was not shown for its last answer."""
-        last = next((m for m in reversed(self.path) if m.role == "assistant" and m.statistics), None)
-        return last.statistics.dropped_messages if last is not None and last.statistics is not None else 0
+        path = self.path
+        last = next((m.statistics for m in reversed(path) if m.role == "assistant" and m.statistics), None)
+        dropped = last.dropped_messages if last is not None else 0
+        # Counted were the messages that were sent: a message without text never is.
+        sent = [index for index, message in enumerate(path) if _told(message)]
+        return sent[dropped] if 0 < dropped < len(sent) else 0
 
     @property
     def writing(self) -> int:
@@ -280,16 +284,18 @@ class ChatController(QObject):
         """Store what the user said below `parent` and have it answered; takes it back when that fails at once."""
         began = self._conversation is None
         try:
-            conversation = self._conversation or self._begin(text)
-            question = self._store.add(conversation.id, parent, "user", text)
+            with self._store.together():  # a disk that fills up in between leaves no half of it
+                conversation = self._conversation or self._begin(text)
+                question = self._store.add(conversation.id, parent, "user", text)
+                answer = self._begin_answer(conversation, question.id)
+            self._conversation = self._store.get(conversation.id)
         except WeftError as error:
             self.failed.emit(error)
             return False
-        self._conversation = self._store.get(conversation.id)
         self._put(question)
         if began:
             self.opened.emit()
-        if not self._answer(question.id):
+        if not self._generate_new(answer):
             self._drop(question.id)
             if began:
                 self._forget_begun(conversation.id)
@@ -327,15 +333,31 @@ class ChatController(QObject):
     def _answer(self, parent: int) -> bool:
         assert self._conversation is not None
         try:
-            answer = self._store.add(self._conversation.id, parent, "assistant", "", complete=False)
+            with self._store.together():
+                answer = self._begin_answer(self._conversation, parent)
+            self._conversation = self._store.get(self._conversation.id)
         except WeftError as error:
             self.failed.emit(error)
             return False
+        return self._generate_new(answer)
+
+    def _begin_answer(self, conversation: Conversation, parent: int) -> StoredMessage:
+        """Put an empty answer into the store, and remember which model gives it."""
+        answer = self._store.add(conversation.id, parent, "assistant", "", complete=False)
+        self._remember_model(conversation)
+        return answer
+
+    def _remember_model(self, conversation: Conversation) -> None:
+        model = self._loadout.model
+        if model is not None and model.id != conversation.model:
+            self._store.set_model(conversation.id, model.id)
+
+    def _generate_new(self, answer: StoredMessage) -> bool:
         self._put(answer)
         if self._generate(answer, continue_last=False):
             return True
         self._drop(answer.id)
-        self._show_leaf(parent)
+        self._show_leaf(answer.parent)
         return False
 
     def _generate(self, answer: StoredMessage, *, continue_last: bool) -> bool:
@@ -351,24 +373,33 @@ class ChatController(QObject):
         try:
             if reason := self.cannot_send():
                 raise WeftError(ErrorKind.BUSY, reason, "Try again when the model is ready.")
-            request = self._request(answer, continue_last)
-            if continue_last:
-                self._store.update(answer.id, complete=False)
-            generation.id = self._loadout.generate(request)
+            generation.id = self._loadout.generate(self._request(answer, continue_last))
         except WeftError as error:
             self.failed.emit(error)
             return False
         self._generation = generation
+        if continue_last:
+            self._mark_continued(answer)
         self._put(msgspec.structs.replace(answer, complete=False))
         self._show_leaf(answer.id)
         self.activity_changed.emit()
         return True
 
+    def _mark_continued(self, answer: StoredMessage) -> None:
+        """Only once more of it is really asked for: an answer that was complete else would count as cut short."""
+        assert self._conversation is not None
+        try:
+            with self._store.together():
+                self._store.update(answer.id, complete=False)
+                self._remember_model(self._conversation)
+            self._conversation = self._store.get(self._conversation.id)
+        except WeftError as error:  # it is being written all the same; what comes is saved when there is room
+            self.failed.emit(error)
+
     def _request(self, answer: StoredMessage, continue_last: bool) -> Generate:
         told = [Message(role="system", content=self.system)] if self.system.strip() else []
         for message in self._tree.path(answer.parent):
-            content = without_reasoning(message.content) if message.role == "assistant" else message.content
-            if content.strip():
+            if content := _told(message):
                 told.append(Message(role=message.role, content=content))
         if continue_last:
             told.append(Message(role="assistant", content=answer.content))
@@ -534,6 +565,12 @@ class ChatController(QObject):
         if self._generation is not None:
             self.stop()
             self._end(None, "cancelled", None)
+
+
+def _told(message: StoredMessage) -> str:
+    """What the model is told of a message; "" when there is nothing to tell."""
+    content = without_reasoning(message.content) if message.role == "assistant" else message.content
+    return content if content.strip() else ""
 
 
 def _decoded(text: str) -> dict[str, OptionValue]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from app.core import transcripts
 from app.core.errors import ErrorKind, WeftError
 from app.core.transcripts import TranscriptFormat
 from app.store.chats import ChatStore
+
+log = logging.getLogger("weft")
 
 
 def export_file(store: ChatStore, conversations: Sequence[int], form: TranscriptFormat, path: Path) -> None:
@@ -102,3 +105,15 @@ class TranscriptWorker(QThread):
                 self.done.emit(import_files(self._store, self._read))
         except WeftError as error:
             self.failed.emit(error)
+        except Exception as error:  # a defect of ours: whoever waits for this must hear of it
+            log.exception("An import or export failed")
+            what = "imported" if self._write is None else "written"
+            self.failed.emit(
+                WeftError(
+                    ErrorKind.INTERNAL,
+                    f"The chats could not be {what}. {type(error).__name__}: {error}",
+                    "Your chats are as they were. The window's log says more.",
+                )
+            )
+        finally:
+            self._store.release()

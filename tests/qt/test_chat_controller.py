@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from pytestqt.qtbot import QtBot
 
-from app.core.conversation import Message
+from app.core.conversation import Message, Role, StoredMessage
 from app.core.errors import ErrorKind, WeftError
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -122,6 +123,56 @@ def test_regenerate_and_continue(room: Room) -> None:
     room.loadout.answer("cd")
     assert room.texts() == ["one", "bcd"]
     assert room.controller.path[1].statistics is not None and room.controller.path[1].statistics.tokens == 10
+
+
+def test_a_continue_that_is_refused_leaves_the_answer_complete(room: Room) -> None:
+    room.controller.send("one")
+    room.loadout.answer("whole")
+    answer = room.controller.path[-1].id
+    room.loadout.refuse = WeftError(ErrorKind.BUSY, "Busy.", "Wait.")
+    assert not room.controller.continue_(answer)
+    assert room.store.message(answer).complete and room.controller.message(answer).complete
+
+
+def test_a_continue_that_is_taken_counts_as_cut_short_until_it_ends(room: Room) -> None:
+    room.controller.send("one")
+    room.loadout.answer("half", reason="length")
+    answer = room.controller.path[-1].id
+    room.controller.continue_(answer)
+    assert not room.store.message(answer).complete
+    room.loadout.answer(" whole")
+    assert room.store.message(answer).complete and room.texts() == ["one", "half whole"]
+
+
+def test_the_model_used_last_is_remembered(room: Room) -> None:
+    room.controller.send("one")
+    room.loadout.answer("a")
+    assert room.store.get(room.controller.conversation_id).model == "m"
+    assert room.loadout.model is not None
+    room.loadout.model = msgspec.structs.replace(room.loadout.model, id="other")
+    room.controller.send("two")
+    assert room.store.get(room.controller.conversation_id).model == "other"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("full_at", ["user", "assistant"])
+def test_a_first_message_that_the_disk_does_not_take_leaves_no_chat(
+    room: Room, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    add = room.store.add
+
+    def full(conversation: int, parent: int, role: Role, content: str, **fields: bool) -> StoredMessage:
+        if role == full_at:
+            raise WeftError(ErrorKind.DISK_FULL, "The disk is full.", "Free some space.")
+        return add(conversation, parent, role, content, **fields)
+
+    monkeypatch.setattr(room.store, "add", full)
+    room.controller.set_system("Be brief.")
+    assert not room.controller.send("one")
+    assert room.store.conversations() == [] and room.controller.conversation is None
+    assert [error.kind for error in room.failures] == [ErrorKind.DISK_FULL]
+    monkeypatch.undo()
+    assert room.controller.send("one") and room.controller.system == "Be brief."
 
 
 def test_stop_keeps_what_came(room: Room) -> None:
@@ -259,6 +310,18 @@ def test_what_the_model_no_longer_sees_is_known(room: Room) -> None:
         room.controller.send(text)
         room.loadout.answer("x", dropped_messages=2 if text == "three" else 0)
     assert room.controller.unseen == 2
+
+
+def test_messages_without_text_do_not_count_as_dropped(room: Room) -> None:
+    room.controller.send("one")
+    room.loadout.finish("cancelled")  # an answer without a word
+    room.controller.send("two")
+    room.loadout.answer("x")
+    room.controller.send("three")
+    room.loadout.answer("y", dropped_messages=1)
+    path = room.controller.path
+    assert [m.content for m in path] == ["one", "", "two", "x", "three", "y"]
+    assert path[room.controller.unseen].content == "two", "of what was sent, only “one” was dropped"
 
 
 def test_drafts_are_kept_per_conversation(room: Room) -> None:

@@ -441,3 +441,37 @@ def test_a_theme_switch_keeps_an_open_editor(desk: Desk) -> None:
     view.editor._edit.setPlainText("typed")  # type: ignore[attr-defined]
     desk.page.transcript.restyle()
     assert view.editor.text == "typed"  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("error", [WeftError(ErrorKind.BUSY, "Held.", "Wait."), RuntimeError("a defect")])
+def test_an_import_that_breaks_is_told_and_lets_go_of_the_database(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = desk.folder / "chat.json"
+    path.write_text('{"messages": [{"role": "user", "content": "q"}]}')
+
+    def broken(_: object) -> None:
+        desk.store.conversations()  # a connection of that thread
+        raise error
+
+    before = len(desk.database._connections)
+    monkeypatch.setattr(desk.store, "import_transcripts", broken)
+    desk.page.import_([path])
+    desk.qtbot.waitUntil(lambda: len(desk.failures) == 1, timeout=3000)
+    desk.page.files.wait()
+    known = isinstance(error, WeftError)
+    assert desk.failures[0].kind is (ErrorKind.BUSY if known else ErrorKind.INTERNAL)
+    assert known or "a defect" in desk.failures[0].message
+    assert len(desk.database._connections) == before
+
+
+def test_what_lay_in_the_bin_for_long_is_deleted_once_the_page_is_there(desk: Desk) -> None:
+    conversation = desk.store.create("Old oak")
+    desk.store.add(conversation.id, 0, "user", "acorns")
+    desk.store.delete(conversation.id)
+    desk.database.execute("UPDATE conversations SET deleted = deleted - ?", (31 * 24 * 3600,))
+    before = len(desk.database._connections)
+    desk.page.entered()
+    desk.qtbot.waitUntil(lambda: desk.database.row("SELECT count(*) FROM messages") == (0,), timeout=5000)
+    desk.qtbot.waitUntil(lambda: len(desk.database._connections) == before, timeout=2000)

@@ -91,7 +91,6 @@ def test_delete_can_be_undone_until_it_is_purged(chats: ChatStore, database: Dat
     assert len(chats.conversations("acorn")) == 1
     chats.delete(chat.id)
     assert chats.conversations() == [] == chats.conversations("acorn")
-    assert [c.id for c in chats.deleted()] == [chat.id]
     assert chats.purge() == 0
     chats.restore(chat.id)
     assert [c.id for c in chats.conversations("acorn")] == [chat.id]
@@ -136,6 +135,18 @@ def test_search_finds_words_by_their_beginning(chats: ChatStore, text: str, foun
         chats.add(chat.id, 0, "user", content)
         ids[chat.id] = letter
     assert "".join(sorted(ids[c.id] for c in chats.conversations(text))) == found
+
+
+def test_purge_takes_single_messages_too_and_leaves_the_rest(chats: ChatStore, database: Database) -> None:
+    chat = chats.create("Kept")
+    question = chats.add(chat.id, 0, "user", "one")
+    for number in range(45):
+        chats.delete_message(chats.add(chat.id, question.id, "assistant", f"gone {number}").id)
+    answer = chats.add(chat.id, question.id, "assistant", "two")
+    assert chats.purge() == 0, "all of it can still be restored"
+    assert chats.purge(older_than_seconds=-1) == 45
+    assert database.row("SELECT count(*) FROM messages") == (2,)
+    assert [m.id for m in chats.messages(chat.id)] == [question.id, answer.id]
 
 
 def test_search_follows_changes(chats: ChatStore) -> None:

@@ -96,6 +96,34 @@ def test_markdown_and_sharegpt_keep_the_branch_that_is_shown(form: str) -> None:
             assert [t.title for t in back] == [t.title for t in transcripts]
 
 
+@pytest.mark.parametrize("form", ["markdown", "sharegpt", "json"])
+def test_whatever_can_be_imported_is_exported_and_imported_equally(form: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(200):
+        turns = [
+            {"role": rng.choice(("system", "system", "user", "assistant")), "content": rng.choice(["", "S", "a\nb"])}
+            for _ in range(rng.randrange(5))
+        ]
+        foreign = [{"title": rng.choice(["Named", " two  words "]), "messages": turns}]
+        if rng.random() < 0.3:
+            foreign[0]["system"] = "Told apart."
+        if rng.random() < 0.3:
+            foreign.append({"title": "Other", "messages": [{"role": "user", "content": "q"}]})
+        chats = read(json.dumps(foreign).encode(), "x.json")
+        name = "x.md" if form == "markdown" else "x.json"
+        back = read(export(chats, form).encode(), name)  # type: ignore[arg-type]
+        assert [(t.title, t.system, _turns(t)) for t in back] == [(t.title, t.system, _turns(t)) for t in chats]
+
+
+def test_empty_conversations_of_a_data_set_are_left_out() -> None:
+    found = read(b'[{"conversations": []}, {"conversations": [{"from": "human", "value": "q"}]}]', "x.json")
+    assert [_turns(t) for t in found] == [[("user", "q")]]
+    with pytest.raises(WeftError, match="no message"):
+        read(b'[{"conversations": []}]', "x.json")
+
+
 def test_sharegpt_and_messages_from_elsewhere() -> None:
     share = [
         {

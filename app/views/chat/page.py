@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from app.core.paths import resources
 from app.core.transcripts import TranscriptFormat
 from app.store.chats import ChatStore
 from app.store.settings import SettingsStore
+from app.viewmodels.background import Background
 from app.viewmodels.chat import ChatController
 from app.viewmodels.chat_list import ConversationList
 from app.viewmodels.chat_presets import Presets, Values
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from app.viewmodels.loadout import Loadout
 
 T = TypeVar("T")
+log = logging.getLogger("weft")
 SIDE_WIDTH = 248
 PANEL_WIDTH = 320
 NARROW = 900  # below this, list and panel are not shown together
@@ -67,6 +70,8 @@ class ChatPage(Page):
         self._shown_conversation = -1
         self._progress_text = ""
         self._warmed = False
+        self._work = Background(self)
+        self._work.done.connect(self._bin_emptied)
         self.controller = ChatController(store, loadout, self._defaults, self)
         self.model = ConversationList(store, self)
         self.files = TranscriptFiles(store, self)
@@ -192,6 +197,21 @@ class ChatPage(Page):
     def _warm_up(self) -> None:
         # Importing a lexer takes up to a tenth of a second: not when the first code block comes.
         threading.Thread(target=warm_up, name="lexers", daemon=True).start()
+        self._work.run("bin", self._empty_bin)
+
+    def _empty_bin(self) -> int:  # in a thread
+        try:
+            return self._store.purge()
+        finally:
+            self._store.release()
+
+    @Slot(object, object, object)
+    def _bin_emptied(self, _key: object, count: object, error: object) -> None:
+        # Nobody asked for it: a full disk is not worth a dialog here. The next start tries again.
+        if error is not None:
+            log.warning("Old chats in the bin could not be deleted: %s", error)
+        elif count:
+            log.info("%s old chats and messages in the bin were deleted for good", count)
 
     def commands(self) -> list[PaletteCommand]:
         busy = bool(self.controller.writing_conversation)
@@ -267,6 +287,7 @@ class ChatPage(Page):
         self.panel.flush()
         self.controller.shutdown()
         self.files.wait()
+        self._work.close()
 
     # The conversation in view -----------------------------------------------------------------------
 
