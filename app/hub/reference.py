@@ -47,10 +47,13 @@ def parse_reference(text: str, endpoint: str = "") -> HubReference:
     """
     text = text.strip().strip("\"'<>").strip()
     scheme, colon, _ = text.partition("://")
-    if colon and scheme.lower() in ("weft", "lmstudio"):
-        return _from_link(text)
-    if colon or text.lower().startswith(tuple(f"{host}/" for host in _HUB_HOSTS)):
-        return _from_url(text if colon else f"https://{text}", endpoint)
+    try:
+        if colon and scheme.lower() in ("weft", "lmstudio"):
+            return _from_link(text)
+        if colon or text.lower().startswith(tuple(f"{host}/" for host in _HUB_HOSTS)):
+            return _from_url(text if colon else f"https://{text}", endpoint)
+    except ValueError as error:  # urllib's, for brackets and the like
+        raise WeftError(ErrorKind.BAD_INPUT, f"{text!r} is not an address.", _FORMS) from error
     name, mark, revision = text.partition("@" if "@" in text else ":")
     return _checked(name, unquote(revision) if mark else "", "", original=text)
 
@@ -79,7 +82,14 @@ def _from_url(text: str, endpoint: str) -> HubReference:
 
 
 def _from_link(text: str) -> HubReference:
-    query = parse_qs(urlsplit(text).query)
+    url = urlsplit(text)
+    query = parse_qs(url.query)
+    if not query:  # weft://user/model:branch
+        rest = unquote(text.partition("://")[2])
+        if "://" in rest:
+            raise WeftError(ErrorKind.BAD_INPUT, f"{text[:200]!r} does not name a model on the hub.", _FORMS)
+        plain = parse_reference(rest)
+        return msgspec.structs.replace(plain, from_link=True)
     repo = query.get("model", query.get("repo", [""]))[0]
     file, revision = query.get("file", [""])[0], query.get("revision", [""])[0]
     return msgspec.structs.replace(_checked(repo, revision, file, original=text), from_link=True)

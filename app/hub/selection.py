@@ -13,7 +13,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.hub.files import RemoteFile
 
 _QUANTIZATION = re.compile(
-    r"(?:^|[-_./])((?:UD-)?(?:IQ[1-4]_(?:XXS|XS|NL|S|M)|Q[2-8]_(?:K(?:_(?:XL|L|M|S))?|[01])|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?=[-_./]|$)",
+    r"(?:^|[-_./])((?:UD-)?(?:IQ[1-4]_(?:XXS|XS|NL|S|M)|Q[2-8]_(?:K(?:_(?:XL|L|M|S))?|[01](?:_[48]_[48])?)|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?=[-_./]|$)",
     re.IGNORECASE,
 )
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)

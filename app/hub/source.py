@@ -286,9 +286,11 @@ def _circle() -> HttpTrouble:
 
 def _trouble(response: urllib3.BaseHTTPResponse) -> HttpTrouble:
     status = response.status
+    said = response.headers.get("X-Error-Message", "")
+    answer = f"The server answered {status} {response.reason or ''}".strip()
     return HttpTrouble(
         status,
-        response.headers.get("X-Error-Message", "") or f"The server answered {status} {response.reason or ''}".strip(),
+        f"{answer}: {said}" if said and status >= 500 else said or answer,
         code=response.headers.get("X-Error-Code", ""),
         retry_after=response.headers.get("Retry-After", ""),
         date=response.headers.get("Date", ""),

@@ -63,7 +63,10 @@ def test_a_list_shows_files_and_fetches_nothing(hub: FakeHub) -> None:
     hub.add("user/tiny", {"a.Q4_K_M.gguf": b"GGUF", "config.json": b"{}"})
     ended = weft("download", "user/tiny", "--list")
     assert "a.Q4_K_M.gguf" in ended.stdout and "Q4_K_M" in ended.stdout
-    assert {file["path"] for file in weft_json("download", "user/tiny", "--list")["files"]} == {"a.Q4_K_M.gguf", "config.json"}
+    assert {file["path"] for file in weft_json("download", "user/tiny", "--list")["files"]} == {
+        "a.Q4_K_M.gguf",
+        "config.json",
+    }
     assert not hub.transfers()
 
 
@@ -85,7 +88,9 @@ def test_several_quantizations_are_not_fetched_by_accident(hub: FakeHub) -> None
         (("https://example.org/user/tiny",), ("not an address on the hub",)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_found_is_said_with_what_comes_near(hub: FakeHub, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_what_cannot_be_found_is_said_with_what_comes_near(
+    hub: FakeHub, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     hub.add("user/tiny", {"tiny.q4_k_m.gguf": b"GGUF"})
     ended = weft("download", *arguments)
     assert ended.returncode == 1
@@ -99,12 +104,23 @@ def test_wrong_usage_is_told_apart(hub: FakeHub) -> None:
     assert weft("download", "user/tiny", "--limit", "fast").returncode == 2
 
 
-def test_the_token_of_the_environment_serves_and_never_leaves_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_of_the_environment_serves_and_never_leaves_the_hub(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = "hf_secretsecretsecretsecret"
     hub.tokens[token] = "me"
-    hub.add("user/gated", {"config.json": b"{}", "model.safetensors": random_bytes(2_000_000)}, gated=True, accepted_tokens={token})
+    hub.add(
+        "user/gated",
+        {"config.json": b"{}", "model.safetensors": random_bytes(2_000_000)},
+        gated=True,
+        accepted_tokens={token},
+    )
     refused = weft("download", "user/gated")
-    assert refused.returncode == 1 and "no token is set" in refused.stderr and f"{hub.endpoint}/user/gated" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "no token is set" in refused.stderr
+        and f"{hub.endpoint}/user/gated" in refused.stderr
+    )
     monkeypatch.setenv("HF_TOKEN", token)
     assert weft_json("download", "user/gated")["fetched"] > 2_000_000
     carried = [request for request in hub.requests if token in json.dumps(request.headers)]

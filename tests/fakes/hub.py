@@ -72,6 +72,8 @@ class FakeHub:
         self.rate = rate
         self.total_rate = total_rate
         self.page_size = 20
+        self.ranges = True  # false: every file comes whole, whatever was asked for
+        self.ended = threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._budget_at = 0.0
@@ -86,6 +88,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self._server.shutdown()
         self._server.close_connections()
         self._server.server_close()
@@ -387,7 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop, status = 0, file.size, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         unchanged = self.headers.get("If-Range", f'"{file.etag}"') == f'"{file.etag}"'
-        if wanted and unchanged and not (fault and fault.kind == "ignore_range"):
+        if wanted and unchanged and self.hub.ranges and not (fault and fault.kind == "ignore_range"):
             start = int(wanted[1])
             stop = min(file.size, int(wanted[2]) + 1) if wanted[2] else file.size
             if start >= file.size:
@@ -426,7 +429,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.hub.pace(min(chunk_size, end - start), began, position - start)
                 if limit is not None and position >= limit:
                     if fault and fault.kind == "stall":
-                        time.sleep(fault.seconds)
+                        self.hub.ended.wait(fault.seconds)
                     self.close_connection = True
                     with contextlib.suppress(OSError):
                         self.connection.shutdown(socket.SHUT_RDWR)

@@ -27,7 +27,9 @@ def random_bytes(count: int) -> bytes:
     return random.Random(seed).randbytes(count)
 
 
-def remote(hub: FakeHub, path: str = FILE, repo: str = "user/tiny", *, commit: str = "", checksum: bool = True) -> RemoteFile:
+def remote(
+    hub: FakeHub, path: str = FILE, repo: str = "user/tiny", *, commit: str = "", checksum: bool = True
+) -> RemoteFile:
     """A file as a listing gives it."""
     file = hub.repos[repo].revisions["main"][path]
     return RemoteFile(
@@ -55,7 +57,15 @@ class Told(Progressing):
             self.waits.append((seconds, why))
 
 
-def fetch(hub: FakeHub, target: Path, file: RemoteFile | None = None, *, token: str = "", told: Told | None = None, timeout: float = 1.0) -> Path:
+def fetch(
+    hub: FakeHub,
+    target: Path,
+    file: RemoteFile | None = None,
+    *,
+    token: str = "",
+    told: Told | None = None,
+    timeout: float = 1.0,
+) -> Path:
     """One transfer in this process."""
     source = HttpSource(hub.endpoint, token, timeout=timeout)
     try:

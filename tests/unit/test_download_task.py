@@ -1,0 +1,258 @@
+"""The download task in a real child process: killed at any moment, on a full disk, beside another one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.scan import scan
+from app.core.unfinished import pending_files
+from app.engine import protocol
+from app.hub.part import arrived_bytes
+from tests.fakes.hub import FakeHub, Fault
+from tests.fakes.hub_kit import FILE, parameters, random_bytes, run_task, sha256, task_child
+
+MB = 1_000_000
+TWICE = 8 * 2**20  # bytes that a kill may cost
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as made:
+        yield made
+
+
+def download(hub: FakeHub, folder: Path, *paths: str, **more: object):
+    """One child from start to end. Returns its result and what it told."""
+    child = task_child(folder.parent / "child.log")
+    child.start()
+    try:
+        return run_task(child, parameters(hub, folder, *paths, **more))
+    finally:
+        child.shutdown()
+
+
+def killed_at(hub: FakeHub, folder: Path, target: Path, count: int) -> int:
+    """Start a child and kill its process group once so much is on disk. Returns the bytes that were."""
+    child = task_child(folder.parent / "child.log")
+    child.start()
+    child.send(protocol.RunTask(task="download", parameters=parameters(hub, folder)))
+    deadline = time.monotonic() + 60
+    while arrived_bytes(target) < count:
+        assert time.monotonic() < deadline and child.alive, (folder.parent / "child.log").read_text()
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    while child.alive:
+        child.next_event(0.05)
+    return arrived_bytes(target)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_killed_anywhere_it_goes_on_and_the_checksum_holds(hub: FakeHub, tmp_path: Path, share: float) -> None:
+    size = 100 * MB
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        for _ in range(10):
+            file.write(os.urandom(size // 10))
+    hub.add("user/tiny", {FILE: source})
+    hub.total_rate = 80 * MB
+    folder = tmp_path / "models" / "user" / "tiny"
+    target = folder / FILE
+    killed_at(hub, folder, target, int(size * share))
+    assert not target.exists() and pending_files(folder) == {FILE}
+    assert list(scan([tmp_path / "models"])) == []
+    result, _ = download(hub, folder)
+    assert sha256(target) == hub.repos["user/tiny"].revisions["main"][FILE].sha256
+    assert hub.fetched() - size <= TWICE
+    assert result.fetched <= size * (1 - share) + TWICE
+    assert not pending_files(folder)
+
+
+def test_killed_again_and_again_it_still_ends_right(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(40 * MB)})
+    hub.total_rate = 40 * MB
+    folder = tmp_path / "tiny"
+    for share in (0.1, 0.3, 0.35, 0.6, 0.9):
+        killed_at(hub, folder, folder / FILE, int(40 * MB * share))
+    download(hub, folder)
+    assert sha256(folder / FILE) == hub.repos["user/tiny"].revisions["main"][FILE].sha256
+    assert hub.fetched() - 40 * MB <= 5 * TWICE
+
+
+def test_complete_files_survive_a_kill_of_the_rest(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {"a.txt": b"small", FILE: random_bytes(20 * MB)})
+    hub.total_rate = 10 * MB
+    folder = tmp_path / "tiny"
+    child = task_child(tmp_path / "child.log")
+    child.start()
+    child.send(protocol.RunTask(task="download", parameters=parameters(hub, folder, "a.txt", FILE)))
+    while arrived_bytes(folder / FILE) < 4 * MB:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    while child.alive:
+        child.next_event(0.05)
+    stamp = (folder / "a.txt").stat().st_mtime_ns
+    hub.total_rate = 0
+    result, _ = download(hub, folder, "a.txt", FILE)
+    assert (folder / "a.txt").stat().st_mtime_ns == stamp
+    assert hub.fetched("a.txt") == 0  # small files are not from the store
+    assert len([r for r in hub.requests if r.method == "GET" and r.path.endswith("a.txt")]) == 1
+    assert result.bytes == 20 * MB + 5
+
+
+def test_two_processes_fetch_one_file_once(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(12 * MB)})
+    hub.total_rate = 8 * MB
+    folder = tmp_path / "tiny"
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda: results.append(download(hub, folder)[0].fetched)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(results) == [0, 12 * MB]
+    assert hub.fetched() == 12 * MB
+
+
+def test_a_speed_limit_can_be_changed_while_it_runs(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(30 * MB)})
+    child = task_child(tmp_path / "child.log")
+    child.start()
+    started = time.monotonic()
+    task = child.send(protocol.RunTask(task="download", parameters=parameters(hub, tmp_path / "tiny", rate=2 * MB)))
+    changed = 0.0
+    try:
+        while True:
+            event = child.next_event(30)
+            child.raise_if_ended(task, event)
+            if isinstance(event, protocol.News) and not changed and time.monotonic() - started > 3:
+                came = arrived_bytes(tmp_path / "tiny" / FILE)
+                assert 2 * MB < came < 9 * MB
+                child.send(protocol.Adjust(target=task, parameters='{"rate": 0}'))
+                changed = time.monotonic()
+            if isinstance(event, protocol.Done):
+                break
+    finally:
+        child.shutdown()
+    assert changed and time.monotonic() - changed < 4
+
+
+def test_a_limit_sent_before_the_task_begins_holds(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(30 * MB)})
+    child = task_child(tmp_path / "child.log")
+    task = child.send(protocol.RunTask(task="download", parameters=parameters(hub, tmp_path / "tiny")))
+    child.send(protocol.Adjust(target=task, parameters='{"rate": 1000000}'))
+    child.start()
+    time.sleep(2.5)
+    assert arrived_bytes(tmp_path / "tiny" / FILE) < 6 * MB
+    child.shutdown()
+
+
+def test_cancel_is_heard_at_once_and_keeps_what_came(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(20 * MB)})
+    hub.misbehave(Fault("stall", path=FILE, after=3 * MB, seconds=30))
+    child = task_child(tmp_path / "child.log")
+    child.start()
+    task = child.send(protocol.RunTask(task="download", parameters=parameters(hub, tmp_path / "tiny", timeout=20)))
+    while arrived_bytes(tmp_path / "tiny" / FILE) < 2 * MB:
+        time.sleep(0.02)
+    child.cancel(task)
+    started = time.monotonic()
+    with pytest.raises(WeftError) as caught:
+        while True:
+            child.raise_if_ended(task, child.next_event(10))
+    assert caught.value.kind is ErrorKind.CANCELLED
+    assert time.monotonic() - started < 2.5  # by itself, not by the kill after three seconds
+    assert child.alive
+    child.shutdown()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small tmpfs")
+def test_a_disk_that_is_full_keeps_earlier_files_and_goes_on_later(hub: FakeHub, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        hub.add("user/tiny", {"first.gguf": random_bytes(9 * MB), FILE: random_bytes(12 * MB)})
+        hub.total_rate = 10 * MB
+        folder = disk / "tiny"
+        download(hub, folder, "first.gguf")
+        blocker = disk / "blocker"
+        with blocker.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(disk).free - 70 * MB))
+        with pytest.raises(WeftError, match="free") as caught:  # said before anything is fetched
+            download(hub, folder)
+        assert caught.value.kind is ErrorKind.DISK_FULL
+        assert hub.fetched(FILE) == 0
+        blocker.unlink()
+        child = task_child(tmp_path / "child.log")
+        child.start()
+        task = child.send(protocol.RunTask(task="download", parameters=parameters(hub, folder)))
+        while arrived_bytes(folder / FILE) < 2 * MB:
+            time.sleep(0.01)
+        with blocker.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # somebody else takes the rest
+            while file.write(bytes(MB)):
+                pass
+        with pytest.raises(WeftError) as caught:
+            while True:
+                child.raise_if_ended(task, child.next_event(20))
+        child.shutdown()
+        assert caught.value.kind is ErrorKind.DISK_FULL and "resume" in caught.value.hint
+        assert sha256(folder / "first.gguf") == hub.repos["user/tiny"].revisions["main"]["first.gguf"].sha256
+        assert not (folder / FILE).exists()
+        blocker.unlink()
+        download(hub, folder)
+        assert sha256(folder / FILE) == hub.repos["user/tiny"].revisions["main"][FILE].sha256
+        assert hub.fetched(FILE) <= 12 * MB + TWICE
+    finally:
+        subprocess.run(["umount", disk], check=False)
+
+
+def test_copies_on_this_machine_serve_when_they_are_right(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(3 * MB)
+    hub.add("user/tiny", {FILE: data})
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_bytes(data)
+    wrong.write_bytes(bytes(len(data)))
+    result, _ = download(hub, tmp_path / "one", here={FILE: str(right)})
+    assert (result.fetched, result.reused) == (0, len(data))
+    result, _ = download(hub, tmp_path / "two", here={FILE: str(wrong)})
+    assert (result.fetched, result.reused) == (len(data), 0)
+    assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes() == data
+    assert right.read_bytes() == data and wrong.read_bytes() == bytes(len(data))
+
+
+def test_a_file_that_was_damaged_on_disk_is_found_and_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(2 * MB)
+    hub.add("user/tiny", {FILE: data})
+    folder = tmp_path / "tiny"
+    download(hub, folder)
+    (folder / FILE).write_bytes(bytes(len(data)))
+    result, _ = download(hub, folder)
+    assert result.fetched == len(data) and (folder / FILE).read_bytes() == data
+
+
+@pytest.mark.attack
+def test_names_from_the_hub_stay_in_the_folder(hub: FakeHub, tmp_path: Path) -> None:
+    names = ["模型 é.gguf", "aux.json", "x" * 250 + ".bin", "a/b/c/d.txt"]
+    hub.add("user/odd", {name: name.encode() for name in names})
+    result, _ = download(hub, tmp_path / "odd", *names, repo="user/odd")
+    for name, place in zip(names, result.paths, strict=True):
+        assert Path(place).read_bytes() == name.encode()
+        assert tmp_path / "odd" in Path(place).parents

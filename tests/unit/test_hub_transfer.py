@@ -1,0 +1,416 @@
+"""One file from a hub that misbehaves: cut, stalled, corrupt, changed, slow, redirecting in circles."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import ErrorKind, WeftError
+from app.hub.part import arrived_bytes
+from app.hub.source import HttpSource, HttpTrouble, Located, proxy_for
+from app.hub.transfer import Transfer
+from tests.fakes.hub import FakeHub, Fault
+from tests.fakes.hub_kit import FILE, Told, fetch, random_bytes, remote, sha256
+
+MB = 1_000_000
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backoff in hundredths of a second; a Retry-After counts as it is."""
+    from app.hub import transfer
+    from app.hub.limits import retry_delay
+
+    monkeypatch.setattr(
+        transfer, "retry_delay", lambda tries, after, date: retry_delay(tries, after, date) if after else 0.02
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 3 * MB, 70 * 2**20 + 1])
+def test_files_of_every_size_arrive_whole(hub: FakeHub, tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    hub.add("user/tiny", {FILE: data, "plain.txt": data[:100_000]})
+    for path in (FILE, "plain.txt"):
+        target = fetch(hub, tmp_path / path, remote(hub, path))
+        assert target.read_bytes() == (data if path == FILE else data[:100_000])
+    assert names(tmp_path) == [FILE, "plain.txt"]
+    assert hub.fetched(FILE) == size
+
+
+def test_a_connection_that_is_cut_goes_on_from_there(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(9 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("cut", path=FILE, after=MB, times=6))
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert hub.fetched() < 10 * MB
+
+
+def test_a_stalled_connection_is_given_up_and_tried_again(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(4 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=6))
+    told, started = Told(), time.monotonic()
+    assert fetch(hub, tmp_path / FILE, told=told, timeout=0.5).read_bytes() == data
+    assert time.monotonic() - started < 5
+    assert any("stopped answering" in why for _, why in told.waits)
+
+
+@pytest.mark.parametrize("size", [3 * MB, 40 * 2**20])
+def test_a_server_that_ignores_ranges_is_served_from_the_start(hub: FakeHub, tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("cut", path=FILE, after=2 * MB), Fault("ignore_range", path=FILE, times=50))
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+
+
+def test_a_server_without_ranges_that_always_cuts_is_given_up(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: os.urandom(40 * 2**20)})
+    hub.ranges = False
+    hub.misbehave(Fault("cut", path=FILE, after=MB, times=500))
+    with pytest.raises(WeftError) as caught:
+        fetch(hub, tmp_path / FILE)
+    assert caught.value.kind is ErrorKind.NETWORK
+    assert FILE not in names(tmp_path)
+
+
+def test_damage_of_the_same_size_is_fetched_once_more_and_then_right(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(2 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("corrupt", path=FILE))
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert names(tmp_path) == [FILE]  # what was set aside is proven worthless, and gone
+    assert hub.fetched() == 4 * MB
+
+
+def test_damage_twice_is_set_aside_and_never_gets_the_name(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(2 * MB)})
+    (tmp_path / "earlier.gguf").write_bytes(b"earlier")
+    hub.misbehave(Fault("corrupt", path=FILE, times=9))
+    with pytest.raises(WeftError) as caught:
+        fetch(hub, tmp_path / FILE)
+    assert caught.value.kind is ErrorKind.CORRUPT
+    assert f"{FILE}.damaged" in caught.value.hint
+    assert FILE not in names(tmp_path) and f"{FILE}.damaged" in names(tmp_path)
+    assert (tmp_path / "earlier.gguf").read_bytes() == b"earlier"
+    assert hub.fetched() == 4 * MB  # twice, and no more
+
+
+def test_damage_of_plain_files_is_found_by_git_s_hash(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {"config.json": b'{"hidden_size": 64}'})
+    hub.misbehave(Fault("corrupt", path="config.json", times=9))
+    with pytest.raises(WeftError, match="damaged twice"):
+        fetch(hub, tmp_path / "config.json", remote(hub, "config.json"))
+    assert "config.json" not in names(tmp_path)
+
+
+def test_a_file_that_changed_between_runs_is_never_spliced(hub: FakeHub, tmp_path: Path) -> None:
+    before, after = random_bytes(6 * MB), random_bytes(6 * MB)
+    hub.add("user/tiny", {FILE: before})
+    hub.misbehave(Fault("cut", path=FILE, after=2 * MB, times=40))
+    old = remote(hub, commit="main")
+    with pytest.raises(WeftError):
+        stop_after(hub, tmp_path / FILE, old, 2 * MB)
+    assert arrived_bytes(tmp_path / FILE) >= MB
+    hub.add("user/tiny", {FILE: after})
+    hub._faults.clear()
+    with pytest.raises(WeftError, match="another file on the hub"):  # its list promises the old content
+        fetch(hub, tmp_path / FILE, old)
+    assert FILE not in names(tmp_path)
+    assert fetch(hub, tmp_path / FILE, remote(hub, commit="main")).read_bytes() == after
+
+
+def stop_after(hub: FakeHub, target: Path, file: object, count: int) -> None:
+    """Cancel a transfer once so many bytes have come."""
+    cancelled = threading.Event()
+
+    class Stopping(Told):
+        def arrived(self, came: int) -> None:
+            super().arrived(came)
+            if self.came >= count:
+                cancelled.set()
+
+    Transfer(HttpSource(hub.endpoint), file, target, progress=Stopping(), cancelled=cancelled).run()  # type: ignore[arg-type]
+
+
+def test_a_store_whose_etag_changes_between_parts_starts_over(hub: FakeHub, tmp_path: Path) -> None:
+    before, after = random_bytes(40 * 2**20), random_bytes(40 * 2**20)
+    hub.add("user/tiny", {FILE: before})
+    file = remote(hub, checksum=False)
+    source = HttpSource(hub.endpoint)
+    whole = hub.repos["user/tiny"].revisions["main"]
+
+    class Changing(Told):
+        def arrived(self, count: int) -> None:
+            super().arrived(count)
+            if self.came > 10 * MB and whole[FILE].source is before:
+                hub.add("user/tiny", {FILE: after})
+                source._located.clear()
+
+    hub.rate = 20 * MB
+    try:
+        got = Transfer(source, file, tmp_path / FILE, progress=Changing()).run().read_bytes()
+    finally:
+        source.close()
+    assert got in (before, after)  # one or the other, whole
+
+
+def test_503_is_tried_again_and_then_said(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("status", path=FILE, code=503, times=5))
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    (tmp_path / FILE).unlink()
+    hub.misbehave(Fault("status", path=FILE, code=502, times=1000))
+    asked = len(hub.requests)
+    with pytest.raises(WeftError) as caught:
+        fetch(hub, tmp_path / FILE)
+    assert caught.value.kind is ErrorKind.NETWORK and "502" in caught.value.message
+    assert len(hub.requests) - asked < 60  # bounded
+
+
+def test_429_waits_as_long_as_it_is_told_and_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(MB)})
+    hub.misbehave(Fault("status", path=FILE, code=429, retry_after="2"))
+    told, started = Told(), time.monotonic()
+    fetch(hub, tmp_path / FILE, told=told)
+    assert 2 <= time.monotonic() - started < 4
+    assert any(seconds > 1.5 and "slow down" in why for seconds, why in told.waits)
+
+
+def test_redirects_in_a_circle_end_in_words(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {"notes.txt": b"hello"})
+    hub.misbehave(Fault("loop", times=1000))
+    with pytest.raises(WeftError, match="in a circle") as caught:
+        fetch(hub, tmp_path / "notes.txt", remote(hub, "notes.txt"))
+    assert caught.value.hint
+    assert len(hub.requests) < 20
+
+
+@pytest.mark.attack
+def test_from_https_to_http_is_refused() -> None:
+    source = HttpSource("https://hub.example")
+    with pytest.raises(WeftError) as caught:
+        source._next("https://hub.example/a", "http://hub.example/a", True)
+    assert caught.value.kind is ErrorKind.HOSTILE
+    for target in ("ftp://x/y", "file:///etc/passwd", "", "javascript:1"):
+        with pytest.raises(WeftError):
+            source._next("https://hub.example/a", target, True)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [
+        ("https://hub.example/b", True), ("/b", True), ("https://cdn.example/b", False), ("https://hub.example:8443/b", False),
+        ("https://hub.example.evil.org/b", False), ("https://hub.example@evil.org/b", False), ("//evil.org/b", False),
+    ],
+)  # fmt: skip
+def test_the_token_stays_with_its_host(target: str, kept: bool) -> None:
+    assert HttpSource("https://hub.example", "hf_x")._next("https://hub.example/a", target, True)[1] is kept
+
+
+@pytest.mark.attack
+def test_the_token_reaches_the_hub_and_no_store(hub: FakeHub, tmp_path: Path) -> None:
+    hub.tokens["hf_good"] = "me"
+    hub.add("user/tiny", {FILE: random_bytes(MB), "a.txt": b"a"}, gated=True, accepted_tokens={"hf_good"})
+    for path in (FILE, "a.txt"):
+        fetch(hub, tmp_path / path, remote(hub, path), token="hf_good")
+    with_token = {request.host for request in hub.requests if "Authorization" in request.headers}
+    without = {request.host for request in hub.requests if "Authorization" not in request.headers}
+    assert with_token == {f"127.0.0.1:{hub.port}"}
+    assert without == {hub.store_host}
+
+
+def test_a_signed_address_that_expired_is_asked_for_again(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(MB)
+    hub.add("user/tiny", {FILE: data})
+    source, file = HttpSource(hub.endpoint), remote(hub)
+    right = source.locate(file)
+    expired = right.url.replace("/blob-store/", "/blob-store/expired")
+    source._located[file.url(hub.endpoint)] = Located(url=expired, etag=right.etag, size=right.size, with_token=False)
+    with pytest.raises(HttpTrouble) as caught:
+        source.open(file, 0, file.size)
+    assert caught.value.retry
+    opened = source.open(file, 0, file.size)
+    assert opened.response.read() == data
+    source.close()
+
+
+def test_a_hub_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with FakeHub() as gone:
+        gone.add("user/tiny", {FILE: b"abc"})
+        file = remote(gone)
+    with pytest.raises(WeftError) as caught:
+        fetch(gone, tmp_path / FILE, file)
+    assert caught.value.kind is ErrorKind.NETWORK and "resume" in caught.value.hint
+
+
+def test_a_wrong_certificate_is_said_and_not_tried_again(tmp_path: Path, hub: FakeHub) -> None:
+    import shutil
+    import ssl
+    import subprocess
+
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl program here to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=nobody",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.add("user/tiny", {FILE: b"abc"})
+    file = remote(hub)
+    with FakeHub() as secure:
+        secure._server.socket = context.wrap_socket(
+            secure._server.socket, server_side=True, do_handshake_on_connect=False
+        )
+        started = time.monotonic()
+        source = HttpSource(f"https://127.0.0.1:{secure.port}", timeout=3)
+        with pytest.raises(WeftError, match="certificate") as caught:
+            Transfer(source, file, tmp_path / FILE).run()
+        assert caught.value.kind is ErrorKind.NETWORK and "date" in caught.value.hint
+        assert time.monotonic() - started < 10
+        source.close()
+
+
+def test_a_proxy_that_is_not_there_is_said(tmp_path: Path, hub: FakeHub) -> None:
+    hub.add("user/tiny", {FILE: b"abc"})
+    source = HttpSource("http://hub.invalid", proxy="http://127.0.0.1:9", timeout=1)
+    with pytest.raises(WeftError, match="proxy") as caught:
+        Transfer(source, remote(hub), tmp_path / FILE).run()
+    assert "Settings" in caught.value.hint
+    with pytest.raises(WeftError, match="socks5"):
+        HttpSource("http://hub.invalid", proxy="socks5://127.0.0.1:9").locate(remote(hub))
+
+
+def test_proxies_come_from_the_settings_else_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://system:1")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert proxy_for("https://hub.example/x") == "http://system:1"
+    assert proxy_for("https://inside.example/x") == ""
+    assert proxy_for("https://hub.example/x", "mine:2") == "http://mine:2"
+    assert proxy_for("http://127.0.0.1:5/x", "mine:2") == ""
+
+
+def test_a_clock_that_moves_a_year_changes_nothing(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_bytes(9 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.rate = 20 * MB
+    hub.misbehave(Fault("cut", path=FILE, after=MB, times=3), Fault("status", path=FILE, code=429, retry_after="1"))
+    real, year = time.time, 365 * 86400.0
+    monkeypatch.setattr(time, "time", lambda: real() + random.choice([-year, 0, year]))
+    started = time.monotonic()
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert time.monotonic() - started < 15
+
+
+def test_two_transfers_of_one_file_at_once_are_one(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(6 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.total_rate = 6 * MB
+    told = Told()
+    threads = [
+        threading.Thread(target=fetch, args=(hub, tmp_path / FILE), kwargs={"told": told if number else None})
+        for number in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join(20)
+    assert (tmp_path / FILE).read_bytes() == data
+    assert hub.fetched() == 6 * MB
+    assert any("already" in why for _, why in told.waits)
+    assert names(tmp_path) == [FILE]
+
+
+def test_a_folder_that_may_not_be_written_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: b"abc"})
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(WeftError) as caught:
+        fetch(hub, blocked / FILE)
+    assert caught.value.kind is ErrorKind.PERMISSION and str(blocked) in caught.value.message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+def test_a_disk_that_fills_up_keeps_what_came(hub: FakeHub, tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    data = random_bytes(6 * MB)
+    hub.add("user/tiny", {FILE: data})
+    (tmp_path / "earlier.gguf").write_bytes(b"earlier")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * MB, before[1]))
+    try:
+        with pytest.raises(WeftError) as caught:
+            fetch(hub, tmp_path / FILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.kind is ErrorKind.DISK_FULL and "resume" in caught.value.hint
+    assert FILE not in names(tmp_path) and (tmp_path / "earlier.gguf").read_bytes() == b"earlier"
+    kept = arrived_bytes(tmp_path / FILE)
+    assert kept >= MB
+    fetched = hub.fetched()
+    assert sha256(fetch(hub, tmp_path / FILE)) == hub.repos["user/tiny"].revisions["main"][FILE].sha256
+    assert hub.fetched() - fetched == 6 * MB - kept
+
+
+def test_a_cancel_ends_a_silent_connection_at_once(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(4 * MB)})
+    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=8))
+    cancelled = threading.Event()
+    transfer = Transfer(HttpSource(hub.endpoint, timeout=20), remote(hub), tmp_path / FILE, cancelled=cancelled)
+
+    def stop() -> None:
+        cancelled.set()
+        transfer.interrupt()
+
+    timer = threading.Timer(1.0, stop)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(WeftError) as caught:
+        transfer.run()
+    assert caught.value.kind is ErrorKind.CANCELLED
+    assert time.monotonic() - started < 3
+    assert arrived_bytes(tmp_path / FILE) >= MB
+    timer.join()
