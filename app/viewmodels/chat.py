@@ -70,7 +70,7 @@ class ChatController(QObject):
         self._tree = MessageTree()
         self._generation: Generation | None = None
         self._errors: dict[int, WeftError] = {}
-        self._system, self._sampling = defaults()
+        self._system, self._sampling = self._begun_with = defaults()
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
         self._timer.setInterval(SAVE_MS)
@@ -166,10 +166,16 @@ class ChatController(QObject):
         """Begin a new chat; it is stored with its first message."""
         self._conversation = None
         self._tree = MessageTree()
-        self._system, self._sampling = self._defaults()
+        self._system, self._sampling = self._begun_with = self._defaults()
         self.opened.emit()
         self.path_changed.emit()
         self.activity_changed.emit()
+
+    def defaults_changed(self) -> None:
+        """New chats may begin with something else now: so does the one in view, if it is new and nobody changed it."""
+        now = self._defaults()
+        if self._conversation is None and (self._system, self._sampling) == self._begun_with != now:
+            self.new()
 
     def rename(self, conversation: int, title: str) -> None:
         title = " ".join(title.split())[:200]

@@ -6,7 +6,7 @@ from typing import Any
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.options import OptionValue
-from app.store.settings import SettingsStore
+from app.store.settings import Settings, SettingsStore
 
 Values = dict[str, OptionValue]
 
@@ -17,6 +17,12 @@ BUILT_IN: dict[str, Values] = {
 }
 
 
+def presets_in(settings: Settings) -> dict[str, Values]:
+    """Changed sampling fields by preset: built-in ones first, then the user's by name."""
+    own = settings.sampling_presets
+    return BUILT_IN | {name: dict(own[name]) for name in sorted(own, key=str.casefold) if name not in BUILT_IN}
+
+
 class Presets:
     """Named sets of changed sampling fields."""
 
@@ -25,8 +31,7 @@ class Presets:
 
     def all(self) -> dict[str, Values]:
         """Built-in ones first, then the user's by name."""
-        own = self._settings.settings.sampling_presets
-        return BUILT_IN | {name: dict(own[name]) for name in sorted(own, key=str.casefold) if name not in BUILT_IN}
+        return presets_in(self._settings.settings)
 
     def is_own(self, name: str) -> bool:
         return name in self._settings.settings.sampling_presets and name not in BUILT_IN

@@ -20,9 +20,11 @@ from app.store.database import Database
 from app.store.settings import SettingsStore
 from app.viewmodels.chat_list import ListRole
 from app.viewmodels.loadout import LoadoutState
+from app.viewmodels.settings import SettingsView
 from app.views.chat.link_dialog import LinkDialog
 from app.views.chat.page import ChatPage
 from app.views.page import Notice
+from app.views.settings.new_chats import NewChatsSection
 from tests.fakes.fake_loadout import FakeLoadout
 
 
@@ -475,3 +477,35 @@ def test_what_lay_in_the_bin_for_long_is_deleted_once_the_page_is_there(desk: De
     desk.page.entered()
     desk.qtbot.waitUntil(lambda: desk.database.row("SELECT count(*) FROM messages") == (0,), timeout=5000)
     desk.qtbot.waitUntil(lambda: len(desk.database._connections) == before, timeout=2000)
+
+
+def test_what_new_chats_begin_with_is_chosen_in_the_settings(desk: Desk) -> None:
+    desk.type("a draft")
+    section = NewChatsSection(SettingsView(desk.settings))
+    desk.qtbot.addWidget(section)
+    section.show()
+    desk.qtbot.keyClicks(section.preset, "Precise")
+    section._chosen(section.preset.currentIndex())
+    desk.qtbot.keyClicks(section.system, "Be brief.")
+    section.hide()  # at once, as when another page is shown
+    assert (desk.settings.load().sampling, desk.settings.settings.system_prompt) == ("Precise", "Be brief.")
+    desk.page.entered()
+    assert desk.page.controller.system == "Be brief." and desk.page.composer.text == "a draft"
+    desk.ask("one", "1")
+    request = desk.loadout.requests[0]
+    assert request.messages[0].content == "Be brief." and request.sampling.temperature == 0.2
+    section.show()
+    section.system.clear()
+    section.hide()
+    desk.page.entered()
+    assert desk.page.controller.system == "Be brief.", "a chat that has begun keeps its own"
+
+
+def test_a_default_preset_that_was_deleted_says_so(desk: Desk) -> None:
+    desk.settings.update(sampling="Mine")
+    section = NewChatsSection(SettingsView(desk.settings))
+    desk.qtbot.addWidget(section)
+    assert section.preset.currentText() == "Mine (deleted: as Balanced)"
+    section.preset.setCurrentIndex(0)
+    section._chosen(0)
+    assert desk.settings.load().sampling == ""

@@ -190,6 +190,8 @@ class ChatPage(Page):
         if not self._warmed:
             self._warmed = True
             QTimer.singleShot(1500, self, self._warm_up)
+        self._leave()  # a new chat keeps what is typed
+        self.controller.defaults_changed()
         self._refresh_list()
         self.composer.edit.setFocus()
 

@@ -18,6 +18,7 @@ from app.views.dialogs import open_locally
 from app.views.option_fields import QuietCombo
 from app.views.page import Notice, Page, PaletteCommand
 from app.views.settings.engines import EnginesSection
+from app.views.settings.new_chats import NewChatsSection
 from app.views.widgets import Chip, ElidedLabel, button, column, icon_button, label, row, rule, title
 
 WIDTH = 760
@@ -91,6 +92,9 @@ class SettingsPage(Page):
             self._section("hub", "Hub", "Where models and LoRAs are downloaded from.")
             self._body.addWidget(hub())
         self._appearance()
+        self._section("new chats", "New chats begin with")
+        self.new_chats = NewChatsSection(self._settings)
+        self._body.addWidget(self.new_chats)
         self._defaults()
         self._shortcuts()
         self._files()
