@@ -33,6 +33,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     ram_total: int
     ram_free: int
     gpus: tuple[Gpu, ...] = ()
+    llama_gpu: bool = True  # llama.cpp's build, present or to come, can use them
 
     @property
     def vram_free(self) -> int:
@@ -198,7 +199,7 @@ def llama_estimate(model: ModelEntry, machine: Machine, demand: LlamaDemand) -> 
 def _layers_on_gpu(model: ModelEntry, machine: Machine, demand: LlamaDemand) -> int:
     """Layers that will lie on GPUs, the output layer counted as one."""
     every = model.shape.layers + 1
-    if not machine.gpus:
+    if not (machine.gpus and machine.llama_gpu):
         return 0
     if demand.gpu_layers is not None:
         return every if demand.gpu_layers < 0 else min(every, demand.gpu_layers)

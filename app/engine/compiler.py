@@ -34,6 +34,15 @@ def has_compiler() -> bool:
     return c and cxx
 
 
+def nvcc() -> str:
+    """NVIDIA's compiler, as CUDACXX, PATH, CUDA_PATH or the usual folder have it; "" when there is none."""
+    places = [os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
+    name = "nvcc.exe" if sys.platform == "win32" else "nvcc"
+    roots = [os.environ.get("CUDA_PATH", ""), os.environ.get("CUDA_HOME", ""), "" if sys.platform == "win32" else "/usr/local/cuda"]
+    places += [str(Path(root) / "bin" / name) for root in roots if root]
+    return next((place for place in places if place and Path(place).is_file()), "")
+
+
 def command_to_get_one() -> str:
     """The command that installs a compiler on this system; "" when we do not know one."""
     if sys.platform == "win32":

@@ -45,8 +45,10 @@ class Installation:
     def run(self, *, repair: bool) -> None:
         """See Environments.install."""
         marker = self._environments.marker(self._name)
+        self._environments.sweep(self._name)
+        self._environments.put_back(self._name)
         marker.touch()
-        aside = self._folder.with_name(f"{self._name}.before-repair")
+        aside = self._environments.aside(self._name)
         if repair and self._folder.exists():
             discard(aside, self._spec.title)
             self._folder.rename(aside)
@@ -120,8 +122,10 @@ class Installation:
         self._environments.write_stamp(self._name, stamp)
         for layer in (layer for layer in todo if not layer.optional):
             self._layer(layer, stamp)
-        if not stamp.probed:
+        checks = [layer.gpu for layer in self._spec.layers if layer.gpu]
+        if not stamp.probed or (checks and stamp.gpu is None):
             self._probe(self._spec.probe, "Trying it out")
+            stamp.gpu = all(self._can_use_gpu(code) for code in checks) if checks else None
             stamp.probed = True
             self._environments.write_stamp(self._name, stamp)
         for layer in (layer for layer in todo if layer.optional):
@@ -134,7 +138,31 @@ class Installation:
                 self._environments.write_stamp(self._name, stamp)
 
     def _layer(self, layer: Layer, stamp: Stamp) -> None:
-        options, variables = self._options(layer)
+        if layer.gpu and not os.environ.get("CMAKE_ARGS") and has_nvidia() and compiler.nvcc() and compiler.has_compiler():
+            try:
+                self._install_layer(layer, cuda=compiler.nvcc())
+                if not self._can_use_gpu(layer.gpu):
+                    raise WeftError(ErrorKind.ENVIRONMENT, "the build does not find the graphics card's libraries.")
+            except WeftError as error:
+                if error.kind is not ErrorKind.ENVIRONMENT:
+                    raise
+                stamp.failed["gpu"] = f"{error.message} GGUF models run on the processor."
+                self._install_layer(layer, again=True)
+        else:
+            self._install_layer(layer)
+        stamp.layers[layer.name] = layer.fingerprint
+        self._environments.write_stamp(self._name, stamp)
+
+    def _install_layer(self, layer: Layer, *, cuda: str = "", again: bool = False) -> None:
+        """Install one layer.
+
+        Args:
+            cuda: the nvcc to compile it with; "" for a build for the processor.
+            again: in place of a build of the same version.
+        """
+        options, variables = self._options(layer, cuda)
+        if again:
+            options += ["--reinstall-package", layer.compiles]
         command = [self._uv, "pip", "install", "--python", self._environments.interpreter(self._name)]
         command += ["--constraint", resources() / "environments" / "constraints.txt", *options, *layer.requirements]
         try:
@@ -149,16 +177,16 @@ class Installation:
             raise
         if layer.probe:
             self._probe(layer.probe, f"Trying {layer.title} out")
-        stamp.layers[layer.name] = layer.fingerprint
-        self._environments.write_stamp(self._name, stamp)
 
-    def _options(self, layer: Layer) -> tuple[list[str | Path], dict[str, str]]:
+    def _options(self, layer: Layer, cuda: str) -> tuple[list[str | Path], dict[str, str]]:
         options: list[str | Path] = []
         variables: dict[str, str] = {}
         if any(requirement.startswith("torch==") for requirement in layer.requirements):
             options += torch_backend(self._sources)
         if layer.compiles:
-            arguments = os.environ.get("CMAKE_ARGS", "")
+            arguments = "-DGGML_CUDA=on" if cuda else os.environ.get("CMAKE_ARGS", "")
+            if cuda:
+                variables |= {"CMAKE_ARGS": arguments, "CUDACXX": cuda}
             pin = next(r for r in layer.requirements if r.startswith(f"{layer.compiles}=="))
             version = pin.partition("==")[2]
             if arguments:
@@ -174,11 +202,23 @@ class Installation:
             variables["CMAKE_BUILD_PARALLEL_LEVEL"] = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(psutil.cpu_count() or 1)
         return options, variables
 
+    def _can_use_gpu(self, code: str) -> bool:
+        """Ask what was installed. See Layer.gpu."""
+        try:
+            return "gpu True" in self._execute(code, "Looking for graphics cards")
+        except WeftError as error:
+            if error.kind is ErrorKind.CANCELLED:
+                raise
+            return False
+
+    def _execute(self, code: str, phase: str) -> list[str]:
+        variables = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        return self._run.run([self._environments.interpreter(self._name), "-c", code], phase, variables=variables)
+
     def _probe(self, code: str, phase: str) -> None:
         """Run code in the environment. Raises WeftError ENVIRONMENT with Python's last word when it does not run."""
-        variables = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         try:
-            self._run.run([self._environments.interpreter(self._name), "-c", code], phase, variables=variables)
+            self._execute(code, phase)
         except WeftError as error:
             if error.kind is ErrorKind.CANCELLED:
                 raise

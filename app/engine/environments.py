@@ -2,7 +2,7 @@
 
 Under the root lie, for an environment `core`: `core/` (a virtual environment, with a stamp that says which layers
 are complete), `core.incomplete` (exists while an installation has begun and not ended), `core.lock` (held while one
-runs) and `core.log`. A layer is stamped when it is in, so that an interrupted installation goes on where it stopped,
+runs), `core.log`, and `core.before-repair` while a repair runs: what was there, for the case that it fails. A layer is stamped when it is in, so that an interrupted installation goes on where it stopped,
 and the failure of a later, optional layer leaves the earlier ones usable. What is to be installed stands in
 `resources/environments/<name>.toml`.
 """
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Generator, Sequence
@@ -43,12 +44,17 @@ class EnvironmentState(StrEnum):
     BROKEN = "broken"  # it was complete, and its Python is gone
 
 
+USABLE = (EnvironmentState.READY, EnvironmentState.OUTDATED)
+
+
 class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Requirements that are installed together.
 
     Attributes:
         optional: its failure leaves the environment usable.
         compiles: the package in it that may have to be compiled here; "" for none.
+        gpu: Python code that prints `gpu True` on stderr when what was installed can use a graphics card; "" where
+            that does not depend on how it was built.
         probe: Python code that runs only when the layer works; "" for none.
     """
 
@@ -57,6 +63,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     requirements: tuple[str, ...]
     optional: bool = False
     compiles: str = ""
+    gpu: str = ""
     probe: str = ""
 
     @property
@@ -89,11 +96,19 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Stamp(msgspec.Struct, kw_only=True):
-    """What is complete in an environment: layer to fingerprint; and which optional layers failed, with the reason."""
+    """What is complete in an environment.
+
+    Attributes:
+        layers: layer to fingerprint.
+        failed: optional layers that failed, and `gpu` for GPU support, to the reason.
+        probed: it was tried out and works.
+        gpu: what was compiled can use a graphics card; None while nobody asked it.
+    """
 
     layers: dict[str, str] = {}
     failed: dict[str, str] = {}
     probed: bool = False
+    gpu: bool | None = None
 
 
 class Environments:
@@ -124,11 +139,21 @@ class Environments:
         return found
 
     def state(self, name: str) -> EnvironmentState:
-        """What there is of it. Reads a stamp: a fraction of a millisecond."""
-        spec = self.spec(name)
+        """What there is of it. Reads a stamp: a fraction of a millisecond.
+
+        What a killed repair left aside is put back first, unless that repair still runs.
+        """
+        self.spec(name)
         override = _override(name)
         if override is not None:
             return EnvironmentState.READY if override.exists() else EnvironmentState.BROKEN
+        if self.aside(name).exists():
+            with contextlib.suppress(WeftError, OSError), _locked(self.root / f"{name}.lock", name):
+                self.put_back(name)
+        return self._found(name)
+
+    def _found(self, name: str) -> EnvironmentState:
+        spec = self.spec(name)
         if not self.folder(name).is_dir():
             return EnvironmentState.INCOMPLETE if self.marker(name).exists() else EnvironmentState.MISSING
         stamp = self.read_stamp(name)
@@ -142,10 +167,40 @@ class Environments:
             return EnvironmentState.OUTDATED
         return EnvironmentState.READY
 
+    def put_back(self, name: str) -> None:
+        """Give an environment back that a killed repair left aside, or drop it when the new one is whole. Under its lock."""
+        aside = self.aside(name)
+        if not aside.exists():
+            return
+        if self._found(name) in USABLE:
+            _discard_later(aside)
+        else:
+            _discard_later(self.folder(name))
+            aside.rename(self.folder(name))
+        self.marker(name).unlink(missing_ok=True)
+
     def failed_layers(self, name: str) -> dict[str, str]:
-        """Optional layers that could not be installed: title to reason."""
-        titles = {layer.name: layer.title for layer in self.spec(name).layers}
-        return {titles.get(layer, layer): reason for layer, reason in self.read_stamp(name).failed.items()}
+        """Parts that could not be installed, but are not needed: title to reason. GPU support of a build is one."""
+        titles = {"gpu": "GPU support"} | {layer.name: layer.title for layer in self.spec(name).layers}
+        found = {titles.get(layer, layer): reason for layer, reason in self.read_stamp(name).failed.items()}
+        if titles["gpu"] not in found and has_nvidia() and self.gpu(name) is False:
+            found[titles["gpu"]] = without_gpu()
+        return found
+
+    def gpu(self, name: str) -> bool | None:
+        """Whether what was compiled in it can use a graphics card; None where there is no such question, or no answer.
+
+        While it is not installed: whether it will.
+        """
+        if not any(layer.gpu for layer in self.spec(name).layers):
+            return None
+        if override := _override(name):
+            return any(override.parent.parent.glob("[Ll]ib*/**/site-packages/llama_cpp/lib/*ggml-cuda*"))
+        if self.state(name) in USABLE:
+            return self.read_stamp(name).gpu
+        from app.engine import compiler
+
+        return has_nvidia() and bool(compiler.nvcc()) and compiler.has_compiler()
 
     def python(self, name: str) -> Path:
         """The interpreter of a usable environment.
@@ -154,7 +209,7 @@ class Environments:
             WeftError: ENVIRONMENT when it is not installed, with the next step; NOT_FOUND for an unknown name.
         """
         state = self.state(name)
-        if state in (EnvironmentState.READY, EnvironmentState.OUTDATED):
+        if state in USABLE:
             return _override(name) or self.interpreter(name)
         if override := _override(name):
             variable = variable_of(name)
@@ -242,6 +297,8 @@ class Environments:
         if not self.root.is_dir():
             return
         with _locked(self.root / f"{name}.lock", spec.title):
+            self.sweep(name)
+            discard(self.aside(name), spec.title)
             discard(self.folder(name), spec.title)
             self.marker(name).unlink(missing_ok=True)
 
@@ -262,6 +319,15 @@ class Environments:
     def marker(self, name: str) -> Path:
         """Exists from the beginning of an installation to its good end."""
         return self.root / f"{name}.incomplete"
+
+    def aside(self, name: str) -> Path:
+        """Where what was there lies while a repair runs."""
+        return self.root / f"{name}.before-repair"
+
+    def sweep(self, name: str) -> None:
+        """Delete what was about to be deleted when somebody was killed. Under its lock."""
+        for left in self.root.glob(f"{name}.*removing-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def log_path(self, name: str) -> Path:
         return self.root / f"{name}.log"
@@ -296,6 +362,18 @@ def has_nvidia() -> bool:
     return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
 
 
+def without_gpu() -> str:
+    """Why a build of llama.cpp cannot use the NVIDIA card that is there, and what to do, as a sentence."""
+    from app.engine import compiler
+
+    how = (
+        "it was built when the CUDA toolkit was not there. Repair it to build it with GPU support."
+        if compiler.nvcc()
+        else "that needs NVIDIA's CUDA toolkit (nvcc), which is not there. Install that, then Repair."
+    )
+    return f"{how} Until then GGUF models run on the processor."
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; what vanishes meanwhile is not counted."""
     total = 0
@@ -315,7 +393,7 @@ def discard(folder: Path, title: str) -> None:
     """Delete a folder so that it never looks whole while half of it is gone. Raises WeftError BUSY."""
     if not folder.exists():
         return
-    away = folder.with_name(f"{folder.name}.removing-{os.getpid()}")
+    away = _away(folder)
     try:
         folder.rename(away)
         shutil.rmtree(away)
@@ -323,6 +401,17 @@ def discard(folder: Path, title: str) -> None:
         raise WeftError(
             ErrorKind.BUSY, f"The environment {title!r} cannot be removed: {error}", "Unload the model that runs in it and try again."
         ) from error
+
+
+def _discard_later(folder: Path) -> None:
+    """The same without waiting for the deletion; if this process ends meanwhile, `sweep` does it."""
+    if folder.exists():
+        away = folder.rename(_away(folder))
+        threading.Thread(target=shutil.rmtree, args=(away, True), name="discard", daemon=True).start()
+
+
+def _away(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.removing-{os.getpid()}-{time.monotonic_ns()}")
 
 
 def _override(name: str) -> Path | None:

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from app.core.memory import Gpu, Machine
+from app.core.paths import default_paths
+from app.engine.environments import Environments
 
 _FRESH = 1.0  # seconds for which a probe is good
 
@@ -38,7 +40,15 @@ def _probe() -> Machine:
         total = min(total, limit)
         free = min(free, max(0, limit - used))
     system = "windows" if sys.platform == "win32" else "darwin" if sys.platform == "darwin" else "linux"
-    return Machine(system=system, cpu_count=_cpu_count(), ram_total=total, ram_free=free, gpus=_gpus())
+    gpus = _gpus()
+    return Machine(
+        system=system, cpu_count=_cpu_count(), ram_total=total, ram_free=free, gpus=gpus, llama_gpu=bool(gpus) and _llama_gpu()
+    )
+
+
+def _llama_gpu() -> bool:
+    """Whether llama.cpp's build can use the cards; as said when it was installed."""
+    return bool(Environments(default_paths().environments).gpu("llamacpp"))
 
 
 def _cpu_count() -> int:

@@ -203,6 +203,8 @@ def test_where_a_load_fits():
     assert fit(gpu, n_gpu_layers=10) is Fit.GPU_RAM
     assert fit(gpu, cpu=True) is Fit.RAM
     assert fit(msgspec.structs.replace(gpu, gpus=())) is Fit.RAM
+    assert fit(msgspec.structs.replace(gpu, llama_gpu=False)) is Fit.RAM
+    assert fit(msgspec.structs.replace(gpu, llama_gpu=False, ram_free=2**31)) is Fit.NO
     assert fit(msgspec.structs.replace(gpu, gpus=(), ram_free=2**31)) is Fit.NO
     assert fit(msgspec.structs.replace(gpu, ram_free=0)) is Fit.UNKNOWN
     small = msgspec.structs.replace(gpu, gpus=(Gpu(name="x", total=2**32, free=2**32),))

@@ -20,7 +20,7 @@ def main(folder: Path, arguments: list[str]) -> int:
         print(folder / "cache")
         return 0
     with (folder / "calls.jsonl").open("a", encoding="utf-8") as calls:
-        kept = {name: value for name, value in os.environ.items() if name.startswith(("UV_", "CMAKE"))}
+        kept = {name: value for name, value in os.environ.items() if name.startswith(("UV_", "CMAKE", "CUDA"))}
         calls.write(json.dumps({"arguments": arguments, "environment": kept}) + "\n")
     if arguments[0] == "venv":
         return make(Path(arguments[-1]))

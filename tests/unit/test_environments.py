@@ -45,6 +45,7 @@ name = "native"
 title = "the native part"
 compiles = "native"
 requirements = ["native==3"]
+GPU
 
 [[layers]]
 name = "extra"
@@ -70,8 +71,10 @@ class World:
         uv.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(fake))} {shlex.quote(str(folder))} "$@"\n')
         uv.chmod(0o755)
 
-    def define(self, text: str = TWO_LAYERS, probe: str = "pass") -> None:
-        (self.definitions / "thing.toml").write_text(text.replace("PROBE", probe), encoding="utf-8")
+    def define(self, text: str = TWO_LAYERS, probe: str = "pass", gpu: str = "") -> None:
+        text = text.replace("PROBE", probe).replace("GPU", f"gpu = {json.dumps(gpu)}" if gpu else "")
+        (self.definitions / "thing.toml").write_text(text, encoding="utf-8")
+        self.environments = Environments(self.folder / "environments", (self.definitions,))
 
     def plan(self, **plans: dict[str, object]) -> None:
         names = {"base": "one==1", "native": "native==3", "extra": "extra==4"}
@@ -322,6 +325,47 @@ def test_ctrl_c_during_a_repair_gives_back_what_was_there_and_ends_the_tree(worl
     assert (world.environments.folder("thing") / "mine").exists()
 
 
+KILLED = """
+import io, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from app.engine import environment_install
+from app.engine.environments import Environments
+from app.engine.package_sources import Sources
+environment_install.package_sources = lambda: Sources(variables={})
+environment_install._FREE_RESERVE = 0
+environments = Environments(Path(sys.argv[2]), (Path(sys.argv[3]),))
+environments.install("thing", lambda progress: None, io.StringIO(), lambda: False, repair=True)
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("whole", [False, True], ids=["killed midway", "killed when all but done"])
+def test_a_repair_that_is_killed_gives_back_what_was_there(world: World, whole: bool) -> None:
+    world.install()
+    (world.environments.folder("thing") / "mine").touch()
+    if whole:
+        world.install(repair=True)
+        aside, new = world.environments.aside("thing"), world.environments.folder("thing")
+        (aside / "bin").mkdir(parents=True)
+        world.environments.marker("thing").touch()
+        assert world.state is EnvironmentState.READY and new.exists()
+    else:
+        world.plan(native={"child": True, "sleep": 60})
+        command = [sys.executable, "-c", KILLED, str(ROOT), str(world.environments.root), str(world.definitions)]
+        with subprocess.Popen(command) as installer:
+            _wait(lambda: world.environments.aside("thing").exists() and (world.folder / "child.pid").exists())
+            assert world.state is EnvironmentState.INCOMPLETE  # it still runs: nothing is taken from under it
+            installer.kill()
+        _wait(lambda: world.state is EnvironmentState.READY)  # as soon as the dead one's lock is
+        assert (world.environments.folder("thing") / "mine").exists()
+    assert world.environments.python("thing").exists()
+    assert not world.environments.aside("thing").exists() and not world.environments.marker("thing").exists()
+    world.plan()
+    world.install(repair=True)
+    assert [path.name for path in world.environments.root.iterdir() if path.is_dir()] == ["thing"]
+
+
 def test_removing_leaves_nothing_but_the_lock(world: World) -> None:
     world.environments.remove("thing")  # nothing there: nothing happens
     world.install()
@@ -398,6 +442,85 @@ def test_cmake_arguments_of_the_user_decide_the_build(world: World, monkeypatch:
     assert "native:cmake.args=-DGGML_CUDA=on;-DX=a b" in call["arguments"]
     assert call["environment"]["CMAKE_ARGS"] == "-DGGML_CUDA=on -DX='a b'"
     assert int(call["environment"]["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
+
+
+# Graphics cards ---------------------------------------------------------------------------------
+
+ABLE = "import sys; print('gpu True', file=sys.stderr)"
+UNABLE = "import sys; print('gpu False', file=sys.stderr)"
+
+
+@pytest.fixture
+def nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a card and its compiler."""
+    for module in ("environments", "environment_install"):
+        monkeypatch.setattr(f"app.engine.{module}.has_nvidia", lambda: True)
+    monkeypatch.setattr(compiler, "nvcc", lambda: "/cuda/bin/nvcc")
+
+
+@pytest.mark.usefixtures("nvidia")
+def test_with_a_card_and_its_compiler_the_native_part_is_built_for_it(world: World) -> None:
+    world.define(gpu=ABLE)
+    assert world.environments.gpu("thing") is True  # as it will be
+    world.install()
+    call = _native_call(world)
+    assert "native:cmake.args=-DGGML_CUDA=on" in call["arguments"] and "--no-binary" in call["arguments"]
+    assert call["environment"]["CUDACXX"] == "/cuda/bin/nvcc" and call["environment"]["CMAKE_ARGS"] == "-DGGML_CUDA=on"
+    assert world.environments.gpu("thing") is True
+    assert world.environments.failed_layers("thing") == {}
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("nvidia")
+def test_a_build_that_cannot_use_the_card_is_replaced_and_told(world: World) -> None:
+    world.define(gpu=UNABLE)
+    world.install()
+    first, second = [call for call in world.calls if "native==3" in call["arguments"]]
+    assert "CMAKE_ARGS" in first["environment"] and "CMAKE_ARGS" not in second["environment"]
+    assert second["arguments"][second["arguments"].index("--reinstall-package") + 1] == "native"
+    assert world.state is EnvironmentState.READY and world.environments.gpu("thing") is False
+    assert "on the processor" in world.environments.failed_layers("thing")["GPU support"]
+
+
+def test_a_card_without_its_compiler_is_told(world: World, nvidia: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "nvcc", lambda: "")
+    world.define(gpu=UNABLE)
+    assert world.environments.gpu("thing") is False
+    world.install()
+    assert len([call for call in world.calls if "native==3" in call["arguments"]]) == 1
+    assert "CUDA toolkit" in world.environments.failed_layers("thing")["GPU support"]
+    # The toolkit came later: Repair would use it.
+    monkeypatch.setattr(compiler, "nvcc", lambda: "/cuda/bin/nvcc")
+    assert "Repair it" in world.environments.failed_layers("thing")["GPU support"]
+
+
+def test_without_a_card_nothing_is_said_of_one(world: World) -> None:
+    world.define(gpu=UNABLE)
+    world.install()
+    assert world.environments.gpu("thing") is False and world.environments.failed_layers("thing") == {}
+
+
+def test_the_machine_says_what_llama_cpp_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.core.memory import Gpu
+    from app.engine import machine
+
+    monkeypatch.setattr(machine, "_gpus", lambda: (Gpu(name="x", total=2**34, free=2**33),))
+    monkeypatch.setattr("app.engine.environments.has_nvidia", lambda: True)
+    monkeypatch.setattr(compiler, "nvcc", lambda: "")
+    assert machine._probe().gpus and not machine._probe().llama_gpu
+    monkeypatch.setattr(compiler, "nvcc", lambda: "/cuda/bin/nvcc")
+    assert machine._probe().llama_gpu
+
+
+def test_an_interpreter_of_ones_own_is_asked_for_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environments = Environments(tmp_path / "none")
+    python = tmp_path / "venv" / "bin" / "python"
+    monkeypatch.setenv("WEFT_PYTHON_LLAMACPP", str(python))
+    libraries = tmp_path / "venv" / "lib" / "python3.11" / "site-packages" / "llama_cpp" / "lib"
+    libraries.mkdir(parents=True)
+    assert environments.gpu("llamacpp") is False
+    (libraries / "libggml-cuda.so").touch()
+    assert environments.gpu("llamacpp") is True
 
 
 # The lists --------------------------------------------------------------------------------------
