@@ -354,7 +354,7 @@ class House(QObject):
                 return
             try:
                 other = starter("starter (gguf)")
-                if self.jobs.is_ready(now.choose_loader(other).environment):
+                if self.jobs.is_ready(now.planner.choose_loader(other).environment):
                     now.load(other)
             except WeftError as error:
                 self.window.show_notice(Notice(text=str(error), tone="warning"))
@@ -428,27 +428,27 @@ class House(QObject):
     @Slot(object)
     def _ask_code(self, question: CodeQuestion) -> None:
         def allow() -> None:
-            self.loadout.allow_code(question.entry, question.digest)
+            self.loadout.planner.allow_code(question.entry, question.digest)
             self._code_decided()
             self.loadout.load(question.entry, question.loader.id, question.options)
 
-        self._show_code(question.entry, "Allow and load", allow)
+        self._show_code(question.entry, question.files, "Allow and load", allow)
 
     @Slot(object)
     def _review_code(self, entry: ModelEntry) -> None:
         try:
-            digest = self.loadout.code_digest(entry)
+            code = self.loadout.planner.code(entry)
         except WeftError as error:
             self.window.show_error(error)
             return
 
         def allow() -> None:
-            self.loadout.allow_code(entry, digest)
+            self.loadout.planner.allow_code(entry, code.digest)
             self._code_decided()
 
-        self._show_code(entry, "Allow", allow)
+        self._show_code(entry, code.files, "Allow", allow)
 
-    def _show_code(self, entry: ModelEntry, yes: str, allow: object) -> None:
+    def _show_code(self, entry: ModelEntry, files: tuple[str, ...], yes: str, allow: object) -> None:
         def build() -> QDialog:
             from app.views.dialogs import ConfirmDialog
 
@@ -461,7 +461,7 @@ class House(QObject):
                 self.window,
                 danger=True,
                 hint="The permission holds for exactly these files. If they change, Weft asks again.",
-                files=[Path(entry.path, name) for name in entry.custom_code],
+                files=[Path(entry.path, name) for name in files],
             )
 
         self.window.show_dialog(build)

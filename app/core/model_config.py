@@ -124,7 +124,10 @@ def unsuited(config: JsonObject) -> str:
 
 
 def custom_code(folder: Path) -> tuple[str, ...]:
-    """The Python files that `auto_map` entries ask to run: names in the folder, or `user/repo--file.py` elsewhere."""
+    """The Python files that `auto_map` entries ask to run.
+
+    Names in the folder, or `user/repo--file.py` elsewhere. Not to be opened before `model_code.check_references`.
+    """
     files: dict[str, None] = {}
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         path = folder / name
@@ -134,7 +137,10 @@ def custom_code(folder: Path) -> tuple[str, ...]:
         for value in table(read_json(path, 16 * 1024 * 1024), "auto_map").values():
             for reference in cast("list[object]", value) if isinstance(value, list) else [value]:
                 if isinstance(reference, str) and "." in reference:
-                    files[reference.rpartition(".")[0].replace(".", "/") + ".py"] = None
+                    module = reference.rpartition(".")[0]
+                    # What is no plain module stays as it stands there, so that `model_code.check_references` sees it.
+                    plain = all(part.isidentifier() for part in module.split("."))
+                    files[(module.replace(".", "/") if plain else module) + ".py"] = None
     return tuple(files)
 
 

@@ -32,12 +32,16 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Load(_Message, frozen=True, kw_only=True, tag="load"):
-    """Load a model. `options` are fields of the loader's options struct, checked by the child too."""
+    """Load a model. `options` are fields of the loader's options struct, checked by the child too.
+
+    `calibration` is what this loader measured on this machine before (`Loaded.calibration`), so that it need not again.
+    """
 
     model: ModelEntry
     options: dict[str, OptionValue] = {}
     adapters: AdapterStack = AdapterStack()
     trust_remote_code: bool = False
+    calibration: dict[str, int] = {}
 
 
 class Unload(_Message, frozen=True, kw_only=True, tag="unload"):
@@ -132,6 +136,7 @@ class Loaded(_Message, frozen=True, kw_only=True, tag="loaded"):
         seconds: how long the load took.
         has_template: a chat template was found; otherwise a plain one is used and that is said.
         notes: sentences worth showing (an option that had no effect, a fallback).
+        calibration: measured on this machine and worth handing to the next Load, by names of the loader's own.
     """
 
     context: int
@@ -140,6 +145,7 @@ class Loaded(_Message, frozen=True, kw_only=True, tag="loaded"):
     seconds: float = 0.0
     has_template: bool = True
     notes: tuple[str, ...] = ()
+    calibration: dict[str, int] = {}
 
 
 class Tokens(_Message, frozen=True, kw_only=True, tag="tokens"):

@@ -32,22 +32,6 @@ class Fitting(msgspec.Struct, frozen=True, kw_only=True):
     estimate: Estimate | None = None
 
 
-def shortage(estimate: Estimate, machine: Machine, *, freed: int = 0) -> str:
-    """Why a load does not fit, in a sentence; "" when it does.
-
-    Args:
-        freed: bytes that the model loaded now will give back first; counted where the new one lacks them.
-    """
-    ram_free, vram_free = machine.ram_free + freed, machine.vram_free + (freed if estimate.gpu else 0)
-    if not machine.ram_free:
-        return ""
-    if estimate.gpu > vram_free:
-        return f"It needs about {readable_bytes(estimate.gpu)} of graphics memory, and {readable_bytes(vram_free)} is free."
-    if estimate.ram > ram_free:
-        return f"It needs about {readable_bytes(estimate.ram)} of memory, and {readable_bytes(ram_free)} is free."
-    return ""
-
-
 def breakdown(estimate: Estimate, machine: Machine) -> str:
     """The numbers behind an estimate, a line each."""
     lines = [

@@ -7,88 +7,32 @@ every byte comes back.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import time
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
-from app import backends
 from app.backends.base import Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.library import ModelEntry
-from app.core.memory import Estimate, Machine
-from app.core.options import OptionValue, build, describe
-from app.engine.protocol import Generate, Load, Loaded
+from app.core.memory import Machine
+from app.core.options import OptionValue
+from app.engine.protocol import Generate, Loaded
 from app.engine.restart import RestartPolicy
 from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
 from app.store.settings import SettingsStore
 from app.viewmodels.engine_session import EngineSession
+from app.viewmodels.loadout_requests import Requests
+from app.viewmodels.loadout_words import CodeQuestion, Crash, EnvironmentsView, FitQuestion, LoadoutState
+from app.workers.load_plan import LoadPlan, LoadPlanner
+
+__all__ = ["CodeQuestion", "Crash", "EnvironmentsView", "FitQuestion", "Loadout", "LoadoutState"]
 
 IDLE_CHECK_MS = 30_000
-MAX_CODE_BYTES = 4 * 1024 * 1024
-
-
-class LoadoutState(StrEnum):
-    EMPTY = "empty"  # nothing loaded; `model` may be one that waits to be loaded
-    STARTING = "starting"  # the engine starts, or waits for its environment
-    LOADING = "loading"
-    READY = "ready"
-    BUSY = "busy"
-    UNRESPONSIVE = "unresponsive"
-    FAILED = "failed"  # the load failed, or the engine died; `error` says why
-
-
-class EnvironmentsView(Protocol):
-    """What the loadout asks of engine.environments."""
-
-    def is_ready(self, name: str) -> bool: ...
-    def title(self, name: str) -> str: ...
-
-
-class FitQuestion(msgspec.Struct, frozen=True, kw_only=True):
-    """A load that does not fit: asked before it starts. `load(..., anyway=True)` goes on."""
-
-    entry: ModelEntry
-    loader: Spec
-    options: dict[str, OptionValue]
-    estimate: Estimate
-    machine: Machine
-    message: str
-
-
-class CodeQuestion(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that only loads with its own Python code. `allow_code(entry)` remembers a yes for exactly these files."""
-
-    entry: ModelEntry
-    loader: Spec
-    options: dict[str, OptionValue]
-    files: tuple[str, ...]
-    digest: str
-
-
-class Crash(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine died by itself. `again` is false after too many crashes."""
-
-    error: WeftError
-    log: str
-    again: bool
-
-
-class _Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A load that was decided on."""
-
-    entry: ModelEntry
-    spec: Spec
-    options: dict[str, OptionValue]
-    chosen: str = ""  # the loader that somebody asked for, "" when it was left to Weft
 
 
 class Loadout(QObject):
@@ -130,20 +74,16 @@ class Loadout(QObject):
         super().__init__(parent)
         self._make_worker = make_worker
         self._library = library
-        self._model_settings = model_settings
         self._settings = settings
         self._environments = environments
-        self._machine = machine
+        self.planner = LoadPlanner(model_settings, settings, is_ready=environments.is_ready, machine=machine)
         self._log_of = log_of
         self._policy = RestartPolicy()
         self._session: EngineSession | None = None
         self._ending: list[EngineSession] = []
-        self._plan: _Plan | None = None
+        self._plan: LoadPlan | None = None
         self._load_id = 0
-        self._ids = itertools.count(1)
-        self._queued: dict[int, Generate] = {}
-        self._running: dict[int, int] = {}  # the engine's id to ours
-        self._last_words: dict[int, WeftError] = {}  # why requests failed with an engine whose end is not told yet
+        self._requests = Requests()
         self._last_use = time.monotonic()
         self._waiting_for = ""
         self.state = LoadoutState.EMPTY
@@ -185,31 +125,6 @@ class Loadout(QObject):
 
     # Loading ----------------------------------------------------------------------------------------
 
-    def choose_loader(self, entry: ModelEntry, loader_id: str = "") -> Spec:
-        """The loader that `load` would take. Raises WeftError when none takes the model."""
-        saved = loader_id or self._model_settings.get(entry.id)[0] or ""
-        cuda = bool(self._machine().gpus)
-        if not saved:
-            wish = backends.specs().get(self._settings.settings.loaders.get(entry.format.value, ""))
-            if wish is not None and not backends.refusal(wish, entry, cuda=cuda):
-                saved = wish.id
-        if saved and not loader_id and saved not in backends.specs():
-            saved = ""  # saved by a Weft that had this loader
-        return backends.choose(entry, ready=self._environments.is_ready, cuda=cuda, preferred=saved)
-
-    def saved_options(self, entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:
-        """The options saved for this model and loader, without what this version no longer knows or takes."""
-        known = {field.name for field in describe(spec.options)}
-        kept: dict[str, OptionValue] = {}
-        for name, value in self._model_settings.get(entry.id, spec.id)[1].items():
-            if name in known:
-                try:
-                    build(spec.options, {name: value})
-                except WeftError:
-                    continue
-                kept[name] = value
-        return kept
-
     def select(self, entry: ModelEntry) -> None:
         """Pick a model: loaded at once with Autoload on, else it waits for Load."""
         if self._settings.settings.autoload:
@@ -235,21 +150,43 @@ class Loadout(QObject):
             anyway: load although the estimate says that it does not fit.
         """
         try:
-            spec = self.choose_loader(entry, loader_id or "")
-            values = dict(options) if options is not None else self.saved_options(entry, spec)
-            struct = build(spec.options, values)
-            if not anyway and (question := self._does_not_fit(entry, spec, values, struct)) is not None:
-                self.fit_asked.emit(question)
-                return
+            plan = self.planner.plan(entry, loader_id or "", options)
+            question = self._question(plan, anyway)
         except WeftError as error:
             self._drop_engine("Another model is being loaded.", keep_queue=self._is(entry))
             self.model, self.loader, self._plan = entry, None, None
             self._fail_load(error)
             return
-        plan = _Plan(entry=entry, spec=spec, options=values, chosen=loader_id or "")
-        if self._plan is None or plan != self._plan:
-            self._policy.reset()
-        self._begin(plan, keep_queue=self._is(entry))
+        if isinstance(question, FitQuestion):
+            self.fit_asked.emit(question)
+        elif question is not None:
+            self.code_asked.emit(question)
+        else:
+            if self._plan is None or plan != self._plan:
+                self._policy.reset()
+            self._begin(plan, keep_queue=self._is(entry))
+
+    def _question(self, plan: LoadPlan, anyway: bool) -> FitQuestion | CodeQuestion | None:
+        """What is to be asked before this load."""
+        if self.planner.wants_code(plan):
+            return self._code_question(plan)
+        short = None if anyway else self.planner.shortage(plan, freed=self.memory)
+        if short is None:
+            return None
+        return FitQuestion(
+            entry=plan.entry,
+            loader=plan.spec,
+            options=plan.options,
+            estimate=short.estimate,
+            machine=short.machine,
+            message=short.message,
+        )
+
+    def _code_question(self, plan: LoadPlan) -> CodeQuestion:
+        code = self.planner.code(plan.entry)
+        return CodeQuestion(
+            entry=plan.entry, loader=plan.spec, options=plan.options, files=code.files, digest=code.digest
+        )
 
     def _is(self, entry: ModelEntry) -> bool:
         """Whether this model is the one that is picked: then what waits for it goes on waiting."""
@@ -301,7 +238,7 @@ class Loadout(QObject):
             self._begin(plan, keep_queue=True)
         elif not plan.chosen:
             try:
-                other = self.choose_loader(plan.entry)
+                other = self.planner.choose_loader(plan.entry)
             except WeftError:
                 return  # it goes on waiting for the one that takes the model
             if self._environments.is_ready(other.environment):
@@ -316,7 +253,7 @@ class Loadout(QObject):
 
     def generate(self, request: Generate) -> int:
         """Answer. Returns the id that the signals bear; if nothing is loaded any more, the model is loaded first."""
-        made = next(self._ids)
+        made = self._requests.new_id()
         self._last_use = time.monotonic()
         if (
             self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE)
@@ -324,7 +261,7 @@ class Loadout(QObject):
         ):
             self._send(made, request)
         elif self.state in (LoadoutState.STARTING, LoadoutState.LOADING):
-            self._queued[made] = request
+            self._requests.queued[made] = request
         elif self.model is None:
             self._fail_later(made, WeftError(ErrorKind.NOT_FOUND, "No model is loaded.", "Choose one with Ctrl+L."))
         else:
@@ -333,83 +270,35 @@ class Loadout(QObject):
             except WeftError as error:
                 self._fail_later(made, error)
                 return made
-            self._queued[made] = request
+            self._requests.queued[made] = request
             if self._plan is not None:
                 self._begin(self._plan, keep_queue=True)
             else:
                 self.load(self.model)
                 if self.state not in (LoadoutState.STARTING, LoadoutState.LOADING):
-                    # Asked whether it fits, or failed at once: the answer does not wait for a dialog.
-                    if self._queued.pop(made, None) is not None:
-                        why = self.error or WeftError(
-                            ErrorKind.OUT_OF_MEMORY,
-                            "The model was not loaded.",
-                            "Load it from the bar above, then send again.",
-                        )
-                        self._fail_later(made, why)
+                    self._give_up_waiting(made)
         return made
 
     def cancel(self, request: int) -> None:
         """Stop a request; it ends with `finished` (what there is of it) or `failed` (CANCELLED)."""
-        if self._queued.pop(request, None) is not None:
+        if self._requests.queued.pop(request, None) is not None:
             self._fail_later(request, WeftError(ErrorKind.CANCELLED, "Cancelled."))
-            return
-        for engine_id, ours in self._running.items():
-            if ours == request and self._session is not None:
-                self._session.worker.cancel(engine_id)
-                return
+        elif (engine_id := self._requests.engine_id(request)) and self._session is not None:
+            self._session.worker.cancel(engine_id)
 
-    # Code of a model's own --------------------------------------------------------------------------
-
-    def code_digest(self, entry: ModelEntry) -> str:
-        """A digest over the Python files that a model wants to run; "" when it wants none.
-
-        Raises:
-            WeftError: BAD_INPUT when they cannot be read whole.
-        """
-        if not entry.custom_code:
-            return ""
-        digest = hashlib.sha256()
-        for name in entry.custom_code:
-            path = Path(entry.path, name)
-            try:
-                if path.stat().st_size > MAX_CODE_BYTES:
-                    raise OSError("it is larger than 4 MiB")
-                content = path.read_bytes()
-            except OSError as error:
-                raise WeftError(
-                    ErrorKind.BAD_INPUT, f"{path} cannot be read: {error}.", "Download the model again."
-                ) from error
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
-        return digest.hexdigest()
-
-    def trusts_code(self, entry: ModelEntry) -> bool:
-        """Whether the user allowed exactly these files."""
-        try:
-            return self._model_settings.trusts_code(entry.id, self.code_digest(entry))
-        except WeftError:
-            return False
-
-    def allow_code(self, entry: ModelEntry, digest: str) -> None:
-        """Remember the yes; "" takes it back."""
-        self._model_settings.trust_code(entry.id, digest)
+    def _give_up_waiting(self, request: int) -> None:
+        """The load asked something, or failed at once: the answer does not wait for a dialog."""
+        if self._requests.queued.pop(request, None) is not None:
+            why = self.error or WeftError(
+                ErrorKind.OUT_OF_MEMORY,
+                "The model was not loaded.",
+                "Load it from the bar above, then send again.",
+            )
+            self._fail_later(request, why)
 
     # Behind the scenes ------------------------------------------------------------------------------
 
-    def _does_not_fit(
-        self, entry: ModelEntry, spec: Spec, values: dict[str, OptionValue], struct: msgspec.Struct
-    ) -> FitQuestion | None:
-        from app.viewmodels.fitting import shortage
-
-        here = self._machine()
-        estimate = spec.estimate(entry, struct, here)
-        message = shortage(estimate, here, freed=self.memory)
-        if not message:
-            return None
-        return FitQuestion(entry=entry, loader=spec, options=values, estimate=estimate, machine=here, message=message)
-
-    def _begin(self, plan: _Plan, *, keep_queue: bool = False) -> None:
+    def _begin(self, plan: LoadPlan, *, keep_queue: bool = False) -> None:
         self._drop_engine("Another model is being loaded.", keep_queue=keep_queue)
         self._plan = plan
         self.model, self.loader, self.options = plan.entry, plan.spec, dict(plan.options)
@@ -453,17 +342,12 @@ class Loadout(QObject):
         self.loaded = None
         self.load_progress = None
         self._idle.stop()
-        lost = list(self._running.values())
-        self._running.clear()
-        self._last_words.clear()
-        if not keep_queue:
-            lost += self._queued
-            self._queued.clear()
+        lost = self._requests.take_lost(WeftError(ErrorKind.CANCELLED, why), queued=not keep_queue)
         if session is not None:
             self._ending.append(session)
             session.drop()
-        for request in lost:
-            self._fail_later(request, WeftError(ErrorKind.CANCELLED, why))
+        for request, error in lost.items():
+            self._fail_later(request, error)
 
     def _fail_later(self, request: int, error: WeftError) -> None:
         # Never from within generate() or cancel(): the caller does not know the id yet.
@@ -476,7 +360,7 @@ class Loadout(QObject):
         except WeftError as error:
             self._fail_later(ours, error)
             return
-        self._running[engine_id] = ours
+        self._requests.begin(engine_id, ours)
         if self.state is LoadoutState.READY:
             self._set(LoadoutState.BUSY)
 
@@ -489,9 +373,8 @@ class Loadout(QObject):
     def _fail_load(self, error: WeftError, *, told: bool = False) -> None:
         self._waiting_for = ""
         self.error = error
-        queued, self._queued = self._queued, {}
         self._set(LoadoutState.FAILED)
-        for request in queued:
+        for request in self._requests.take_queued():
             self._fail_later(request, error)
         if error.kind is not ErrorKind.CANCELLED and not told:
             self.load_failed.emit(error)
@@ -502,9 +385,8 @@ class Loadout(QObject):
             return
         plan = self._plan
         self.load_progress = Progress(phase=f"Loading {plan.entry.name}")
-        request = Load(model=plan.entry, options=plan.options, trust_remote_code=self.trusts_code(plan.entry))
         try:
-            self._load_id = self._session.worker.send(request)
+            self._load_id = self._session.worker.send(self.planner.command(plan))
         except WeftError as error:
             self._drop_engine("The engine did not take the load.", keep_queue=True)
             self._fail_load(error)
@@ -517,16 +399,16 @@ class Loadout(QObject):
 
     @Slot(int, str, int)
     def _tokens_came(self, engine_id: int, text: str, count: int) -> None:
-        if engine_id in self._running:
-            self.tokens.emit(self._running[engine_id], text, count)
+        if ours := self._requests.running(engine_id):
+            self.tokens.emit(ours, text, count)
 
     @Slot(int, object)
     def _progress_came(self, engine_id: int, event: Progress) -> None:
         if engine_id == self._load_id:
             self.load_progress = event
             self.changed.emit()
-        elif engine_id in self._running:
-            self.progress.emit(self._running[engine_id], event)
+        elif ours := self._requests.running(engine_id):
+            self.progress.emit(ours, event)
 
     @Slot(int, object)
     def _command_done(self, engine_id: int, result: object) -> None:
@@ -534,20 +416,21 @@ class Loadout(QObject):
             self._load_id = 0
             self._load_finished()
             return
-        ours = self._running.pop(engine_id, 0)
+        ours = self._requests.end(engine_id)
         if ours:
             self._rest()
             self.finished.emit(ours, result)
 
     def _load_finished(self) -> None:
-        assert self.model is not None
+        assert self.model is not None and self._plan is not None
         self._last_use = time.monotonic()
         self._set(LoadoutState.READY)
         self._idle.start()
-        queued, self._queued = self._queued, {}
-        for ours, request in queued.items():
+        for ours, request in self._requests.take_queued().items():
             self._send(ours, request)
         try:
+            if self.loaded is not None:
+                self.planner.remember(self._plan, self.loaded)
             self._library.touch(self.model.id)
             if self._settings.settings.last_model != self.model.id:
                 self._settings.update(last_model=self.model.id)
@@ -562,11 +445,11 @@ class Loadout(QObject):
                 self._load_id = 0
                 self._load_refused(error)
             return
-        if dead and engine_id in self._running:
+        if dead and self._requests.running(engine_id):
             # Told together with the engine's end, so that nobody hears of it while the state is still BUSY.
-            self._last_words[self._running[engine_id]] = error
+            self._requests.keep_last_words(engine_id, error)
             return
-        ours = self._running.pop(engine_id, 0)
+        ours = self._requests.end(engine_id)
         if ours:
             self._rest()
             self.failed.emit(ours, error)
@@ -574,37 +457,20 @@ class Loadout(QObject):
     def _load_refused(self, error: WeftError) -> None:
         plan = self._plan
         self._drop_engine("The model could not be loaded.", keep_queue=True)
-        if (
-            plan is not None
-            and plan.entry.custom_code
-            and error.kind in (ErrorKind.HOSTILE, ErrorKind.UNSUPPORTED, ErrorKind.PERMISSION)
-            and not self.trusts_code(plan.entry)
-        ):
-            try:
-                digest = self.code_digest(plan.entry)
-            except WeftError as unreadable:
-                self._fail_load(unreadable)
-                return
-            self.error = error
-            queued, self._queued = self._queued, {}
-            self._set(LoadoutState.FAILED)
-            for request in queued:
-                self._fail_later(request, error)
-            self.code_asked.emit(
-                CodeQuestion(
-                    entry=plan.entry,
-                    loader=plan.spec,
-                    options=plan.options,
-                    files=plan.entry.custom_code,
-                    digest=digest,
-                )
-            )
+        if plan is None or not self.planner.code_would_help(plan, error):
+            self._fail_load(error)
             return
-        self._fail_load(error)
+        try:
+            question = self._code_question(plan)
+        except WeftError as unreadable:
+            self._fail_load(unreadable)
+            return
+        self._fail_load(error, told=True)
+        self.code_asked.emit(question)
 
     def _rest(self) -> None:
         self._last_use = time.monotonic()
-        if not self._running and self.state is LoadoutState.BUSY:
+        if not self._requests.busy and self.state is LoadoutState.BUSY:
             self._set(LoadoutState.READY)
 
     @Slot(str, str)
@@ -622,29 +488,25 @@ class Loadout(QObject):
             elif self.loaded is None:
                 self._set(LoadoutState.STARTING)
             else:
-                self._set(LoadoutState.BUSY if self._running else LoadoutState.READY)
+                self._set(LoadoutState.BUSY if self._requests.busy else LoadoutState.READY)
 
     @Slot(object)
     def _engine_exited(self, end: Any) -> None:
         log = self.log_path
-        running, queued, last_words = list(self._running.values()), list(self._queued), dict(self._last_words)
-        self._running.clear()
-        self._queued.clear()
-        self._drop_engine("The engine ended.")
         error: WeftError = end.error
-        if end.crashed and error.kind is not ErrorKind.CANCELLED:
+        if counted := end.crashed and error.kind is not ErrorKind.CANCELLED:
             self._policy.crashed(error.message)
             try:
                 self._policy.check()
             except WeftError as stopped:
                 error = stopped
-            self.error = error
-            self._set(LoadoutState.FAILED)
-        else:
-            # We ended it, because it did not hear a Cancel: the next message loads the model again.
-            self._set(LoadoutState.EMPTY)
-        for request in (*running, *queued):
-            self._fail_later(request, last_words.get(request, error))
+        lost = self._requests.take_lost(error, queued=True)
+        self._drop_engine("The engine ended.")
+        self.error = error if counted else None
+        # One that we ended because it did not hear a Cancel is no crash: the next message loads the model again.
+        self._set(LoadoutState.FAILED if counted else LoadoutState.EMPTY)
+        for request, why in lost.items():
+            self._fail_later(request, why)
         if self.state is LoadoutState.EMPTY:
             self.notice.emit(str(error))
         elif error.kind is ErrorKind.ENVIRONMENT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,10 +12,12 @@ from pytestqt.qtbot import QtBot
 
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
-from app.engine.protocol import Generate
+from app.core.library import ModelEntry, ModelFormat
+from app.engine.protocol import Generate, Load
 from app.store.chats import ChatStore
 from app.viewmodels.chat import ChatController
-from app.viewmodels.loadout import Loadout, LoadoutState
+from app.viewmodels.loadout import CodeQuestion, Loadout, LoadoutState
+from app.workers.engine_worker import EngineWorker
 from tests.fakes.fake_engine import Problem, Script
 from tests.qt.shell_parts import GB, Rooms, model
 
@@ -164,7 +167,7 @@ def test_too_big_is_asked_before_anything_starts(rooms: Rooms, qtbot: QtBot) -> 
 def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
     loadout = rooms.loadout()
     entry = model()
-    environment = loadout.choose_loader(entry).environment
+    environment = loadout.planner.choose_loader(entry).environment
     rooms.environments.missing.add(environment)
     with qtbot.waitSignal(loadout.environment_wanted, timeout=1000) as wanted:
         loadout.load(entry)
@@ -178,7 +181,7 @@ def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
 def test_saved_options_are_loaded_and_stale_ones_left_out(rooms: Rooms, qtbot: QtBot) -> None:
     loadout = rooms.loadout()
     entry = model()
-    spec = loadout.choose_loader(entry)
+    spec = loadout.planner.choose_loader(entry)
     rooms.model_settings.set(entry.id, spec.id, {"n_ctx": 1024, "no_such_option": 3})
     loadout.load(entry)
     assert loadout.options == {"n_ctx": 1024}
@@ -224,11 +227,12 @@ def test_custom_code_permission_holds_for_these_files_only(rooms: Rooms, tmp_pat
     (folder / "modeling.py").write_text("print('one')")
     entry = model(path=str(folder), custom_code=("modeling.py",))
     loadout = rooms.loadout()
-    assert not loadout.trusts_code(entry)
-    loadout.allow_code(entry, loadout.code_digest(entry))
-    assert loadout.trusts_code(entry)
+    planner = loadout.planner
+    assert not planner.trusts_code(entry)
+    planner.allow_code(entry, planner.code(entry).digest)
+    assert planner.trusts_code(entry)
     (folder / "modeling.py").write_text("print('two')")
-    assert not loadout.trusts_code(entry)
+    assert not planner.trusts_code(entry)
 
 
 def outcomes(loadout: Loadout) -> list[tuple[str, int, Any]]:
@@ -335,3 +339,70 @@ def test_state_has_changed_when_a_request_is_told_to_have_failed(rooms: Rooms, q
     loadout.generate(ASK)
     qtbot.waitUntil(lambda: bool(states), timeout=15_000)
     assert states == [LoadoutState.FAILED]
+
+
+@pytest.fixture
+def coded(tmp_path: Any) -> ModelEntry:
+    """A model that brings code of its own, for a loader that can run it."""
+    folder = tmp_path / "coded"
+    folder.mkdir()
+    (folder / "modeling.py").write_text("from .helper import x")
+    (folder / "helper.py").write_text("x = 1")
+    return model("coded", path=str(folder), format=ModelFormat.SAFETENSORS, custom_code=("modeling.py",))
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
+    """Every Load that an engine is told."""
+    told: list[Load] = []
+    really = EngineWorker.send
+
+    def send(worker: EngineWorker, command: Any) -> int:
+        if isinstance(command, Load):
+            told.append(command)
+        return really(worker, command)
+
+    monkeypatch.setattr(EngineWorker, "send", send)
+    return told
+
+
+def test_a_ticked_option_asks_before_anything_starts(
+    rooms: Rooms, qtbot: QtBot, coded: ModelEntry, sent: list[Load]
+) -> None:
+    loadout = rooms.loadout()
+    with qtbot.waitSignal(loadout.code_asked, timeout=1000) as asked:
+        loadout.load(coded, None, {"trust_remote_code": True})
+    assert asked.args is not None
+    question: CodeQuestion = asked.args[0]
+    assert question.files == ("helper.py", "modeling.py")
+    assert not rooms.made
+    loadout.planner.allow_code(question.entry, question.digest)
+    loadout.load(question.entry, question.loader.id, question.options)
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert (sent[-1].trust_remote_code, sent[-1].options) == (True, {"trust_remote_code": True})
+
+
+def test_a_refusal_asks_for_the_code_and_the_yes_loads_it(
+    rooms: Rooms, qtbot: QtBot, coded: ModelEntry, sent: list[Load]
+) -> None:
+    rooms.script = Script(load_error=Problem(kind="unsupported", message="I do not know this architecture."))
+    loadout = rooms.loadout()
+    ended = outcomes(loadout)
+    with qtbot.waitSignal(loadout.code_asked, timeout=15_000) as asked:
+        loadout.load(coded)
+        loadout.generate(ASK)
+    assert asked.args is not None
+    question: CodeQuestion = asked.args[0]
+    assert not sent[-1].trust_remote_code
+    qtbot.waitUntil(lambda: bool(ended), timeout=2000)
+    assert ended[0][2].kind is ErrorKind.UNSUPPORTED
+    rooms.script = Script()
+    loadout.planner.allow_code(question.entry, question.digest)
+    loadout.load(question.entry, question.loader.id, question.options)
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert (sent[-1].trust_remote_code, sent[-1].options) == (True, {"trust_remote_code": True})
+    # A helper that changes afterwards takes the permission along.
+    Path(coded.path, "helper.py").write_text("import os")
+    loadout.load_again()
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert not sent[-1].trust_remote_code

@@ -16,7 +16,7 @@ from app.core.memory import Machine
 from app.core.options import OptionValue, build, describe
 from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
-from app.viewmodels.fitting import breakdown, judge, shortage
+from app.viewmodels.fitting import breakdown, judge
 from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.model_facts import ModelFacts, read_facts
 from app.viewmodels.model_table import format_title
@@ -25,6 +25,7 @@ from app.views.dialogs import text_box
 from app.views.option_fields import QuietCombo
 from app.views.options_form import OptionsForm
 from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, icon_button, label, row, title
+from app.workers.load_plan import shortage
 
 SAVE_MS = 400
 
@@ -211,7 +212,7 @@ class ModelDetails(QFrame):
     def _automatic(self, entry: ModelEntry) -> Spec | None:
         try:
             return (
-                self._loadout.choose_loader(entry)
+                self._loadout.planner.choose_loader(entry)
                 if not self._model_settings.get(entry.id)[0]
                 else backends.choose(entry, ready=lambda _: True, cuda=bool(self._machine().gpus))
             )
@@ -250,7 +251,7 @@ class ModelDetails(QFrame):
             self._loader_help.setText(spec.summary)
             self.form = self._form_of(spec)
             self.form.suggest(_suggestions(entry, spec))
-            self.form.set_values(self._loadout.saved_options(entry, spec))
+            self.form.set_values(self._loadout.planner.saved_options(entry, spec))
             self.form.show()
         self._show_saved()
         self._show_code()
@@ -276,9 +277,16 @@ class ModelDetails(QFrame):
         self._code.setVisible(needs)
         if not needs or entry is None:
             return
-        count = len(entry.custom_code)
+        try:
+            count = len(self._loadout.planner.code(entry).files)
+        except WeftError as error:
+            self._code.set_tone("warning")
+            self._code.text.setText(f"{error.message} It does not run.")
+            self._code_button.hide()
+            return
+        self._code_button.show()
         files = "1 Python file" if count == 1 else f"{count} Python files"
-        if self._loadout.trusts_code(entry):
+        if self._loadout.planner.trusts_code(entry):
             self._code.set_tone("info")
             self._code.text.setText(f"This model may run its own code ({files}), as you allowed.")
             self._code_button.setText("Withdraw")
@@ -445,8 +453,8 @@ class ModelDetails(QFrame):
     def _review_code(self) -> None:
         if self.entry is None:
             return
-        if self._loadout.trusts_code(self.entry):
-            self._loadout.allow_code(self.entry, "")
+        if self._loadout.planner.trusts_code(self.entry):
+            self._loadout.planner.allow_code(self.entry, "")
             self._show_code()
         else:
             self.code_wanted.emit(self.entry)
