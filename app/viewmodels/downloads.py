@@ -212,8 +212,8 @@ class Downloads(QObject):
             self.refused.emit(full)
             return
         self.rows.append(Row(download))
-        self.added.emit(download)
         self.changed.emit()
+        self.added.emit(download)
         self._fill()
 
     # What a person does -----------------------------------------------------------------------------
