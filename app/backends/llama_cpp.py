@@ -23,6 +23,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.core.memory import Estimate, Machine
 from app.core.options import build
+from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import llama_options
@@ -75,7 +76,7 @@ SPEC = Spec(
     summary="Runs GGUF models on the CPU and on most graphics cards, quantized and quick to load.",
     formats=frozenset({ModelFormat.GGUF}),
     environment="llamacpp",
-    capabilities=frozenset({Capability.PERPLEXITY}),
+    capabilities=frozenset({Capability.LORA, Capability.MULTI_LORA, Capability.PERPLEXITY}),
     options=Options,
     sampling=FIELDS,
     estimate=estimate,
@@ -103,6 +104,7 @@ class Backend(BaseBackend):
         self._model: Any = None
         self._context: Any = None
         self._template: Any = None
+        self._stack: Any = None
         self._options = Options()
         self._said: list[_Said] = []
         self._answers = 0
@@ -121,12 +123,6 @@ class Backend(BaseBackend):
         self.unload()
         options = build(Options, request.options)
         llama_options.check(options)
-        if request.adapters.adapters:
-            raise WeftError(
-                ErrorKind.UNSUPPORTED,
-                "llama.cpp takes no adapters in this version.",
-                "Load the model without adapters.",
-            )
         parts = parts_of(Path(request.model.path))
         _check_files(parts)
         path = parts[0]
@@ -259,7 +255,26 @@ class Backend(BaseBackend):
         device = sum(size for (place, _), size in buffers.items() if not _on_host(place))
         return (max(0, after - before) if before and after else host) + device
 
+    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
+        self._require_model()
+        for note in self._set_stack(adapters, report):
+            report.log("warning", note)
+
+    def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
+        """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
+        from app.adapters.llama_stack import LlamaStack
+
+        if self._stack is None:
+            pointers = self._model.pointer, self._context.pointer
+            self._stack = LlamaStack(self._library, *pointers, self._model.path, self._log.reason)
+        self._log.clear()
+        stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
+        if stale:
+            self._context.clear()
+        return notes
+
     def unload(self) -> None:
+        self._stack = None  # its adapters go with the model
         if self._template is not None:
             self._template.close()
             self._template = None

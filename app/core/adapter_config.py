@@ -25,6 +25,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         rank: `r`; 0 when unknown. The tensors' shapes count, not this.
         alpha: None when unknown: a lone file without a config.
         factor: the whole scale, where it is given as such (MLX); None elsewhere.
+        bias: which of the base's own biases were trained: `none`, `all`, `lora_only`.
         rank_pattern, alpha_pattern: regular expressions for the ends of module names, to values of their own.
         modules_to_save, targets: as written.
         tokens: module name to the rows that were trained of it.
@@ -41,6 +42,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     dora: bool = False
     fan_in_fan_out: bool = False
     lora_bias: bool = False
+    bias: str = "none"
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     modules_to_save: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ def parse_adapter_config(config: JsonObject) -> AdapterConfig:
         dora=config.get("use_dora") is True,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         lora_bias=config.get("lora_bias") is True,
+        bias=_text(config, "bias") or "none",
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         modules_to_save=_texts(config.get("modules_to_save")),

@@ -225,9 +225,10 @@ def _sort(found: AdapterFile, parts: dict[tuple[str, int], dict[str, TensorInfo]
         parts.setdefault((owner, depth), {})[part] = tensor
     elif saved := _SAVED.fullmatch(name):
         module = _module(found, saved["module"].removesuffix(".base_layer"))
-        if (saved["wrapper"] or "").startswith("base_layer") and saved["parameter"] == "weight":
+        copied = (saved["wrapper"] or "").startswith("base_layer")
+        if copied and saved["parameter"] == "weight":
             module.base = tensor
-        else:
+        elif not copied or saved["parameter"] != "bias" or found.config.bias != "none":
             module.saved[saved["parameter"]] = tensor
     else:
         found.unknown.append(tensor.name)

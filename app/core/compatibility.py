@@ -169,6 +169,8 @@ def _reason(adapter: AdapterFile, module: AdaptedModule, model: ModelModules, la
         return f"the model has only {layers} layers"
     if model.gguf and not role:
         return "GGUF files have no such module" if not is_expert(place) else "llama.cpp takes no adapters of experts"
+    if model.gguf and model.shapes and role in ("output", "token_embd") and Place(-1, "output") not in model.shapes:
+        return "the model's embedding is its output head too, which llama.cpp cannot adapt"
     known, shape = _find(place, role, model, adapter.gguf)
     if not known and _is_vector(module, place, model):
         return _vectors_fit(module, place, model)
@@ -198,16 +200,11 @@ def _find(place: Place, role: str, model: ModelModules, gguf: bool) -> tuple[boo
             # Embeddings go by what they are, whatever a family calls them; so do the names of a GGUF adapter.
             same = (p for p in model.shapes if p.layer == place.layer and role_of(p) == role)
             key = place if place in model.shapes else next(same, place)
-        if key.tail in ("output", "lm_head", "embed_out") and key not in model.shapes:
-            tied = next(
-                (
-                    s
-                    for p, s in model.shapes.items()
-                    if (p.layer < 0 and role_of(p) == "token_embd") or p.tail == "token_embd"
-                ),
-                None,
-            )
-            return tied is not None, tied
+        if role == "output" and key not in model.shapes and not model.gguf:
+            # A tied head has no matrix of its own in the file, and can be adapted all the same.
+            tied = (s for p, s in model.shapes.items() if p.layer < 0 and role_of(p) == "token_embd")
+            shape = next(tied, None)
+            return shape is not None, shape
         if key not in model.shapes and is_expert(place):
             key = Place(place.layer, "mlp.experts", place.tower)
         if key not in model.shapes:

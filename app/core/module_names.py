@@ -24,16 +24,13 @@ ROLES: dict[str, str] = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    # Phi-2, Phi-3, Baichuan, OPT
+    # Phi-2, Phi-3
     "self_attn.dense": "attn_output",
     "self_attn.out_proj": "attn_output",
     "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.W_pack": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
-    "fc1": "ffn_up",
-    "fc2": "ffn_down",
     "mixer.Wqkv": "attn_qkv",
     "mixer.out_proj": "attn_output",
     # GPT-2, StarCoder, Qwen (first), GPT-J, CodeGen
@@ -122,7 +119,6 @@ _FAMILIES: dict[str, frozenset[str]] = {
         "bloom falcon": "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
         "gpt_neox gptneox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
         "mpt": "attn.Wqkv attn.out_proj ffn.up_proj ffn.down_proj",
-        "opt": f"{_Q_K_V} self_attn.out_proj fc1 fc2",
         "starcoder2": f"{_Q_K_V} self_attn.o_proj mlp.c_fc mlp.c_proj",
         "gptj": "attn.q_proj attn.k_proj attn.v_proj attn.out_proj mlp.fc_in mlp.fc_out",
     }.items()

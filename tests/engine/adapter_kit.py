@@ -18,6 +18,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+transformers.utils.logging.disable_progress_bar()  # its monitor thread would outlive a slow test
+
 VOCABULARY, CONTEXT = 96, 64
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -203,7 +205,12 @@ def _experts(
 
 
 def merged_logits(model: Any, stack: Sequence[tuple[Path, float]], ids: torch.Tensor) -> torch.Tensor:
-    """Logits, float64, of a copy of the model whose weights are W + sum of w_i D_i; tied weights are untied where D differ."""
+    """Logits, float64, of the merged model."""
+    return logits(merged(model, stack), ids)
+
+
+def merged(model: Any, stack: Sequence[tuple[Path, float]]) -> Any:
+    """A copy of the model in float64 whose weights are W + sum of w_i D_i; tied weights are untied where D differ."""
     import copy
 
     total: dict[str, torch.Tensor] = {}
@@ -225,10 +232,11 @@ def merged_logits(model: Any, stack: Sequence[tuple[Path, float]], ids: torch.Te
                 rows[name] = rows.get(name, 0) + weight * d
     copied = copy.deepcopy(model).double()
     copied.config._experts_implementation = "eager"  # the quick ways do not know float64
-    if tied:
+    head_name = f"{names[id(model.get_output_embeddings())]}.weight"
+    embedding_name = f"{names[id(model.get_input_embeddings())]}.weight"
+    if tied and (head_name in total or embedding_name in total):
         head = copied.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        head_name = f"{names[id(model.get_output_embeddings())]}.weight"
         for d in rows.values():
             total[head_name] = total.get(head_name, 0) + d
     with torch.no_grad():
@@ -239,4 +247,4 @@ def merged_logits(model: Any, stack: Sequence[tuple[Path, float]], ids: torch.Te
                 setattr(module, parameter, torch.nn.Parameter(d))
             else:
                 getattr(module, parameter).add_(d)
-    return logits(copied, ids)
+    return copied
