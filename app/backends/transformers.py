@@ -115,13 +115,14 @@ class Backend(base.Backend):
         )
         hf_plan.plan_precision(config, plan, options)
         hf_plan.plan_place(request.model, plan, options)
+        free = hf_plan.free_memory(options)
         self._offload = plan.offload_folder if not options.offload_folder else ""
         self._model = hf_load.load_model(
             config, plan, lambda p: report.progress(p.phase, p.done, p.total, p.unit), lambda: report.cancelled
         )
         report.progress("Reading the tokenizer")
         prompts.read_tokenizer(seen, trust, config, folder)
-        self._context = hf_plan.choose_context(config, options, plan.notes)
+        self._context = hf_plan.choose_context(request.model, config, plan, options, free)
         device, slow = hf_load.place_of(self._model)
         if slow:
             plan.notes.append("Part of the model is read from disk for each token: this is slow.")

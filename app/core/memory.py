@@ -131,14 +131,23 @@ def automatic_context(shape: ModelShape, demand: LlamaDemand, free: int, weights
     Args:
         free: bytes free before the load, 0 when unknown. weights: bytes of the weights.
     """
-    trained = shape.context or 4096
-    if not free:
-        return min(trained, 8192)
-    room = (free - weights - llama_overhead(shape, demand, 0)) // 2
+    room = free - weights - llama_overhead(shape, demand, 0) if free else None
     per_token = kv_cache_bytes(shape, 1024, key_bytes=demand.key_bytes, value_bytes=demand.value_bytes) / 1024
+    return capped_context(shape.context or 4096, per_token, room)
+
+
+def capped_context(trained: int, per_token: float, room: int | None) -> int:
+    """A context length of which the cache takes at most half of what is left, but no less than 2,048 tokens.
+
+    Args:
+        trained: tokens, the most that it can be. per_token: bytes of the cache for each.
+        room: bytes that weights and libraries leave free; None when unknown, for 8,192 tokens.
+    """
+    if room is None:
+        return min(trained, 8192)
     if per_token <= 0:
         return trained
-    fits = int(max(0, room) / per_token) // PAD * PAD
+    fits = int(max(0, room) // 2 / per_token) // PAD * PAD
     return max(min(trained, 2048), min(trained, fits))
 
 

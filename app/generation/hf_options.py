@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
-from app.core.memory import Estimate, Machine, kv_cache_bytes, prompt_chunk
+from app.core.memory import Estimate, Machine, capped_context, kv_cache_bytes, prompt_chunk
 from app.core.options import option
 
 GIB = 1024**3
@@ -30,7 +31,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 ge=8,
                 unit="tokens",
                 group=CONTEXT,
-                automatic="from the model's config",
+                automatic="what the model was trained for, as far as memory allows",
                 aliases=("n_ctx", "max_seq_len"),
             ),
         ]
@@ -268,12 +269,14 @@ def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     size = _dtype_size(model, options, machine)
     weights = weight_bytes(model, options, size)
     shape = model.shape
-    context = options.context_length or int((shape.context or 2048) * options.compress_pos_emb)
+    context = options.context_length or automatic_context(
+        model, options, size, trained=shape.context, ram=machine.ram_free, gpus=_usable(options, machine)
+    )
     cache = kv_cache_bytes(shape, context, key_bytes=size, value_bytes=size)
     work = _activation_bytes(model, size, context)
     gpu = 0
-    if machine.gpus and not options.cpu:
-        gpu = min(weights + cache + work, sum(_gpu_limits(options, machine)))
+    if _usable(options, machine):
+        gpu = min(weights + cache + work, sum(_limits(options, _usable(options, machine))))
     ram = weights + cache + work - gpu
     if options.disk and options.cpu_memory is not None and weights > options.cpu_memory * GIB:
         ram -= max(0, weights - gpu - int(options.cpu_memory * GIB))
@@ -285,6 +288,37 @@ def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     return Estimate(
         weights=weights, cache=cache, overhead=PROCESS + work + passing, gpu=gpu, ram=ram + PROCESS + passing
     )
+
+
+def automatic_context(
+    model: ModelEntry, options: Options, size: float, *, trained: int, ram: int, gpus: Sequence[int] = ()
+) -> int:
+    """The context length when nobody chose one: what the model was trained for, as far as memory allows.
+
+    The cache may take half of what the weights leave free: on the cards where these are used, for the layers that lie
+    there have their part of it beside them.
+
+    Args:
+        size: bytes of one number of the cache. trained: tokens, before `compress_pos_emb`; 0 when unknown.
+        ram: bytes free in main memory, 0 when unknown; gpus: bytes that each card has free.
+    """
+    stretched = int((trained or 2048) * options.compress_pos_emb)
+    per_token = kv_cache_bytes(model.shape, 1024, key_bytes=size, value_bytes=size) / 1024
+    weights = weight_bytes(model, options, size)
+    if gpus:
+        limits = _limits(options, gpus)
+        # accelerate leaves a tenth of a card free where the limit does not.
+        room = sum(gpus) - min(weights, sum(min(limit, int(free * 0.9)) for limit, free in zip(limits, gpus, strict=False)))
+    elif ram:
+        room = ram - weights - PROCESS - _activation_bytes(model, size, 0)
+    else:
+        room = None
+    return capped_context(stretched, per_token, room)
+
+
+def _usable(options: Options, machine: Machine) -> tuple[int, ...]:
+    """Bytes that each card has free which PyTorch may use."""
+    return () if options.cpu else tuple(gpu.free for gpu in machine.gpus)
 
 
 def _activation_bytes(model: ModelEntry, size: float, context: int) -> int:
@@ -321,11 +355,12 @@ def weight_bytes(model: ModelEntry, options: Options, size: float) -> int:
     return int((model.parameters - kept) * bits / 8 + kept * size)
 
 
-def _gpu_limits(options: Options, machine: Machine) -> list[int]:
+def _limits(options: Options, gpus: Sequence[int]) -> list[int]:
+    """Bytes that the model may take of each card, from what each has free."""
     if options.gpu_memory is None:
-        return [gpu.free for gpu in machine.gpus]
+        return list(gpus)
     limits = [int(value * GIB) for value in parse_gpu_memory(options.gpu_memory)]
-    return [min(limit, gpu.free) for limit, gpu in zip(limits, machine.gpus, strict=False)]
+    return [min(limit, free) for limit, free in zip(limits, gpus, strict=False)]
 
 
 def parse_gpu_memory(text: str) -> list[float]:

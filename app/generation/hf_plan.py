@@ -14,7 +14,7 @@ import torch
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.generation.hf_load import DTYPES, Plan, checkpoint_dtype
-from app.generation.hf_options import GIB, Options, parse_gpu_memory, weight_bytes
+from app.generation.hf_options import GIB, Options, automatic_context, parse_gpu_memory, weight_bytes
 
 
 def plan_precision(config: Any, plan: Plan, options: Options) -> None:
@@ -164,14 +164,37 @@ def check_quantized(model: Any, plan: Plan) -> None:
         plan.notes.append("bitsandbytes found no layer of this model that it can quantize; it is loaded unquantized.")
 
 
-def choose_context(config: Any, options: Options, notes: list[str]) -> int:
-    """How many tokens prompt and answer share; learned positions are a wall, rotary ones only an advice."""
+def free_memory(options: Options) -> tuple[int, list[int]]:
+    """Bytes free in main memory, and on each card that PyTorch will use. To be asked before a load."""
+    from app.generation.llama_machine import free_memory
+
+    cuda = torch.cuda.is_available() and not options.cpu
+    cards = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())] if cuda else []
+    return free_memory(), cards
+
+
+def choose_context(
+    model: ModelEntry, config: Any, plan: Plan, options: Options, free: tuple[int, list[int]]
+) -> int:
+    """How many tokens prompt and answer share; learned positions are a wall, rotary ones only an advice.
+
+    Args:
+        free: what `free_memory` said before the load.
+    """
+    notes = plan.notes
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     trained = next((int(v) for n in names if isinstance(v := getattr(text, n, None), int) and v > 0), 0)
     stretched = int(trained * options.compress_pos_emb)
     if options.context_length is None:
-        return stretched or 2048
+        ram, cards = free
+        context = automatic_context(model, options, plan.dtype.itemsize, trained=trained, ram=ram, gpus=cards)
+        if stretched and context < stretched:
+            notes.append(
+                f"The model was trained for {trained:,} tokens; {context:,} of them are used, since memory is short. "
+                "Set the context length to have more."
+            )
+        return context
     rotary = isinstance(getattr(text, "rope_parameters", None), dict)
     if trained and options.context_length > trained and not rotary:
         notes.append(f"This model has {trained} positions and no more; the context length is {trained}.")

@@ -14,7 +14,7 @@ import pytest
 
 from app.backends import specs
 from app.core import memory
-from app.core.library import ModelEntry, ModelShape
+from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.core.memory import Estimate, Fit, Gpu, LlamaDemand, Machine
 from app.core.options import build
 
@@ -189,6 +189,31 @@ def test_the_automatic_context_never_takes_more_than_half_of_what_is_left():
     assert memory.automatic_context(msgspec.structs.replace(shape, context=512), demand, 2**40, weights) == 512
 
 
+def test_a_long_trained_context_does_not_forbid_a_model_to_transformers():
+    """Llama 3.1 8B in 16 bits was trained for 131,072 tokens, whose cache alone takes 16 GiB."""
+    spec = specs()["transformers"]
+    entry = msgspec.structs.replace(
+        _seven_billion(), format=ModelFormat.SAFETENSORS, quantization="", parameters=8_030_261_248, weight_bytes=16_060_522_496,
+        shape=ModelShape(
+            layers=32, hidden=4096, intermediate=14_336, heads=32, kv_heads=8, head_dim=128, value_dim=128, vocabulary=128_256,
+            context=131_072,
+        ),
+    )  # fmt: skip
+    home = Machine(system="linux", cpu_count=8, ram_total=32 * 2**30, ram_free=28 * 2**30)
+    card = msgspec.structs.replace(home, gpus=(Gpu(name="x", total=24 * 2**30, free=23 * 2**30),))
+
+    def estimate(machine: Machine, **options: Any) -> Estimate:
+        return spec.estimate(entry, build(spec.options, options), machine)
+
+    assert memory.fit(estimate(home), home) is Fit.RAM
+    assert 2**31 < estimate(home).cache <= (28 * 2**30 - entry.weight_bytes) / 2
+    assert estimate(card).gpu <= 23 * 2**30 and 2**30 < estimate(card).cache <= 2**32
+    assert estimate(home, context_length=131_072).cache == 2**34
+    assert memory.fit(estimate(home, context_length=131_072), home) is Fit.NO
+    large = msgspec.structs.replace(home, ram_free=96 * 2**30)
+    assert estimate(large).cache == 2**34
+
+
 def test_where_a_load_fits():
     gpu = Machine(
         system="linux", cpu_count=4, ram_total=2**35, ram_free=2**34, gpus=(Gpu(name="x", total=2**34, free=2**34),)
@@ -227,8 +252,6 @@ def test_batches_of_a_prompt_depend_on_the_model_alone():
 
 
 def _seven_billion() -> ModelEntry:
-    from app.core.library import ModelFormat
-
     return ModelEntry(
         id="x", name="x", path="x", format=ModelFormat.GGUF, architecture="llama", quantization="Q4_K_M", parameters=7 * 10**9,
         weight_bytes=4_200_000_000,
