@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from app import __version__, cli_check, cli_download
-from app.backends import choose, specs
+from app.backends import specs
 from app.backends.base import Capability, Spec
 from app.cli_library import find_model
 from app.core.conversation import Message
@@ -27,12 +27,14 @@ from app.core.roots import Root
 from app.core.sampling import Sampling
 from app.engine import launch, machine, protocol
 from app.engine.client import EngineClient
-from app.engine.environments import Environments, EnvironmentState
+from app.engine.environments import USABLE, Environments
 from app.store.database import Database
 from app.store.library import LibraryStore
+from app.store.model_settings import ModelSettings
 from app.store.refresh import library_roots, refresh
 from app.store.settings import SettingsStore
 from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
+from app.workers.load_plan import TRUST, LoadPlan, LoadPlanner
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -84,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)"
     )
-    for field in describe(Sampling):
-        chat.add_argument(
+    chat.add_argument("--anyway", action="store_true", help="load although it seems not to fit into memory")
+    chat.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=f"sampling_{field.name}",
             metavar="V",
@@ -110,7 +112,7 @@ def _loaders(parsed: argparse.Namespace) -> int:
         reason = ""
         if spec.needs_cuda and not here.gpus:
             reason = "needs an NVIDIA graphics card"
-        elif state is not EnvironmentState.READY:
+        elif state not in USABLE:
             reason = f"its environment {spec.environment!r} is {state.value}; it is installed on first use"
         rows.append(
             {
@@ -227,22 +229,54 @@ def _chat(parsed: argparse.Namespace) -> int:
     paths = default_paths()
     environments = Environments(paths.environments)
     model = find_model(parsed.model)
-    spec = choose(
-        model,
-        ready=lambda name: environments.state(name) is EnvironmentState.READY,
-        cuda=bool(machine.probe().gpus),
-        preferred=parsed.loader,
-    )
-    options = parse_assignments(spec.options, parsed.option)
-    build(spec.options, options)  # wrong values are refused before anything is started
-    with _engine(spec, paths, environments) as engine:
-        _load(engine, model, options)
-        if parsed.prompt is not None:
-            answer = _answer(engine, _conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
-            if parsed.json:
-                _print_json(answer)
-            return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
-        return _converse(engine, parsed, sampling)
+    with _planner(paths, environments) as planner:
+        plan, command = _plan(planner, model, parsed)  # what is wrong is refused before anything is started
+        with _engine(plan.spec, paths, environments) as engine:
+            _load(engine, planner, plan, command)
+            if parsed.prompt is not None:
+                answer = _answer(engine, _conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
+                if parsed.json:
+                    _print_json(answer)
+                return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
+            return _converse(engine, parsed, sampling)
+
+
+@contextlib.contextmanager
+def _planner(paths: Paths, environments: Environments) -> Iterator[LoadPlanner]:
+    database = Database(paths.database)
+    try:
+        yield LoadPlanner(
+            ModelSettings(database),
+            SettingsStore(paths.settings),
+            is_ready=lambda name: environments.state(name) in USABLE,
+            machine=machine.probe,
+        )
+    finally:
+        database.close()
+
+
+def _plan(planner: LoadPlanner, model: ModelEntry, parsed: argparse.Namespace) -> tuple[LoadPlan, protocol.Load]:
+    """The load as the window would do it, with the options given here over those that are saved for the model."""
+    spec = planner.choose_loader(model, parsed.loader)
+    given = parse_assignments(spec.options, parsed.option)
+    plan = planner.plan(model, spec.id, {**planner.saved_options(model, spec), **given})
+    allowed = given.get(TRUST) is True
+    if not allowed and planner.wants_code(plan):
+        raise WeftError(
+            ErrorKind.PERMISSION,
+            f"{model.name} wants to run its own Python code, which nobody has allowed.",
+            f"Read the Python files in {model.path}. {_ALLOW}",
+        )
+    if not parsed.anyway and (short := planner.shortage(plan)) is not None:
+        raise WeftError(
+            ErrorKind.OUT_OF_MEMORY,
+            f"{model.name} may not fit. {short.message}",
+            "Close other programs, take a shorter context length or a smaller quantization, or add --anyway.",
+        )
+    return plan, planner.command(plan, allowed=allowed)
+
+
+_ALLOW = f"If you trust who made them, add --option {TRUST}=true."
 
 
 def _sampling(parsed: argparse.Namespace) -> Sampling:
@@ -258,7 +292,7 @@ def _conversation(system: str, *turns: str) -> list[Message]:
 
 @contextlib.contextmanager
 def _engine(spec: Spec, paths: Paths, environments: Environments) -> Iterator[EngineClient]:
-    if environments.state(spec.environment) is not EnvironmentState.READY:
+    if environments.state(spec.environment) not in USABLE:
         environments.install_for_command_line(spec.environment)
     engine = launch.engine_for(spec.id, paths)
     engine.start()
@@ -268,19 +302,31 @@ def _engine(spec: Spec, paths: Paths, environments: Environments) -> Iterator[En
         engine.shutdown()
 
 
-def _load(engine: EngineClient, model: ModelEntry, options: dict[str, Any]) -> None:
+def _load(engine: EngineClient, planner: LoadPlanner, plan: LoadPlan, command: protocol.Load) -> None:
     line = ProgressLine()
-    line.show(Progress(phase=f"Loading {model.name}"))
+    line.show(Progress(phase=f"Loading {plan.entry.name}"))
     try:
-        for event in engine.call(protocol.Load(model=model, options=options)):
+        for event in engine.call(command):
             if isinstance(event, protocol.ProgressEvent):
                 line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
             elif isinstance(event, protocol.Loaded):
                 line.clear()
                 for note in event.notes:
                     print(f"note: {note}", file=sys.stderr)
+                _remember(planner, plan, event)
+    except WeftError as error:
+        if command.trust_remote_code or not planner.code_would_help(plan, error):
+            raise
+        raise WeftError(error.kind, error.message, f"It brings Python code of its own. {_ALLOW}") from error
     finally:
         line.clear()
+
+
+def _remember(planner: LoadPlanner, plan: LoadPlan, loaded: protocol.Loaded) -> None:
+    try:
+        planner.remember(plan, loaded)
+    except WeftError as error:
+        _print_problem(error)  # the model runs; it will be measured again
 
 
 def _answer(

@@ -134,7 +134,8 @@ class Backend(BaseBackend):
             self._model = LlamaModel(self._library, self._log, path, options, lambda done: _advance(report, done))
             on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
             template_notes = self._open_template()  # its child starts while the context is made
-            notes = self._open_context(request.model, options, vram if on_gpu else free, report) + template_notes
+            notes, calibration = self._open_context(request, options, vram if on_gpu else free, report)
+            notes += template_notes
             self._template.wait_until_ready()
         except BaseException:
             self.unload()
@@ -147,6 +148,7 @@ class Backend(BaseBackend):
                 seconds=time.monotonic() - started,
                 has_template=bool(options.chat_template.strip() or self._model.template),
                 notes=tuple(notes),
+                calibration=calibration,
             )
         )
 
@@ -185,7 +187,10 @@ class Backend(BaseBackend):
             options = msgspec.structs.replace(options, n_gpu_layers=layers)
         return options, vram
 
-    def _open_context(self, entry: ModelEntry, options: Options, free: int, report: Report) -> list[str]:
+    def _open_context(
+        self, request: Load, options: Options, free: int, report: Report
+    ) -> tuple[list[str], dict[str, int]]:
+        """Make room and warm up. Returns sentences worth showing, and what was measured."""
         from app.generation import llama_machine
         from app.generation.llama_context import LlamaContext
         from app.generation.llama_params import context_params
@@ -210,7 +215,7 @@ class Backend(BaseBackend):
         pointer = library.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise _context_failure(self._log.reason(), wanted, params.n_ctx)
-        chunk = memory.prompt_chunk(entry.parameters or library.llama_model_n_params(model.pointer), options.n_batch)
+        chunk = memory.prompt_chunk(request.model.parameters or library.llama_model_n_params(model.pointer), options.n_batch)
         self._context = LlamaContext(
             library,
             pointer,
@@ -220,13 +225,13 @@ class Backend(BaseBackend):
         )
         report.on_cancel(self._context.abort.set)
         report.progress("Warming up")
-        measured = fastest_threads(library, self._context, model, options, cores)
+        measured = fastest_threads(library, self._context, model, options, cores, request.calibration)
         self._context.abort.clear()
         self._context.clear()
         if report.cancelled:
             raise WeftError(ErrorKind.CANCELLED, "Loading was stopped.")
         report.log("info", measured.text)
-        return notes
+        return notes, measured.calibration
 
     def _open_template(self) -> list[str]:
         from app.generation.template import DEFAULT_TEMPLATE, ChatTemplate

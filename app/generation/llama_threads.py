@@ -1,4 +1,4 @@
-"""How many threads decode fastest here: measured once per engine, with the model that is loaded.
+"""How many threads decode fastest here: measured with the model that is loaded, once for each size of models.
 
 More threads are not always faster: decoding waits for memory, and threads that spin on shared cores can make it a
 hundred times slower. So a few decodes are timed, with all physical cores and with fewer.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -19,18 +20,32 @@ from app.generation.llama_options import Options
 BUDGET = 0.8  # seconds for all of it, warm-up apart
 _TIMED = 5  # decodes per candidate at most
 _WORTH = 0.9  # fewer threads must take less than this share of the time to be chosen
-_known: dict[tuple[int, int], int] = {}  # (cores, size class of the model) to threads, for this process
 
 
 class Threads(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found, and how, in a sentence for the log."""
+    """What was found, and how, in a sentence for the log.
+
+    Attributes:
+        calibration: worth knowing at the next load: see `Loaded.calibration`.
+    """
 
     threads: int
     text: str
+    calibration: dict[str, int] = {}
 
 
-def fastest_threads(library: Any, context: LlamaContext, model: LlamaModel, options: Options, cores: int) -> Threads:
+def fastest_threads(
+    library: Any,
+    context: LlamaContext,
+    model: LlamaModel,
+    options: Options,
+    cores: int,
+    known: Mapping[str, int],
+) -> Threads:
     """Warm the model up and, where the options leave it open, set the fastest number of threads.
+
+    Args:
+        known: what was measured on this machine before.
 
     The context's cache holds rubbish afterwards. Stops early, at any time, when `context.abort` is set.
     """
@@ -40,21 +55,22 @@ def fastest_threads(library: Any, context: LlamaContext, model: LlamaModel, opti
     context.read([token])  # touches every weight, so that the first answer need not wait for the disk
     library.llama_set_warmup(context.pointer, False)
     chosen = options.threads or cores
-    key = (cores, model.bytes.bit_length())
+    key = f"threads/{cores}/{model.bytes.bit_length()}"  # models of about one size have one optimum
     if options.threads is not None or cores == 1:
         return Threads(threads=chosen, text=f"Decoding with {chosen} threads.")
-    if key in _known:
-        library.llama_set_n_threads(context.pointer, _known[key], batch_threads)
-        return Threads(threads=_known[key], text=f"Decoding with {_known[key]} threads, as measured before.")
+    if 1 <= known.get(key, 0) <= cores:
+        library.llama_set_n_threads(context.pointer, known[key], batch_threads)
+        return Threads(threads=known[key], text=f"Decoding with {known[key]} threads, as measured before.")
     times = _measure(library, context, token, _candidates(cores), batch_threads)
+    calibration: dict[str, int] = {}
     if len(times) > 1:
         best = min(times, key=lambda threads: times[threads])
         if times[best] < _WORTH * times[cores]:
             chosen = best
-        _known[key] = chosen
+        calibration[key] = chosen
     library.llama_set_n_threads(context.pointer, chosen, batch_threads)
     text = ", ".join(f"{threads} threads {1000 * seconds:.1f} ms a token" for threads, seconds in times.items())
-    return Threads(threads=chosen, text=f"Measured: {text}; decoding with {chosen}.")
+    return Threads(threads=chosen, text=f"Measured: {text}; decoding with {chosen}.", calibration=calibration)
 
 
 def _candidates(cores: int) -> list[int]:
