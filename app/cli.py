@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)"
     )
     chat.add_argument("--anyway", action="store_true", help="load although it seems not to fit into memory")
-    chat.add_argument(
+    for field in describe(Sampling):
+        chat.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=f"sampling_{field.name}",
             metavar="V",
