@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from app.workers.library_worker import LibraryWorker
 
 PALETTE_MODELS = 1000
+SETTLE_MS = 40  # a timer of 0 would come before the first page's paint, which waits for the screen
 
 
 class House(QObject):
@@ -184,7 +185,7 @@ class House(QObject):
         """Furnish the window; what its first page does not need starts after it is shown."""
         self._arguments = list(arguments)
         self.window.furnish(build=self.build, header=self._header, commands=self._commands, notify=self._notify)
-        QTimer.singleShot(0, self, self._settle)
+        QTimer.singleShot(SETTLE_MS, self, self._settle)
 
     @Slot()
     def _settle(self) -> None:

@@ -12,19 +12,18 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.memory import Machine
 from app.core.paths import Paths
 from app.core.roots import RootKind, found_roots
-from app.engine import launch
 from app.store.database import Database
 from app.store.downloads import Download, DownloadStore
-from app.store.refresh import library_roots
 from app.store.secrets import TokenStore
 from app.viewmodels.downloads import Downloads
 from app.viewmodels.hub_queries import HubQueries
 from app.viewmodels.settings import SettingsView
 from app.views.page import Notice
-from app.workers.download_worker import DownloadWorker
 
 if TYPE_CHECKING:
+    from app.engine.client import EngineClient
     from app.views.downloads.window import DownloadsWindow
+    from app.workers.download_worker import DownloadWorker
 
 
 class DownloadsHouse(QObject):
@@ -68,7 +67,7 @@ class DownloadsHouse(QObject):
         self.queries = HubQueries(
             settings,
             self.tokens,
-            make_client=lambda: launch.own_engine(paths, "hub"),
+            make_client=lambda: self._client("hub"),
             copy_roots=self._copy_roots,
             parent=self,
         )
@@ -129,12 +128,19 @@ class DownloadsHouse(QObject):
 
     # Inside -----------------------------------------------------------------------------------------
 
+    def _client(self, log: str) -> EngineClient:
+        from app.engine import launch  # the first paint does not wait for it
+
+        return launch.own_engine(self._paths, log)
+
     def _worker(self, download: Download) -> DownloadWorker:
+        from app.workers.download_worker import DownloadWorker
+
         return DownloadWorker(
             download,
             self._store,
             # A log for each place in the queue, not for each download: they are bounded, and so is their number.
-            make_client=lambda: launch.own_engine(self._paths, f"download-{download.id % 8}"),
+            make_client=lambda: self._client(f"download-{download.id % 8}"),
             token=lambda endpoint: self.tokens.get(endpoint)[0],
             proxy=self._settings.now.proxy,
         )
@@ -144,6 +150,8 @@ class DownloadsHouse(QObject):
 
     def _copy_roots(self) -> list[str]:
         """Where copies of a hub's files may lie: the library, and the Hugging Face cache even if it is not indexed."""
+        from app.store.refresh import library_roots
+
         roots = [root.path for root in library_roots(self._settings.now, self._paths)]
         roots += [root.path for root in found_roots() if root.kind is RootKind.HUGGING_FACE]
         return list(dict.fromkeys(roots))

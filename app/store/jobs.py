@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cached_property
 from typing import Any
 
 import msgspec
-import psutil
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState, Progress
@@ -24,7 +24,11 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._process = (os.getpid(), _process_start(os.getpid()) or 0.0)
+
+    @cached_property
+    def _process(self) -> tuple[int, float]:
+        """Who writes: this process, and when it began."""
+        return os.getpid(), _process_start(os.getpid()) or 0.0
 
     def create(self, task: str, title: str, resource: str = "cpu", parameters: str = "{}", log: str = "") -> Job:
         """A new job, QUEUED, that belongs to this process."""
@@ -120,6 +124,8 @@ class JobStore:
 
 def _process_start(process: int) -> float | None:
     """When a process began, in seconds since the epoch; None when there is none of that id."""
+    import psutil  # the window's first paint does not wait for it
+
     try:
         return psutil.Process(process).create_time()
     except (psutil.NoSuchProcess, ValueError):

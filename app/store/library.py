@@ -18,7 +18,6 @@ import msgspec
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.core.paths import resources
-from app.core.recognise import recognise_adapter, recognise_model
 from app.store.database import Database
 
 Entry = ModelEntry | AdapterEntry
@@ -193,6 +192,8 @@ class LibraryStore:
             entry = _model((found[0], None, found[1]))
             return msgspec.structs.replace(entry, last_used=self._last_used(entry.id))
         if Path(name_or_path).exists():
+            from app.core.recognise import recognise_model
+
             entry = recognise_model(Path(name_or_path).absolute())
             if entry is not None:
                 return entry
@@ -211,6 +212,8 @@ class LibraryStore:
         if found:
             return msgspec.msgpack.decode(found[0], type=AdapterEntry)
         if Path(name_or_path).exists():
+            from app.core.recognise import recognise_adapter
+
             entry = recognise_adapter(Path(name_or_path).absolute())
             if entry is not None:
                 return entry
@@ -327,6 +330,8 @@ def starter(word: str = "starter") -> ModelEntry:
     Raises:
         WeftError: NOT_FOUND when the installation lacks it; CORRUPT when it is damaged.
     """
+    from app.core.recognise import recognise_model
+
     folder = resources() / "starter"
     for path in sorted(folder.glob(_STARTER[word.casefold()])):
         entry = recognise_model(path)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from app.core.errors import WeftError
 from app.core.paths import Paths
 from app.core.roots import Root, RootKind, found_roots, own_roots
-from app.core.scan import Entry, Scan
 from app.store.library import LibraryStore
 from app.store.settings import Settings
+
+if TYPE_CHECKING:
+    from app.core.scan import Entry
 
 _BATCH = 200
 
@@ -54,6 +57,8 @@ def refresh(
     Raises:
         WeftError: as `Database.execute` does.
     """
+    from app.core.scan import Scan  # readers of every format: the window's first paint does not wait for them
+
     scan = Scan(problem, cancelled)
     listed = list(roots)
     changes = 0

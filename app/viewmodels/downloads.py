@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
@@ -20,7 +21,9 @@ from app.viewmodels.background import Background
 from app.viewmodels.settings import SettingsView
 from app.viewmodels.transfer_rates import Speed, shares
 from app.viewmodels.units import readable_bytes
-from app.workers.download_worker import DownloadWorker
+
+if TYPE_CHECKING:
+    from app.workers.download_worker import DownloadWorker
 
 TICK_MS = 500
 CLOSE_MS = 5000

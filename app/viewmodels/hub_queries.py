@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
-from app.engine.client import EngineClient
 from app.hub.files import Listing, SearchHit
 from app.hub.reference import HubReference
 from app.store.secrets import TokenStore
 from app.viewmodels.background import Background
 from app.viewmodels.settings import SettingsView
-from app.workers.engine_worker import EngineWorker
+
+if TYPE_CHECKING:
+    from app.engine.client import EngineClient
+    from app.workers.engine_worker import EngineWorker
 
 CLOSE_MS = 5000
 IDLE_MS = 60_000  # the child goes after this long without a question
@@ -137,6 +139,8 @@ class HubQueries(QObject):
 
     def _lane(self) -> EngineWorker:
         if self._worker is None:
+            from app.workers.engine_worker import EngineWorker
+
             worker = EngineWorker(self._make_client(), self)
             worker.done.connect(self._done)
             worker.failed.connect(self._failed)
@@ -182,11 +186,10 @@ class HubQueries(QObject):
 
     @Slot()
     def _gone(self) -> None:
-        worker = self.sender()
-        if isinstance(worker, EngineWorker):
-            if worker in self._ending:
-                self._ending.remove(worker)
-            worker.deleteLater()
+        worker = cast("EngineWorker", self.sender())
+        if worker in self._ending:
+            self._ending.remove(worker)
+        worker.deleteLater()
 
     def _fail(self, kind: str, error: WeftError) -> None:
         self.asking.emit(bool(self._asked))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.memory import Machine
-from app.engine import machine
 from app.viewmodels.background import Background
 
 EVERY_MS = 5000
 STEP = 0.02  # of the total: smaller changes are not worth a repaint
+
+
+def _probe() -> Machine:
+    from app.engine import machine  # the first paint does not wait for what it imports
+
+    return machine.probe()
 
 
 class MachineWatch(QObject):
@@ -32,12 +37,12 @@ class MachineWatch(QObject):
 
     @Slot()
     def refresh(self) -> None:
-        self._work.run("machine", machine.probe)
+        self._work.run("machine", _probe)
 
     def now(self) -> Machine:
         """The latest figures; probes at once when there are none yet (tens of milliseconds)."""
         if self._now is None:
-            self._now = machine.probe()
+            self._now = _probe()
         return self._now
 
     def close(self) -> None:

@@ -509,3 +509,13 @@ def test_a_default_preset_that_was_deleted_says_so(desk: Desk) -> None:
     section.preset.setCurrentIndex(0)
     section._chosen(0)
     assert desk.settings.load().sampling == ""
+
+
+def test_what_the_first_look_does_not_show_is_built_when_it_is_wanted(desk: Desk) -> None:
+    page = desk.page
+    assert not {"panel", "files", "finding"} & page.__dict__.keys()
+    page.controller.set_system("Be brief.")
+    page.toggle_panel()
+    assert page.panel.isVisible() and page.panel.system.toPlainText() == "Be brief."
+    desk.qtbot.wait(20)
+    assert 280 <= page.panel.width() <= 360

@@ -120,3 +120,25 @@ def test_what_engines_import_is_declared() -> None:
     for name, path in _imported("app/adapters", "app/generation", "app/backends").items():
         known = {"llama_cpp": "llama-cpp-python"}.get(name, name).lower().replace("_", "-")
         assert known in declared, f"{path} imports {name}"
+
+
+def test_the_first_page_is_painted_without_what_only_later_steps_need() -> None:
+    """Each of these takes 5 to 50 ms; a start waits for none of them."""
+    later = (
+        "markdown_it",
+        "pygments",
+        "psutil",
+        "app.core.scan",
+        "app.core.recognise",
+        "app.engine.client",
+        "app.views.chat.message_view",
+        "app.views.chat.side_panel",
+        "app.views.chat.find",
+        "app.views.dialogs",
+    )
+    code = (
+        "import sys, app.bootstrap, app.house, app.views.chat.page, app.views.loadout_bar\n"
+        f"print(*[name for name in {later!r} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split() == []

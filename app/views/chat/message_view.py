@@ -24,11 +24,10 @@ from app.views.chat.markdown_view import MarkdownView
 from app.views.chat.message_editor import MessageEditor
 from app.views.chat.message_footer import MessageFooter, describe_statistics
 from app.views.chat.reasoning_fold import ReasoningFold
-from app.views.chat.style import GRID, ChatStyle
+from app.views.chat.style import GRID, INSET, ChatStyle
 from app.views.icons import icon
 from app.views.widgets import Banner, button
 
-INSET = GRID  # left and right of everything, where the focus frame stands
 PADDING = 12  # inside a user's bubble
 MARKER = 40  # height of the line above the first message that the model still sees
 

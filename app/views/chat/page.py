@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,14 +27,7 @@ from app.viewmodels.chat_presets import Presets, Values
 from app.viewmodels.chat_reasoning import without_reasoning
 from app.views.chat.composer import Composer
 from app.views.chat.conversation_list import ConversationPanel
-from app.views.chat.files import TranscriptFiles
-from app.views.chat.find import Finder, matches_in
-from app.views.chat.find_bar import FindBar
-from app.views.chat.highlight import warm_up
-from app.views.chat.link_dialog import LinkDialog
-from app.views.chat.message_view import INSET
-from app.views.chat.side_panel import SidePanel
-from app.views.chat.style import GRID
+from app.views.chat.style import GRID, INSET
 from app.views.chat.transcript import Entry, Transcript
 from app.views.chat.welcome import Welcome
 from app.views.page import Notice, Page, PaletteCommand
@@ -40,16 +35,24 @@ from app.views.widgets import ElidedLabel, action, column, icon_button, row
 
 if TYPE_CHECKING:
     from app.viewmodels.loadout import Loadout
+    from app.views.chat.conversation_find import ConversationFind
+    from app.views.chat.files import TranscriptFiles
+    from app.views.chat.find import Finder
+    from app.views.chat.find_bar import FindBar
+    from app.views.chat.side_panel import SidePanel
 
 T = TypeVar("T")
 log = logging.getLogger("weft")
 SIDE_WIDTH = 248
 PANEL_WIDTH = 320
 NARROW = 900  # below this, list and panel are not shown together
+# What the first message needs and the first paint does not, in portions of some 20 ms; then the lexers.
+_SOON = ("markdown_it", "pygments.lexers", "app.views.chat.message_view")
+WARM_UP_MS = 150
 
 
 class ChatPage(Page):
-    """Talking to the loaded model.
+    """Talking to the loaded model. What the first look does not show is built when it is first wanted.
 
     Args:
         pick_model: opens the model picker of the loadout bar.
@@ -69,12 +72,11 @@ class ChatPage(Page):
         self._presets = Presets(settings)
         self._shown_conversation = -1
         self._progress_text = ""
-        self._warmed = False
+        self._soon: list[str] | None = None  # what is still to be imported ahead of its use; None: not begun
         self._work = Background(self)
         self._work.done.connect(self._bin_emptied)
         self.controller = ChatController(store, loadout, self._defaults, self)
         self.model = ConversationList(store, self)
-        self.files = TranscriptFiles(store, self)
         self._build()
         self._connect()
         self._add_actions()
@@ -90,12 +92,9 @@ class ChatPage(Page):
 
     def _build(self) -> None:
         self.side = ConversationPanel(self.model)
-        self.panel = SidePanel(self._presets)
         self.transcript = Transcript()
         self.welcome = Welcome()
         self.composer = Composer()
-        self.find_bar = FindBar(self.transcript)
-        self.finder = Finder(lambda: self.transcript.style_in_use, self)
         self._title = ElidedLabel("")
         self._side_button = icon_button("side-bar", "Show or hide the chats", shortcut="Ctrl+B")
         self._side_button.clicked.connect(self.toggle_side)
@@ -122,15 +121,71 @@ class ChatPage(Page):
         self._splitter = QSplitter(Qt.Orientation.Horizontal)
         self._splitter.setHandleWidth(1)
         self._splitter.setChildrenCollapsible(False)
-        for widget, least, most in ((self.side, 200, 420), (centre, 320, 16777215), (self.panel, 280, 480)):
+        for widget, least, most in ((self.side, 200, 420), (centre, 320, 16777215)):
             widget.setMinimumWidth(least)
             widget.setMaximumWidth(most)
             self._splitter.addWidget(widget)
         self._splitter.setStretchFactor(1, 1)
-        self._splitter.setSizes([SIDE_WIDTH, 600, PANEL_WIDTH])
-        self.panel.hide()
+        self._splitter.setSizes([SIDE_WIDTH, 920])
         column(self._splitter, spacing=0, parent=self)
         self.setFocusProxy(self.composer.edit)
+
+    @cached_property
+    def panel(self) -> SidePanel:
+        """System prompt and sampling of this chat."""
+        from app.views.chat.side_panel import SidePanel
+
+        panel = SidePanel(self._presets)
+        panel.setMinimumWidth(280)
+        panel.setMaximumWidth(480)
+        panel.system_changed.connect(self._set_system)
+        panel.sampling_changed.connect(self._set_sampling)
+        panel.failed.connect(self.failed)
+        panel.noticed.connect(self._undoable)
+        panel.closed.connect(self.toggle_panel)
+        side, centre = self._splitter.sizes()
+        self._splitter.addWidget(panel)
+        self._splitter.setSizes([side, centre - PANEL_WIDTH, PANEL_WIDTH])
+        panel.hide()
+        self._fill_panel(panel)
+        self._serve_panel(panel)
+        return panel
+
+    @cached_property
+    def files(self) -> TranscriptFiles:
+        """Import and export."""
+        from app.views.chat.files import TranscriptFiles
+
+        files = TranscriptFiles(self._store, self)
+        files.notice.connect(self.notice)
+        files.failed.connect(self.failed)
+        files.imported.connect(self._imported)
+        return files
+
+    @cached_property
+    def finding(self) -> ConversationFind:
+        """Ctrl+F."""
+        from app.views.chat.conversation_find import ConversationFind
+
+        finding = ConversationFind(self.transcript, self.controller, self)
+        finding.closed.connect(self.composer.edit.setFocus)
+        return finding
+
+    @property
+    def find_bar(self) -> FindBar:
+        return self.finding.bar
+
+    @property
+    def finder(self) -> Finder:
+        return self.finding.finder
+
+    def _has(self, part: str) -> bool:
+        """Whether one of these was ever wanted."""
+        return part in self.__dict__
+
+    @property
+    def _panel_shown(self) -> bool:
+        return self._has("panel") and not self.panel.isHidden()
 
     def _connect(self) -> None:
         controller, loadout = self.controller, self._loadout
@@ -155,22 +210,9 @@ class ChatPage(Page):
         self.side.new_wanted.connect(self.new_chat)
         self.side.pin_wanted.connect(self._try2(controller.set_pinned))
         self.side.delete_wanted.connect(self._delete)
-        self.side.export_wanted.connect(self.files.ask_export)
-        self.side.import_wanted.connect(self.files.ask_import)
-        self.files.notice.connect(self.notice)
-        self.files.failed.connect(self.failed)
-        self.files.imported.connect(self._imported)
+        self.side.export_wanted.connect(self._ask_export)
+        self.side.import_wanted.connect(self._ask_import)
         self.model.renamed.connect(self._rename)
-        self.panel.system_changed.connect(self._set_system)
-        self.panel.sampling_changed.connect(self._set_sampling)
-        self.panel.failed.connect(self.failed)
-        self.panel.noticed.connect(self._undoable)
-        self.panel.closed.connect(self.toggle_panel)
-        self.find_bar.searched.connect(self._search)
-        self.find_bar.stepped.connect(self.finder.step)
-        self.find_bar.closed.connect(self._find_closed)
-        self.finder.changed.connect(self._found)
-        self.finder.shown.connect(self._show_match)
 
     def _add_actions(self) -> None:
         for text, run, shortcut in (
@@ -187,9 +229,9 @@ class ChatPage(Page):
     # Page -------------------------------------------------------------------------------------------
 
     def entered(self) -> None:
-        if not self._warmed:
-            self._warmed = True
-            QTimer.singleShot(1500, self, self._warm_up)
+        if self._soon is None:
+            self._soon = list(_SOON)
+            QTimer.singleShot(WARM_UP_MS, self, self._warm_up)
         self._leave()  # a new chat keeps what is typed
         self.controller.defaults_changed()
         self._refresh_list()
@@ -197,6 +239,13 @@ class ChatPage(Page):
 
     @Slot()
     def _warm_up(self) -> None:
+        """Import what will be used soon, while nothing else happens."""
+        if self._soon:
+            importlib.import_module(self._soon.pop(0))
+            QTimer.singleShot(WARM_UP_MS if self._soon else 10 * WARM_UP_MS, self, self._warm_up)
+            return
+        from app.views.chat.highlight import warm_up
+
         # Importing a lexer takes up to a tenth of a second: not when the first code block comes.
         threading.Thread(target=warm_up, name="lexers", daemon=True).start()
         self._work.run("bin", self._empty_bin)
@@ -221,9 +270,7 @@ class ChatPage(Page):
             PaletteCommand(
                 title="New chat", group="Chat", run=self._come_and(self.new_chat), shortcut="Ctrl+N", icon="plus"
             ),
-            PaletteCommand(
-                title="Import chats…", group="Chat", run=self._come_and(self.files.ask_import), icon="import"
-            ),
+            PaletteCommand(title="Import chats…", group="Chat", run=self._come_and(self._ask_import), icon="import"),
             PaletteCommand(
                 title="Stop the answer",
                 group="Chat",
@@ -269,7 +316,7 @@ class ChatPage(Page):
 
     def toggle_side(self) -> None:
         self.side.setVisible(self.side.isHidden())
-        if not self.side.isHidden() and self.width() < NARROW:
+        if not self.side.isHidden() and self.width() < NARROW and self._panel_shown:
             self.panel.hide()
 
     def toggle_panel(self) -> None:
@@ -285,10 +332,10 @@ class ChatPage(Page):
     @Slot()
     def shutdown(self) -> None:
         """The window closes: stop the answer, save what came and what is typed."""
-        self.composer.flush()
-        self.panel.flush()
+        self._leave()
         self.controller.shutdown()
-        self.files.wait()
+        if self._has("files"):
+            self.files.wait()
         self._work.close()
 
     # The conversation in view -----------------------------------------------------------------------
@@ -317,7 +364,8 @@ class ChatPage(Page):
     def _leave(self) -> None:
         """Keep what is typed here before another conversation comes into view."""
         self.composer.flush()
-        self.panel.flush()
+        if self._has("panel"):
+            self.panel.flush()
 
     @Slot(str)
     def send(self, text: str) -> None:
@@ -340,12 +388,20 @@ class ChatPage(Page):
         self._title.setText(controller.conversation.title if controller.conversation else "New chat")
         if not began:  # a new chat that got its first message keeps what is typed
             self.composer.set_text(self._read(controller.draft, ""))
-        self.panel.defaults = self._defaults()
-        self.panel.set_values(controller.system, controller.sampling)
+        if self._has("panel"):
+            self._fill_panel(self.panel)
         self.side.set_current(controller.conversation_id)
-        if self.find_bar.isVisible():
-            self.find_bar.close_bar()
+        if self._has("finding"):
+            self.finding.close()
         self._jump = True
+
+    def _fill_panel(self, panel: SidePanel) -> None:
+        panel.defaults = self._defaults()
+        panel.set_values(self.controller.system, self.controller.sampling)
+
+    def _serve_panel(self, panel: SidePanel) -> None:
+        loader = self._loadout.loader
+        panel.set_served(loader.sampling if loader else None, f"{loader.title} does not have it." if loader else "")
 
     @Slot()
     def _path_changed(self) -> None:
@@ -393,10 +449,8 @@ class ChatPage(Page):
             loadout.model.name if loadout.model else "", starter=starter, can_ask=not reason and not writing
         )
         self.model.set_writing(controller.writing_conversation)
-        loader = loadout.loader
-        self.panel.set_served(
-            loader.sampling if loader else None, f"{loader.title} does not have it." if loader else ""
-        )
+        if self._has("panel"):
+            self._serve_panel(self.panel)
         if writing:
             self._show_activity()
 
@@ -492,6 +546,8 @@ class ChatPage(Page):
 
     @Slot(str)
     def _link(self, target: str) -> None:
+        from app.views.chat.link_dialog import LinkDialog
+
         LinkDialog(target, self).open()
 
     # Conversations ----------------------------------------------------------------------------------
@@ -525,6 +581,14 @@ class ChatPage(Page):
     def _undoable(self, text: str, undo: Callable[[], object]) -> None:
         self.notice.emit(Notice(text=text, action="Undo", run=lambda: self._try(undo)))
 
+    @Slot(list, str)
+    def _ask_export(self, conversations: list[int], form: str) -> None:
+        self.files.ask_export(conversations, form)
+
+    @Slot()
+    def _ask_import(self) -> None:
+        self.files.ask_import()
+
     def export(self, conversations: list[int], form: TranscriptFormat, path: Path) -> None:
         """Write conversations to a file, in the background."""
         self.files.export(conversations, form, path)
@@ -556,7 +620,8 @@ class ChatPage(Page):
         self._try(lambda: self.controller.set_sampling(values))  # type: ignore[arg-type]
 
     def _apply_preset(self, values: Values) -> None:
-        self.panel.set_values(self.controller.system, values)  # type: ignore[arg-type]
+        if self._has("panel"):
+            self.panel.set_values(self.controller.system, values)  # type: ignore[arg-type]
         self._set_sampling(values)
 
     @Slot(str)
@@ -567,59 +632,21 @@ class ChatPage(Page):
 
     def find_in_page(self) -> None:
         if self.controller.path:
-            self.find_bar.open_bar()
-            self._place_find()
-
-    @Slot(str)
-    def _search(self, text: str) -> None:
-        messages = [(m.id, self.controller.text(m.id), m.role == "assistant") for m in self.controller.path]
-        self._clear_marks()
-        self.finder.search(text, messages)
-
-    @Slot()
-    def _found(self) -> None:
-        self.find_bar.set_count(self.finder.at, self.finder.count)
-
-    @Slot()
-    def _find_closed(self) -> None:
-        self.finder.stop()
-        self._clear_marks()
-        self.composer.edit.setFocus()
-
-    def _clear_marks(self) -> None:
-        for view in self.transcript.views:
-            view.view.setExtraSelections([])
-
-    @Slot(int, int)
-    def _show_match(self, message: int, nth: int) -> None:
-        self.transcript.show_message(message)
-        view = self.transcript.view_of(message)
-        if view is None:
-            return
-        view.view.render_all()
-        found = matches_in(view.view.document(), self.finder.text)
-        if nth < len(found):
-            view.view.mark_matches(found, nth)
-            place = view.view.cursorRect(found[nth])
-            self.transcript.show_message(message, view.view.y() + place.top(), place.height() + 2 * GRID)
-
-    def _place_find(self) -> None:
-        self.find_bar.adjustSize()
-        self.find_bar.move(self.transcript.viewport().width() - self.find_bar.width() - 2 * GRID, GRID)
+            self.finding.open()
 
     # Events -----------------------------------------------------------------------------------------
 
     def keyPressEvent(self, event: QKeyEvent) -> None:
         if event.key() == Qt.Key.Key_Escape and self.controller.writing:
             self.controller.stop()
-        elif event.key() == Qt.Key.Key_Escape and self.find_bar.isVisible():
-            self.find_bar.close_bar()
+        elif event.key() == Qt.Key.Key_Escape and self._has("finding") and self.finding.close():
+            pass
         else:
             super().keyPressEvent(event)
 
     def resizeEvent(self, event: QResizeEvent) -> None:
         super().resizeEvent(event)
-        if event.size().width() < NARROW and not self.panel.isHidden() and not self.side.isHidden():
+        if event.size().width() < NARROW and self._panel_shown and not self.side.isHidden():
             self.side.hide()
         self._fit_composer()
         QTimer.singleShot(0, self, self._settle)
@@ -631,8 +658,8 @@ class ChatPage(Page):
     @Slot()
     def _settle(self) -> None:
         self._fit_composer()
-        if self.find_bar.isVisible():
-            self._place_find()
+        if self._has("finding"):
+            self.finding.place()
 
     def _fit_composer(self) -> None:
         """As wide as the text column, and a little wider."""

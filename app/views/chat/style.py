@@ -9,6 +9,7 @@ from PySide6.QtWidgets import QApplication
 from app.views.theme import theme
 
 GRID = 8
+INSET = GRID  # left and right of everything in a message, where the focus frame stands
 COLUMN_CHARACTERS = 80  # the longest line of an answer
 _SAMPLE = "How do I add a LoRA to a model, and what does its weight mean for the answers?"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from PySide6.QtCore import Qt, QTimer, Signal, Slot
@@ -15,9 +16,11 @@ from PySide6.QtWidgets import QAbstractScrollArea, QFrame, QToolButton, QWidget
 
 from app.core.conversation import StoredMessage
 from app.core.errors import WeftError
-from app.views.chat.message_view import INSET, MessageView
-from app.views.chat.style import GRID, ChatStyle, chat_style
+from app.views.chat.style import GRID, INSET, ChatStyle, chat_style
 from app.views.icons import icon
+
+if TYPE_CHECKING:
+    from app.views.chat.message_view import MessageView
 
 TOP = 3 * GRID
 BOTTOM = 2 * GRID
@@ -150,6 +153,8 @@ class Transcript(QAbstractScrollArea):
         entry = self._entries[index]
         view = self._views.pop(entry.message.id, None)
         if view is None:
+            from app.views.chat.message_view import MessageView  # not before there is a message: it takes a while
+
             view = MessageView(entry.message, self._style, self.viewport())
             view.requested.connect(self.requested)
             view.edited.connect(self.edited)
@@ -226,8 +231,8 @@ class Transcript(QAbstractScrollArea):
 
     @Slot()
     def _view_resized(self) -> None:
-        sender = self.sender()
-        if isinstance(sender, MessageView) and (index := self._index.get(sender.message.id)) is not None:
+        view = cast("MessageView", self.sender())
+        if (index := self._index.get(view.message.id)) is not None:
             self._measured[index] = False
         if not self._arranging:
             self._pending.start()
