@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
-from app.core.unfinished import DownloadNote, Verified, read_note, write_note
+from app.core.unfinished import NOTE, DownloadNote, Verified, read_note, write_note
 from app.hub.checksum import checksum_name, is_file
 from app.hub.files import DownloadNews, DownloadResult, RemoteFile
 from app.hub.limits import RateLimit
@@ -98,6 +99,9 @@ class Fetch:
                 self._board.entry(file).kept(arrived_bytes(targets[file.path]))
             self._check_space(missing, targets)
             self._fetch_all(missing, targets)
+        except WeftError:
+            self._tidy(targets)
+            raise
         finally:
             ended.set()
             reporter.join()
@@ -235,6 +239,18 @@ class Fetch:
                 write_note(self._folder, self._note)
             except OSError as error:
                 raise write_error(error, self._folder) from error
+
+    def _tidy(self, targets: Mapping[str, Path]) -> None:
+        """After a failure before the first byte: leave no folder that holds nothing but our note."""
+        if self._note.verified or any(arrived_bytes(target) for target in targets.values()):
+            return
+        with contextlib.suppress(OSError):  # it only looks better
+            for target in targets.values():
+                remove_parts(target)
+            if all(path.name == NOTE for path in self._folder.iterdir()):
+                (self._folder / NOTE).unlink(missing_ok=True)
+                self._folder.rmdir()
+                self._folder.parent.rmdir()  # the user's, when this was all
 
     def _report(self, ended: threading.Event) -> None:
         while True:

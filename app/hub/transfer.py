@@ -23,7 +23,7 @@ from app.hub.trouble import stopped, trouble_error
 STRETCH = 32 * 1024 * 1024  # bytes that one connection fetches before it takes the next stretch
 CLAIM = 1024 * 1024  # bytes after which what arrived is noted in the journal, at the latest
 CLAIM_SECONDS = 0.5
-SYNC = 256 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
+SYNC = 64 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
 TRIES = 8  # of one connection, without a byte in between on any
 CHANGES = 3  # times that a file may change on the hub while it is fetched
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -192,6 +192,9 @@ class Transfer:
         threads = [threading.Thread(target=self._work, args=(part,), name=f"fetch-{n}") for n in range(wanted)]
         with self._lock:
             self._running = len(threads)
+        over = threading.Event()
+        if self._file.size > 2 * SYNC:
+            threads.append(threading.Thread(target=self._keep_syncing, args=(part, over), name="sync"))
         for thread in threads:
             thread.start()
         try:
@@ -201,6 +204,7 @@ class Transfer:
                 self._failure = self._failure or error
             raise
         finally:
+            over.set()
             for thread in threads:
                 thread.join()
         if self._failure is not None:
@@ -225,6 +229,22 @@ class Transfer:
             with self._lock:
                 self._running -= 1
                 self._news.notify_all()
+
+    def _keep_syncing(self, part: PartFile, over: threading.Event) -> None:
+        """Have the disk follow, so that the last flush is short. What it reports here it may not report again: it counts."""
+        synced = part.arrived
+        while not over.wait(0.1):
+            with self._lock:
+                arrived = part.arrived
+            if arrived - synced < SYNC:
+                continue
+            synced = arrived
+            try:
+                part.sync()
+            except WeftError as error:
+                with self._lock:
+                    self._failure = self._failure or error
+                return
 
     def _stretch(self, part: PartFile, start: int, end: int) -> None:
         """Fetch [start, end), going on after cuts from where they came."""
@@ -341,7 +361,7 @@ class Transfer:
 
     def _hash(self, part: PartFile) -> bool:
         """Follow the arriving bytes with the hash; at the end say whether it is the hub's."""
-        size, checksum, position, synced = self._file.size, Checksum(self._file), 0, 0
+        size, checksum, position = self._file.size, Checksum(self._file), 0
         while position < size:
             with self._lock:
                 while part.frontier <= position and self._running and not self._stopping():
@@ -353,9 +373,6 @@ class Transfer:
                 piece = part.read(position, min(PIECE, frontier - position))
                 checksum.update(piece)
                 position += len(piece)
-            if position - synced >= SYNC:
-                part.sync()
-                synced = position
         return checksum.matches
 
 

@@ -108,7 +108,9 @@ def test_a_verified_gigabyte_against_curl(gigabyte: Path, tmp_path: Path, name: 
     child.start()
     try:
         with serving(gigabyte, rate) as hub:
-            pairs = [(curl(hub, tmp_path / "curled"), ours(child, hub, tmp_path / "ours")) for _ in range(3 if rate else 5)]
+            pairs = [
+                (curl(hub, tmp_path / "curled"), ours(child, hub, tmp_path / "ours")) for _ in range(3 if rate else 5)
+            ]
     finally:
         child.shutdown()
     ratios = [theirs / mine for theirs, mine in pairs]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from app.core.paths import default_paths, resources
-from tests.e2e.command_line import weft, weft_json
+from app.hub.part import arrived_bytes
+from tests.e2e.command_line import ROOT, weft, weft_json
 from tests.fakes.hub import FakeHub
 from tests.fakes.hub_kit import random_bytes, sha256
 
@@ -139,3 +144,34 @@ def test_a_downloaded_model_loads_and_chats(hub: FakeHub) -> None:
     name = next(name for name in names if name.startswith("user/"))
     answer = weft_json("chat", name, "-p", "How do I add a LoRA?", "--temperature", "0")
     assert "lora" in answer["text"].lower()
+
+
+def test_a_refused_download_leaves_no_empty_folder(hub: FakeHub) -> None:
+    hub.add("user/gated", {"config.json": b"{}"}, gated=True)
+    assert weft("download", "user/gated").returncode == 1
+    assert not (default_paths().models / "user").exists()
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_time_goes_on(hub: FakeHub) -> None:
+    hub.add("user/tiny", {"model.gguf": random_bytes(8_000_000)})
+    hub.total_rate = 2_000_000
+    part = default_paths().models / "user" / "tiny" / "model.gguf"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "download", "user/tiny"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while arrived_bytes(part) < 3_000_000 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    before = hub.fetched()
+    hub.total_rate = 0
+    result = weft_json("download", "user/tiny")
+    assert result["fetched"] <= 5_000_000 and hub.fetched() - before == result["fetched"]

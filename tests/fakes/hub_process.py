@@ -20,7 +20,10 @@ def main() -> None:
         for number in range(copies):
             hub.add(f"user/m{number}", {}).revisions["main"]["model.gguf"] = file
         commits = [hub.repos[f"user/m{number}"].commit("main") for number in range(copies)]
-        print(json.dumps({"endpoint": hub.endpoint, "commits": commits, "size": file.size, "sha256": file.sha256}), flush=True)
+        print(
+            json.dumps({"endpoint": hub.endpoint, "commits": commits, "size": file.size, "sha256": file.sha256}),
+            flush=True,
+        )
         sys.stdin.read()
 
 

@@ -31,8 +31,17 @@ def hub() -> Iterator[FakeHub]:
             tags=("gguf",),
             downloads=10,
         )
-        made.add("user/tiny", {"config.json": b"{}", "model.safetensors": b"1" * 1000, "pytorch_model.bin": b"2" * 1000}, downloads=99)
-        made.add("user/voice-lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"3"}, tags=("lora",), downloads=5)
+        made.add(
+            "user/tiny",
+            {"config.json": b"{}", "model.safetensors": b"1" * 1000, "pytorch_model.bin": b"2" * 1000},
+            downloads=99,
+        )
+        made.add(
+            "user/voice-lora",
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"3"},
+            tags=("lora",),
+            downloads=5,
+        )
         made.add("user/gated", {"config.json": b"{}"}, private=True)
         yield made
 
@@ -139,7 +148,11 @@ def test_failures_are_said_with_the_buttons_that_help(qtbot: QtBot, here: Manage
     banner = window.finder.banner
     assert banner.isVisible() and "user/tiny" in banner.text.text()
     window.finder.show_error(
-        WeftError(ErrorKind.PERMISSION, "x is gated.", "Accept its licence at https://hub.example/x/y, and enter it in Settings.")
+        WeftError(
+            ErrorKind.PERMISSION,
+            "x is gated.",
+            "Accept its licence at https://hub.example/x/y, and enter it in Settings.",
+        )
     )
     assert window.finder._page == "https://hub.example/x/y"
     assert window.finder._open_page.isVisible() and window.finder._open_settings.isVisible()
@@ -168,7 +181,9 @@ def test_a_link_from_outside_asks_first(qtbot: QtBot, here: Manager, window: Dow
     assert "does not name a model" in window.finder.banner.text.text()
 
 
-def test_cancel_asks_whether_to_keep_what_came(qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub) -> None:
+def test_cancel_asks_whether_to_keep_what_came(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub
+) -> None:
     hub.add("user/big", {"big.gguf": random_bytes(6_000_000)})
     hub.total_rate = 2_000_000
     download = here.add(qtbot, "user/big")
@@ -216,7 +231,9 @@ def test_a_question_that_was_overtaken_is_not_answered(qtbot: QtBot, here: Manag
     assert [hit.repo for hit in got[0]] == ["user/voice-lora"]  # type: ignore[attr-defined]
 
 
-def test_the_child_that_asks_can_die_and_the_next_question_is_answered(qtbot: QtBot, here: Manager, window: DownloadsWindow) -> None:
+def test_the_child_that_asks_can_die_and_the_next_question_is_answered(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow
+) -> None:
     listed(qtbot, here, window, "user/tiny")
     assert here.queries._worker is not None
     here.queries._worker.kill()
@@ -227,7 +244,14 @@ def test_the_child_that_asks_can_die_and_the_next_question_is_answered(qtbot: Qt
 def test_files_that_are_here_are_offered(here: Manager, window: DownloadsWindow) -> None:
     listing = here.listing("user/tiny-GGUF")
     table: FileTable = window.finder.files
-    window.finder._listed(Listing(**{**{name: getattr(listing, name) for name in listing.__struct_fields__}, "here": {"tiny.Q4_K_M.gguf": "/x"}}))
+    window.finder._listed(
+        Listing(
+            **{
+                **{name: getattr(listing, name) for name in listing.__struct_fields__},
+                "here": {"tiny.Q4_K_M.gguf": "/x"},
+            }
+        )
+    )
     assert not window.finder.copies.isHidden() and "20 kB" in window.finder.copies.text()
     assert "on this machine" in str(table.data(table.index(1, hub_tables.NOTE)))
     assert finder.FILES == window.finder._stack.currentIndex()
@@ -256,7 +280,9 @@ def test_a_wrong_address_or_proxy_says_so_at_its_field(here: Manager, section: H
     assert "https://" in section.notes["endpoint"].text() and here.settings.now.hub_endpoint == before
     section.endpoint.setText("http://mirror.example/")
     section.endpoint.editingFinished.emit()
-    assert here.settings.now.hub_endpoint == "http://mirror.example" and "Plain http" in section.notes["endpoint"].text()
+    assert (
+        here.settings.now.hub_endpoint == "http://mirror.example" and "Plain http" in section.notes["endpoint"].text()
+    )
     section.proxy.setText("socks5://p:1")
     section.proxy.editingFinished.emit()
     assert here.settings.now.proxy == "" and "http proxies" in section.notes["proxy"].text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -11,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -256,3 +260,68 @@ def test_names_from_the_hub_stay_in_the_folder(hub: FakeHub, tmp_path: Path) -> 
     for name, place in zip(names, result.paths, strict=True):
         assert Path(place).read_bytes() == name.encode()
         assert tmp_path / "odd" in Path(place).parents
+
+
+class _Proxy(ThreadingHTTPServer):
+    """An http proxy that knows one host: the hub, whatever it is called."""
+
+    def __init__(self, hub: FakeHub) -> None:
+        self.seen: list[str] = []
+        self.hub = hub
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+
+
+class _ProxyHandler(BaseHTTPRequestHandler):
+    server: _Proxy
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+    def _pass_on(self) -> None:
+        self.server.seen.append(f"{self.command} {self.path} {self.headers.get('Proxy-Authorization', '')}")
+        target = urlsplit(self.path)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.hub.port, timeout=10)
+        headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
+        connection.request(
+            self.command, f"{target.path}?{target.query}" if target.query else target.path, headers=headers
+        )
+        answer = connection.getresponse()
+        body = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        connection.close()
+
+    do_GET = do_HEAD = do_POST = _pass_on
+
+
+def test_the_proxy_of_the_settings_is_used_for_questions_and_for_bytes(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(MB), "notes.txt": b"plain files come from the hub itself"})
+    hub.store_host = "store.example"  # reached through the proxy as well
+    with _Proxy(hub) as proxy:
+        serving = threading.Thread(target=proxy.serve_forever, args=(0.02,))
+        serving.start()
+        address = f"http://someone:secret@127.0.0.1:{proxy.server_address[1]}"
+        child = task_child(tmp_path / "child.log")
+        child.start()
+        try:
+            asked = {"reference": {"repo": "user/tiny"}, "endpoint": "http://hub.example", "proxy": address}
+            list(child.call(protocol.RunTask(task="hub_files", parameters=json.dumps(asked))))
+            text = parameters(hub, tmp_path / "tiny", FILE, "notes.txt", proxy=address)
+            run_task(child, text.replace(hub.endpoint, "http://hub.example"))
+        finally:
+            child.shutdown()
+            proxy.shutdown()
+            serving.join()
+    assert (tmp_path / "tiny" / "notes.txt").exists()
+    seen = "\n".join(proxy.seen)
+    for part in (
+        "http://hub.example/api/models/user/tiny",
+        "http://hub.example/user/tiny/resolve/",
+        "http://store.example/blob-store/",
+    ):
+        assert part in seen
+    assert all("Basic " in line for line in proxy.seen if line.startswith("GET http://store.example"))
+    assert "secret" not in (tmp_path / "child.log").read_text()
