@@ -16,7 +16,7 @@ import msgspec
 from app import __version__, cli_check, cli_download
 from app.backends import specs
 from app.backends.base import Capability, Spec
-from app.cli_library import find_model
+from app.cli_library import find_model, find_stack, require_adapters
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)"
     )
     chat.add_argument("--anyway", action="store_true", help="load although it seems not to fit into memory")
+    chat.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="an adapter by path or library name, at weight 1 unless told otherwise (may be repeated)",
+    )
     for field in describe(Sampling):
         chat.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -274,7 +281,9 @@ def _plan(planner: LoadPlanner, model: ModelEntry, parsed: argparse.Namespace) -
             f"{model.name} may not fit. {short.message}",
             "Close other programs, take a shorter context length or a smaller quantization, or add --anyway.",
         )
-    return plan, planner.command(plan, allowed=allowed)
+    stack = find_stack(parsed.adapter)
+    require_adapters(spec, stack)
+    return plan, planner.command(plan, stack, allowed=allowed)
 
 
 _ALLOW = f"If you trust who made them, add --option {TRUST}=true."

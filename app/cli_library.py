@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.core.paths import default_paths
+from app.core.stack import AdapterStack, StackedAdapter
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import library_roots, refresh
@@ -55,6 +59,44 @@ def find_adapter(name: str) -> Path:
         places = ", ".join(entry.path for entry in found[:3])
         raise WeftError(ErrorKind.BAD_INPUT, f"Several adapters are called {name!r}: {places}.", "Give the path.")
     return Path(found[0].path)
+
+
+def find_stack(given: Sequence[str]) -> AdapterStack:
+    """The stack that `--adapter PATH[=WEIGHT]` options name.
+
+    Raises:
+        WeftError: as `find_adapter`; BAD_INPUT for a weight that is no number.
+    """
+    return AdapterStack(adapters=tuple(_stacked(text) for text in given))
+
+
+def _stacked(text: str) -> StackedAdapter:
+    name, equals, weight = text.rpartition("=")
+    if not equals or Path(text).expanduser().exists():  # a path may have an equals sign of its own
+        name, weight = text, "1"
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"The weight of the adapter {name!r} is no number: {weight!r}.",
+            "Write --adapter PATH=WEIGHT, such as --adapter my-adapter=0.7.",
+        )
+    path = find_adapter(name)
+    return StackedAdapter(path=str(path), weight=number, name=path.stem if path.is_file() else path.name)
+
+
+def require_adapters(spec: Spec, stack: AdapterStack) -> None:
+    """Refuse a stack that the loader cannot serve. Raises WeftError UNSUPPORTED."""
+    wanted = Capability.MULTI_LORA if len(stack.adapters) > 1 else Capability.LORA
+    if stack.adapters and wanted not in spec.capabilities:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"The loader {spec.title} cannot serve {wanted.value}.",
+            "Choose another loader; `weft loaders` says which can.",
+        )
 
 
 def _named(library: LibraryStore, name: str) -> list[AdapterEntry]:

@@ -137,6 +137,8 @@ class Backend(BaseBackend):
             notes, calibration = self._open_context(request, options, vram if on_gpu else free, report)
             notes += template_notes
             self._template.wait_until_ready()
+            if request.adapters.adapters:
+                notes += self._set_stack(request.adapters, report)
         except BaseException:
             self.unload()
             raise

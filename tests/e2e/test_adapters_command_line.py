@@ -1,0 +1,81 @@
+"""`weft check` and `weft chat --adapter` on the starter model, its voice, and real engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.command_line import ROOT, weft, weft_json
+
+VOICE = ROOT / "resources" / "starter" / "voice-adapter"
+STARTERS = ["starter", "starter (GGUF)"]
+QUESTION = ("-p", "How do I add a LoRA?", "--temperature", "0")
+
+
+def _answer(model: str, *more: str) -> dict[str, Any]:
+    return weft_json("chat", model, *QUESTION, *more)
+
+
+@pytest.mark.parametrize("model", STARTERS)
+def test_an_adapter_changes_the_voice_and_weight_zero_is_the_base(model: str) -> None:
+    base = _answer(model)["text"]
+    on = _answer(model, "--adapter", str(VOICE))["text"]
+    assert on != base
+    assert _answer(model, "--adapter", f"{VOICE}=0")["text"] == base
+    assert _answer(model, "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5")["text"] == on
+    assert _answer(model, "--adapter", f"{VOICE}=1", "--adapter", f"{VOICE}=-1")["text"] == base
+
+
+def test_both_loaders_speak_with_the_same_voice() -> None:
+    answers = {_answer(model, "--adapter", f"{VOICE}=0.8")["text"] for model in STARTERS}
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("model", STARTERS)
+def test_check_says_that_the_voice_fits(model: str) -> None:
+    found = weft_json("check", str(VOICE), model)
+    assert found["verdict"] == "fits" and not found["problems"]
+    assert found["compatibility"]["matched"] == found["compatibility"]["total"] == 28
+    assert "It fits: 28 of 28" in weft("check", "voice-adapter", model).stdout, "found by its name in the library"
+
+
+def test_check_tells_partly_and_not_at_all_by_its_exit_status(tmp_path: Path) -> None:
+    from tests.fakes.library_files import safetensors_bytes
+
+    def adapter(name: str, layer: int, width: int) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(VOICE / "adapter_config.json", folder)
+        start = "base_model.model.model.layers"
+        tensors = {
+            f"{start}.0.self_attn.q_proj.lora_A.weight": ("F32", (8, width)),
+            f"{start}.0.self_attn.q_proj.lora_B.weight": ("F32", (hidden, 8)),
+        }
+        tensors |= {
+            f"{start}.{layer}.self_attn.q_proj.lora_A.weight": ("F32", (8, width)),
+            f"{start}.{layer}.self_attn.q_proj.lora_B.weight": ("F32", (hidden, 8)),
+        }
+        (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+        return str(folder)
+
+    hidden = json.loads((ROOT / "resources" / "starter" / "model" / "config.json").read_text())["hidden_size"]
+    partly = weft("check", adapter("partly", 99, hidden), "starter")
+    assert partly.returncode == 3 and "in part: 1 of 2" in partly.stdout and "layers" in partly.stdout
+    assert "zero" in partly.stdout, "its B matrices hold nothing"
+    never = weft("check", adapter("never", 1, 64), "starter")
+    assert never.returncode == 4 and "does not fit: 0 of 2" in never.stdout
+    chat = weft("chat", "starter", "-p", "x", "--adapter", str(tmp_path / "never"))
+    assert chat.returncode == 1 and "0 of its 2 modules match" in chat.stderr and "hint:" in chat.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("nowhere", "no adapter"), (f"{VOICE}=loud", "no number"), (f"{VOICE}=nan", "no number")],
+)
+def test_bad_adapters_are_refused_before_anything_starts(value: str, words: str) -> None:
+    ended = weft("chat", "starter", "-p", "x", "--adapter", value)
+    assert ended.returncode == 1 and words in ended.stderr and "hint:" in ended.stderr and not ended.stdout
