@@ -17,12 +17,13 @@ from PySide6.QtCore import QEventLoop, QSettings, QTimer
 from PySide6.QtWidgets import QApplication, QWidget
 
 from app import logs
-from app.core.paths import Paths, default_paths
+from app.core.paths import Paths, default_paths, resources
 from app.house import House
 from app.rail import RAIL
 from app.viewmodels.loadout import LoadoutState
 from app.views import theme
 from app.views.main_window import MainWindow
+from tests.fakes.hub import FakeHub
 
 SIZES = ((1440, 900), (960, 600))
 QUESTION = "How do I add a LoRA?"
@@ -60,6 +61,26 @@ def ask(house: House) -> None:
     wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
 
 
+def fill_downloads(house: House, hub: FakeHub) -> None:
+    """A hub of this machine alone, with the starter on it; one adapter fetched, one model listed."""
+    starter = resources() / "starter"
+    folders = {"weft/starter": starter / "model", "weft/starter-voice": starter / "voice-adapter"}
+    for repo, folder in folders.items():
+        hub.add(repo, {path.name: path for path in folder.iterdir() if path.is_file()})
+    gguf = starter / "weft-starter-f16.gguf"
+    hub.add("weft/starter-GGUF", {"weft-starter-f16.gguf": gguf, "README.md": starter / "model" / "README.md"})
+    house.settings_view.set("hub_endpoint", hub.endpoint)
+    finder = house.downloads.window().finder
+    for repo in (*folders, "weft/starter-GGUF"):
+        finder.field.setText(repo)
+        finder.go()
+        wait_until(lambda repo=repo: finder.files.listing is not None and finder.files.listing.repo == repo, repo)
+        if repo in folders:
+            finder.fetch.click()
+    queue = house.downloads.downloads
+    wait_until(lambda: len(queue.rows) == len(folders) and not queue.active, "the downloads")
+
+
 def shoot_all(house: House, folder: Path) -> None:
     window = house.window
     for look in ("light", "dark"):
@@ -68,7 +89,11 @@ def shoot_all(house: House, folder: Path) -> None:
             window.resize(width, height)
             for name in window.rail.names:
                 window.show_page(name)
-                shoot(window, folder, f"{name}-{look}-{width}")
+                shown = house.downloads.window() if name == "downloads" else window
+                shown.resize(width, height)
+                shoot(shown, folder, f"{name}-{look}-{width}")
+                if shown is not window:
+                    shown.close()
     house.theme.set_appearance("light")
     window.resize(*SIZES[0])
     window.show_page("chat")
@@ -94,9 +119,11 @@ def main() -> int:
         house = House(application, paths, window, look, logs.Reporter())
         house.open()
         ask(house)
-        shoot_all(house, folder)
-        window.close()
-        house.close()
+        with FakeHub() as hub:
+            fill_downloads(house, hub)
+            shoot_all(house, folder)
+            window.close()
+            house.close()
     return 0
 
 

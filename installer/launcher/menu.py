@@ -53,8 +53,30 @@ def write_desktop_file(data: Path) -> Path:
     ]
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     target.chmod(0o755)
+    write_link_handler(applications)
     if updater := shutil.which("update-desktop-database"):
         subprocess.run([updater, str(applications)], check=False, capture_output=True)
+    return target
+
+
+def write_link_handler(applications: Path) -> Path:
+    """Linux: `weft://` links of web pages open Weft, which asks first. An entry of its own: the menu's takes files (%F)."""
+    target = applications / "weft-link.desktop"
+    lines = [
+        "[Desktop Entry]",
+        "Type=Application",
+        f"Name={NAME} link",
+        f"Exec={quote(sys.executable)} {quote(str(ROOT / 'run.py'))} %u",
+        f"Path={ROOT}",
+        "Icon=weft",
+        "Terminal=false",
+        "NoDisplay=true",
+        "MimeType=x-scheme-handler/weft;",
+    ]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    target.chmod(0o755)
+    if chooser := shutil.which("xdg-mime"):
+        subprocess.run([chooser, "default", target.name, "x-scheme-handler/weft"], check=False, capture_output=True)
     return target
 
 

@@ -240,6 +240,8 @@ def test_the_desktop_entry_starts_this_folder(tmp_path: Path) -> None:
     if validator := shutil.which("desktop-file-validate"):
         ran = subprocess.run([validator, written], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout
+    link = (written.parent / "weft-link.desktop").read_text()
+    assert "MimeType=x-scheme-handler/weft;" in link and "%u" in link and "NoDisplay=true" in link
 
 
 @pytest.mark.parametrize(
