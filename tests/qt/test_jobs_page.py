@@ -68,7 +68,9 @@ class Installation(QThread):
 
 
 @pytest.fixture
-def rooms(home: Path, qtbot: QtBot) -> Iterator[Rooms]:
+def rooms(home: Path, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rooms]:
+    for name in ("WEFT_PYTHON_CORE", "WEFT_PYTHON_LLAMACPP"):
+        monkeypatch.delenv(name, raising=False)  # here no engine is installed yet
     made = Rooms.build()
     yield made
     made.close()
