@@ -13,7 +13,7 @@ from app.views.page import PageSpec
 from app.views.theme import theme
 from app.views.widgets import column
 
-WIDTH = 80
+WIDTH = 88
 
 
 class RailButton(QToolButton):

@@ -254,7 +254,7 @@ def test_files_that_are_here_are_offered(here: Manager, window: DownloadsWindow)
     )
     assert not window.finder.copies.isHidden() and "20 kB" in window.finder.copies.text()
     assert "on this machine" in str(table.data(table.index(1, hub_tables.NOTE)))
-    assert finder.FILES == window.finder._stack.currentIndex()
+    assert window.finder._stack.currentIndex() == finder.FILES
 
 
 # Settings ---------------------------------------------------------------------------------------
