@@ -49,13 +49,13 @@ class Shared(NamedTuple):
 
     Attributes:
         scale: for a tuple of (adapter's number, rank): w for each rank.
-        gains: for a matrix of one row an adapter, (adapters, out): f.
+        gains: for a matrix of one row an adapter, (adapters, out): f, in a dtype.
         weight: of one adapter by its number.
         rows: for differences (adapters, rows, width): their weighted sum.
     """
 
     scale: Callable[[tuple[tuple[int, int], ...], torch.device, torch.dtype], Held]
-    gains: Callable[[Tensor], tuple[Held, int]]
+    gains: Callable[[Tensor, torch.dtype], Held]
     weight: Callable[[int, torch.device, torch.dtype], Held]
     rows: Callable[[Tensor], Held]
 
@@ -114,9 +114,7 @@ class Site:
         b = torch.cat([b for _, _, b in pairs], dim=1)
         return a, b, shared.scale(layout, self.device, self.dtype)
 
-    def _factor(
-        self, present: list[tuple[int, Part]], order: Sequence[str], shared: Shared
-    ) -> tuple[Held, int, int] | None:
+    def _factor(self, present: list[tuple[int, Part]], order: Sequence[str], shared: Shared) -> Held | None:
         if all(p.gain is None and p.whole is None for _, p in present):
             return None
         table = torch.zeros(len(order), self.size[0], dtype=torch.float32)
@@ -125,8 +123,7 @@ class Site:
                 table[i] += part.gain
             if part.whole is not None:
                 table[i] -= 1
-        held, start = shared.gains(table.to(self.device))
-        return held, start, self.size[0]
+        return shared.gains(table.to(self.device), self.dtype)
 
     def _whole(self, present: list[tuple[int, Part]], shared: Shared) -> list[tuple[Held, Tensor]]:
         return [
@@ -153,6 +150,8 @@ class Site:
         low, factor = self._low_rank(present, shared), self._factor(present, order, shared)
         whole, rows = self._whole(present, shared), self._rows(present, order, shared)
         transposed = self.kind == "conv1d"
+        # Asked at each call, since adapters may write a bias, and bring one (lora_bias) where there was none.
+        own = module._parameters if "bias" in module._parameters else module._buffers
         linear = functional.linear
 
         if low is not None and factor is None and not whole and rows is None:
@@ -165,12 +164,26 @@ class Site:
 
             return plain
 
+        if low is not None and factor is not None and not whole and rows is None:
+            a, b, scale = low
+
+            def gained(x: Tensor) -> Tensor:
+                y = base(x)
+                z = x if x.dtype == dtype else x.to(dtype)
+                more = linear(linear(z, a) * scale.value, b)
+                bias = own.get("bias")
+                if bias is None:
+                    return torch.addcmul(more, y.to(dtype), factor.value).to(y.dtype)
+                bias = bias.to(dtype)
+                return torch.addcmul(more + bias, y.to(dtype) - bias, factor.value).to(y.dtype)
+
+            return gained
+
         def full(x: Tensor) -> Tensor:
             y = base(x)
             if factor is not None:
-                held, start, size = factor
-                f = held.value.narrow(-1, start, size).to(y.dtype)
-                bias = module.bias if hasattr(module, "bias") else None
+                f = factor.value.to(y.dtype)
+                bias = own.get("bias")
                 y = y * f if bias is None else torch.addcmul(bias.to(y.dtype), y - bias.to(y.dtype), f)
             z = x if x.dtype == dtype else x.to(dtype)
             if low is not None:
@@ -199,7 +212,7 @@ class Site:
         def run(tokens: Tensor) -> Tensor:
             y = base(tokens)
             if factor is not None:
-                y = y * factor[0].value.narrow(-1, factor[1], factor[2]).to(y.dtype)
+                y = y * factor.value.to(y.dtype)
             more: list[Tensor] = []
             if low is not None and columns is not None:
                 more.append(functional.linear(embedding(tokens, columns) * low[2].value, low[1]))

@@ -37,7 +37,8 @@ class LiveStack:
         self._deep: dict[str, bool] = {}  # whether an adapter changes what the KV cache holds
         self._layouts: dict[Any, tuple[Held, Tensor]] = {}
         self._singles: dict[Any, tuple[Held, int]] = {}
-        self._gains: dict[Any, tuple[Held, list[Tensor]]] = {}
+        self._gains: dict[tuple[torch.device, torch.dtype], list[tuple[Held, Tensor]]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rows: list[tuple[Held, Tensor]] = []
         self._order: list[str] = []
         self._changed = False  # adapters came or went since the sites were built
@@ -137,9 +138,7 @@ class LiveStack:
             self._written.pop(place).restore()
         for site in self._sites.values():
             site.build(order, shared)
-        for held, tables in self._gains.values():
-            tables[:] = [torch.cat(tables, dim=1)]
-            held.value = tables[0]
+        self._tables = {key: torch.cat([t for _, t in found], dim=1).T for key, found in self._gains.items()}
         self._order, self._changed = order, False
 
     def _set_weights(self) -> None:
@@ -148,8 +147,11 @@ class LiveStack:
             held.value = values[index].to(held.value)
         for held, number in self._singles.values():
             held.value = values[number].to(held.value)
-        for held, tables in self._gains.values():
-            held.value = torch.addmv(torch.ones((), device=tables[0].device), tables[0].T, values.to(tables[0].device))
+        for (device, dtype), found in self._gains.items():
+            table = self._tables[device, dtype]
+            factors = torch.addmv(torch.ones((), device=device), table, values.to(device)).to(dtype)
+            for (held, _), factor in zip(found, factors.split([t.shape[1] for _, t in found]), strict=True):
+                held.value = factor
         for held, table in self._rows:
             held.value = torch.tensordot(values.to(table.device), table, dims=1)
 
@@ -169,11 +171,10 @@ class LiveStack:
             self._singles[key] = (Held(torch.zeros((), device=device, dtype=dtype)), number)
         return self._singles[key][0]
 
-    def _gain(self, table: Tensor) -> tuple[Held, int]:
-        held, tables = self._gains.setdefault(table.device, (Held(torch.zeros(1)), []))
-        start = sum(found.shape[1] for found in tables)
-        tables.append(table)
-        return held, start
+    def _gain(self, table: Tensor, dtype: torch.dtype) -> Held:
+        held = Held(torch.zeros(1))
+        self._gains.setdefault((table.device, dtype), []).append((held, table))
+        return held
 
     def _row_sum(self, table: Tensor) -> Held:
         held = Held(torch.zeros(1))
