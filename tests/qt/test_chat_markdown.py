@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from PySide6.QtCore import QEvent, QObject, QUrl
-from PySide6.QtGui import QTextBlock, QTextDocument, QTextTable
+from PySide6.QtGui import QPaintEvent, QScreen, QTextBlock, QTextDocument, QTextTable
 from pytestqt.qtbot import QtBot
 
 from app.views.chat.blocks import BlockSplitter
@@ -425,3 +425,63 @@ def test_the_last_words_are_painted_even_when_the_height_stays(qtbot: QtBot) -> 
     view.finish()
     assert view.height_for(600) == height
     qtbot.waitUntil(lambda: painted[-1:] == ["Drop the LoRA here."], timeout=2000)
+
+
+def test_only_what_changes_is_painted_and_that_is_enough(qtbot: QtBot) -> None:
+    """What stands on the screen after each batch is what a repaint of everything would show."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    view = MarkdownView(chat_style())
+    qtbot.addWidget(view)
+    view.setFrameStyle(0)
+    view.resize(600, 2400)  # as tall as all of it: nothing else asks for a repaint
+    view.show()
+    with qtbot.waitExposed(view):
+        pass
+    view.begin_stream()
+    screen = view.screen()
+    areas: list[int] = []
+
+    class Watch(QObject):
+        def eventFilter(self, watched: QObject, event: QEvent) -> bool:
+            if isinstance(event, QPaintEvent):
+                areas.append(event.rect().height())
+            return False
+
+    watch = Watch()
+    view.viewport().installEventFilter(watch)
+    text = SAMPLE + "\n\n" + "A long paragraph, which is written again only at its end. " * 20 + "\n\n" + SAMPLE
+    at = checked = 0
+    while at < len(text):
+        step = rng.randrange(1, 120)
+        view.feed(text[at : at + step])
+        at += step
+        qtbot.wait(rng.choice((1, 20, 40, 60)))
+        if rng.random() < 0.25:
+            view._timer.stop()
+            qtbot.wait(30)  # what was asked for is painted
+            checked += _assert_painted(qtbot, screen, view, at)
+            view._timer.start(1)
+    view.finish()
+    qtbot.waitUntil(lambda: not view.busy, timeout=5000)
+    qtbot.wait(50)
+    assert checked + _assert_painted(qtbot, screen, view, at) > 3
+    little = sum(height < 500 for height in areas)
+    print(f"{len(areas)} paints, {little} of less than 500 of {view.height_for(600)} pixels; {checked} comparisons")
+    assert little > len(areas) // 2
+
+
+def _assert_painted(qtbot: QtBot, screen: QScreen, view: MarkdownView, at: int) -> bool:
+    shown = screen.grabWindow(view.winId()).toImage()
+    if shown.size() != view.size():
+        pytest.skip(f"this platform does not show what is on the screen: {shown.size()}")
+    view.viewport().update()
+    qtbot.wait(30)
+    whole = screen.grabWindow(view.winId()).toImage()
+    if shown != whole:
+        rows = [y for y in range(whole.height()) if shown.copy(0, y, 600, 1) != whole.copy(0, y, 600, 1)]
+        raise AssertionError(
+            f"after {at} characters: rows {rows[0]} to {rows[-1]} ({len(rows)}) are not as they should be"
+        )
+    return True

@@ -68,7 +68,7 @@ class CodeHighlighter:
         applied: dict[int, tuple[tuple[int, int, str], ...]],
     ) -> None:
         self._document = document
-        self._position = position
+        self.position = position
         lexer = lexer_for(language) if len(text) <= MAX_HIGHLIGHTED else None
         self._tokens: Iterator[tuple[int, _TokenType, str]] = (
             iter(lexer.get_tokens_unprocessed(text)) if lexer is not None else iter(())

@@ -18,7 +18,6 @@ from PySide6.QtGui import (
     QPainter,
     QPaintEvent,
     QResizeEvent,
-    QTextBlock,
     QTextCursor,
     QTextDocument,
     QWheelEvent,
@@ -33,6 +32,7 @@ from app.views.chat.writer import (
     CODE_HEADER,
     CODE_ID,
     CODE_PADDING,
+    PARAGRAPH,
     QUOTE_DEPTH,
     RULE,
     CodeBlock,
@@ -41,6 +41,7 @@ from app.views.chat.writer import (
 )
 
 SLICE = 0.004  # seconds of work at a time
+STREAM_SLICE = 0.002  # while text streams: somebody scrolls and types meanwhile
 FRAME = 33  # milliseconds between renderings of a streaming tail
 CODE_SLICE = 6000  # characters of code inserted at a time
 LONG = 700  # characters of a paragraph from where only its end is written again
@@ -102,6 +103,7 @@ class MarkdownView(QTextBrowser):
         self._tail_due = 0.0
         self._inline_mark: Mark | None = None  # in a long paragraph: behind what is written for now
         self._inline_at = 0
+        self._changed = 0  # where in the document this slice begins to change it
         self._colored_due = 0.0
         self._streaming = False
         self._hidden = ""
@@ -205,24 +207,47 @@ class MarkdownView(QTextBrowser):
 
     @Slot()
     def _work(self) -> None:
-        deadline = time.perf_counter() + SLICE
+        deadline = time.perf_counter() + (STREAM_SLICE if self._streaming else SLICE)
+        self._changed = self.document().characterCount() - 1
         self.document().documentLayout().blockSignals(True)  # one size change per slice
         try:
             more = self._write_blocks(deadline)
             if not more and self._streaming:
-                self._write_tail()
-            more = self._highlight(deadline) or more
+                more = time.perf_counter() > deadline
+                if not more:
+                    self._write_tail()
+            if time.perf_counter() < deadline or not self._streaming:
+                more = self._highlight(deadline) or more
+            else:
+                more = bool(self._highlights) or more
         finally:
             self.document().documentLayout().blockSignals(False)
-        # The blocked signals are also what asks for a repaint: text on a line that was there already would stay unseen.
-        self.viewport().update()
-        self._size_changed(self.document().size())
+        self._show_changes()
         if more:
             self._timer.start(0 if not self._streaming else FRAME // 2)
         elif self._streaming and self._tail_due > time.perf_counter():
             self._timer.start(FRAME)
         elif not self._streaming:
             self.finished.emit()
+
+    def _show_changes(self) -> None:
+        """Ask for a repaint from the first change on, and for the height needed now.
+
+        The layout's own requests were blocked, so text on a line that was there already would stay unseen.
+        """
+        document = self.document()
+        size = document.size()  # lays out what is not yet
+        first = document.findBlock(min(self._changed, document.characterCount() - 1))
+        top = document.documentLayout().blockBoundingRect(first).top() - CODE_HEADER - CODE_PADDING - PARAGRAPH
+        before = self._height
+        self._take_height(size)
+        top = max(0, int(top))
+        self.viewport().update(0, top, self.viewport().width(), max(before, self._height) - top + 1)
+        self._place_headers(self._changed)
+
+    def _roll_back(self, mark: Mark) -> None:
+        self._changed = min(self._changed, mark.position)
+        self._writer.rollback(mark)
 
     def _write_blocks(self, deadline: float) -> bool:
         """Write finished blocks. Returns whether some are left."""
@@ -268,7 +293,7 @@ class MarkdownView(QTextBrowser):
     def _drop_tail(self) -> None:
         self._inline_mark = None
         if self._tail_mark is not None:
-            self._writer.rollback(self._tail_mark)
+            self._roll_back(self._tail_mark)
             for gone in [id for id in self._headers if id > self._tail_mark.codes]:
                 self._headers.pop(gone).deleteLater()
                 self._highlighted.pop(gone, None)
@@ -305,7 +330,7 @@ class MarkdownView(QTextBrowser):
         if len(tail.text) > LONG and tail.kind == "markdown" and _PROSE.match(tail.text):
             self._inline_at = safe_cut(tail.text, 0)
             if self._inline_at:
-                self._writer.rollback(self._tail_mark)
+                self._roll_back(self._tail_mark)
                 self._writer.write(
                     msgspec.structs.replace(tail, text=tail.text[: self._inline_at].rstrip()), final=False
                 )
@@ -316,7 +341,7 @@ class MarkdownView(QTextBrowser):
     def _write_tail_inline(self, text: str) -> None:
         """A long paragraph: only its last sentences are written again."""
         assert self._inline_mark is not None
-        self._writer.rollback(self._inline_mark)
+        self._roll_back(self._inline_mark)
         if cut := safe_cut(text, self._inline_at):
             self._writer.write_inline(" " + text[self._inline_at : cut].strip())
             self._inline_mark = self._writer.mark()
@@ -373,6 +398,7 @@ class MarkdownView(QTextBrowser):
         # Layout is the dear part: colour only where the layout has room left in this slice.
         deadline = max(deadline, time.perf_counter() + 0.001)
         while self._highlights:
+            self._changed = min(self._changed, self._highlights[0][1].position)
             if not self._highlights[0][1].step(deadline):
                 return True
             self._highlights.popleft()
@@ -385,23 +411,22 @@ class MarkdownView(QTextBrowser):
     def _copy_code(self, text: str) -> None:
         QGuiApplication.clipboard().setText(text)
 
-    def _place_headers(self) -> None:
+    def _place_headers(self, changed: int = 0) -> None:
+        """Put the strips above code blocks where they belong; of those that end before `changed`, none has moved."""
         offset = self.horizontalScrollBar().value()
-        for header in self._headers.values():
-            block = self.document().findBlock(header.code.position)
-            rect = self._code_rect(block)
+        for header in reversed(self._headers.values()):
+            if header.code.end < changed:
+                break
+            rect = self._code_rect(header.code)
             header.setGeometry(
                 round(rect.x()) - offset + 1, round(rect.y()) + 1, max(60, round(rect.width()) - 2), CODE_HEADER - 1
             )
 
-    def _code_rect(self, first: QTextBlock) -> QRectF:
-        """Where the code block that starts here is painted, in document coordinates."""
+    def _code_rect(self, code: CodeBlock) -> QRectF:
+        """Where a code block is painted, in document coordinates."""
         layout = self.document().documentLayout()
-        code_id = first.blockFormat().property(CODE_ID)
+        first, last = self.document().findBlock(code.position), self.document().findBlock(code.end)
         top = layout.blockBoundingRect(first).top() - CODE_HEADER - CODE_PADDING
-        last = first
-        while (after := last.next()).isValid() and after.blockFormat().property(CODE_ID) == code_id:
-            last = after
         bottom = layout.blockBoundingRect(last).bottom() + CODE_PADDING
         left = first.blockFormat().leftMargin() - CODE_PADDING - 2
         return QRectF(left, top, self.document().textWidth() - left, bottom - top)
@@ -422,11 +447,14 @@ class MarkdownView(QTextBrowser):
 
     @Slot(QSizeF)
     def _size_changed(self, size: QSizeF) -> None:
+        self._take_height(size)
+        self._place_headers()
+
+    def _take_height(self, size: QSizeF) -> None:
         height = self._needed_height(size)
         if height != self._height:
             self._height = height
             self.height_changed.emit()
-        self._place_headers()
 
     def resizeEvent(self, event: QResizeEvent) -> None:
         super().resizeEvent(event)
@@ -454,7 +482,7 @@ class MarkdownView(QTextBrowser):
         layout = self.document().documentLayout()
         style = self._style
         for code in self._writer.codes:
-            rect = self._code_rect(self.document().findBlock(code.position)).adjusted(0.5, 0.5, -0.5, -0.5)
+            rect = self._code_rect(code).adjusted(0.5, 0.5, -0.5, -0.5)
             if rect.bottom() < top or rect.top() > bottom:
                 continue
             painter.setPen(style.border)

@@ -47,12 +47,13 @@ _ALIGN = {
 
 
 class CodeBlock(msgspec.Struct, kw_only=True):
-    """A code block in the document: its number, language, source, and where its first line starts."""
+    """A code block in the document: its number, language, source, and where its first line starts and its last one ends."""
 
     id: int
     language: str
     text: str
     position: int
+    end: int = 0
     highlightable: bool = True
     column: int = 0  # characters in its last line as shown
 
@@ -183,6 +184,7 @@ class DocumentWriter:
         form.setProperty(CODE_ID, len(self.codes) + 1)
         self._paragraph(form, self._code_char())
         code = CodeBlock(id=len(self.codes) + 1, language=language, text="", position=self._cursor.position())
+        code.end = code.position
         self.codes.append(code)
         self._open_code = code
 
@@ -210,6 +212,7 @@ class DocumentWriter:
             cursor.insertBlock(last, self._code_char())
             cursor.insertText(rest[-1], self._code_char())
         cursor.endEditBlock()
+        code.end = cursor.position()
 
     def _broken(self, code: CodeBlock, text: str) -> str:
         """Break overlong lines for the eye; the same way however the text arrives."""
