@@ -165,6 +165,9 @@ class Environments:
         known = {layer.name: layer.fingerprint for layer in spec.layers}
         if any(known.get(done, mark) != mark for done, mark in stamp.layers.items()):
             return EnvironmentState.OUTDATED
+        # A layer that came with a newer Weft: wanted, and never tried.
+        if any(name not in stamp.layers and name not in stamp.failed for name in known):
+            return EnvironmentState.OUTDATED
         return EnvironmentState.READY
 
     def put_back(self, name: str) -> None:

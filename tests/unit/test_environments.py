@@ -175,6 +175,18 @@ def test_an_installation_that_failed_goes_on_where_it_stopped(world: World) -> N
     assert world.state is EnvironmentState.READY
 
 
+def test_an_optional_layer_of_a_newer_weft_is_added_by_the_next_installation(world: World) -> None:
+    world.install()
+    stamp = world.environments.read_stamp("thing")
+    del stamp.layers["extra"]  # as a Weft that did not know it left it
+    world.environments.write_stamp("thing", stamp)
+    assert world.state is EnvironmentState.OUTDATED
+    done = len(world.installed())
+    world.install()
+    assert world.installed()[done:] == ["extra==4"]
+    assert world.state is EnvironmentState.READY
+
+
 @pytest.mark.fault
 def test_a_failed_optional_layer_leaves_the_rest_usable_and_is_tried_again(world: World) -> None:
     world.plan(extra={"fail": "error: no wheel of extra for this system"})
@@ -504,6 +516,7 @@ def test_the_machine_says_what_llama_cpp_was_built_for(monkeypatch: pytest.Monke
     from app.core.memory import Gpu
     from app.engine import machine
 
+    monkeypatch.delenv("WEFT_PYTHON_LLAMACPP", raising=False)
     monkeypatch.setattr(machine, "_gpus", lambda: (Gpu(name="x", total=2**34, free=2**33),))
     monkeypatch.setattr("app.engine.environments.has_nvidia", lambda: True)
     monkeypatch.setattr(compiler, "nvcc", lambda: "")
