@@ -6,6 +6,8 @@ Imports torch and transformers at its top: only an engine's child may import thi
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 
 GIB = 1024**3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -149,11 +152,35 @@ def load_model(config: Any, plan: Plan, progress: Callable[[Progress], None], ca
         arguments["attn_implementation"] = plan.attention
     if plan.bitsandbytes is not None:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(**plan.bitsandbytes)
-    with _progress(progress, cancelled), warnings.catch_warnings():
+    memory = _large_blocks_given_back() if plan.bitsandbytes is not None else contextlib.nullcontext()
+    with _progress(progress, cancelled), memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to programmers; what matters to users is a note or an error of ours
         model, info = _from_pretrained(model_class, plan, arguments)
     _complete(model, info)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _large_blocks_given_back() -> Iterator[None]:
+    """While quantizing, have glibc return each whole matrix to the system as soon as it is freed.
+
+    Left alone it learns from the first ones to keep such blocks in its heap, where small quantized results land between
+    them: the peak then grows by up to the weights' size and more, differently at each load.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        mallopt = None  # another C library
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1024**2)
+    try:
+        yield
+    finally:
+        # What glibc would have learnt at most, for the activations that come and go from now on.
+        mallopt(_M_MMAP_THRESHOLD, 32 * 1024**2)
+        mallopt(_M_TRIM_THRESHOLD, 64 * 1024**2)
 
 
 def check_weights(plan: Plan) -> None:

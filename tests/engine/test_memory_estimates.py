@@ -160,6 +160,18 @@ def test_transformers_takes_what_is_estimated(tmp_path, family, shape):
     hold("transformers", tiny_models.make(tmp_path / "model", family, **shape), {})
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_quantizing_while_loading_takes_what_is_estimated(tmp_path, option):
+    torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed in this interpreter")
+    from tests.engine import tiny_models
+
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 12, "num_attention_heads": 16}
+    hold("transformers", tiny_models.make(tmp_path / "model", dtype=torch.bfloat16, **shape), {option: True})
+
+
 # Arithmetic
 
 
