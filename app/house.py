@@ -77,7 +77,7 @@ class House(QObject):
             model_settings=self.model_settings,
             settings=self.settings,
             environments=self.jobs,
-            machine=self.machine.now,
+            machine=self.machine.measured,
             log_of=lambda loader: paths.logs / f"engine-{loader}.log",
             parent=self,
         )
@@ -113,7 +113,7 @@ class House(QObject):
             library=self.library,
             loadout=self.loadout,
             model_settings=self.model_settings,
-            settings=self.settings,
+            settings=self.settings_view,
             roots=self.roots,
             machine=self.machine,
             refresh=self.refresh_library,
@@ -199,12 +199,17 @@ class House(QObject):
         worker.problem.connect(self._library_problem)
         self._library_worker = worker
         worker.start()
+        self.machine.known.connect(self._machine_known)
         self.machine.start()
         self.downloads.open()
         for sentence in (self.database.notice, *self.settings.problems):
             if sentence:
                 self.window.show_notice(Notice(text=sentence, tone="warning"))
         self._take(self._arguments)
+
+    @Slot()
+    def _machine_known(self) -> None:
+        """What there is to run models on has been measured: now a load can tell whether it fits."""
         if self.settings.settings.load_last:
             self._load_first_model()
         self._prepare_engines()
@@ -251,16 +256,23 @@ class House(QObject):
             )
 
     def close(self) -> None:
-        """Stop every worker and let go of the files. Nothing runs on after this."""
-        self.window.close_pages()
-        self.loadout.close()
-        self.downloads.close()
-        self.jobs.close()
-        self.engines.close()
-        self.machine.close()
-        if self._library_worker is not None:
-            self._library_worker.stop()
-        self.database.close()
+        """Stop every worker and let go of the files. Nothing runs on after this, whatever goes wrong on the way."""
+        worker = self._library_worker
+        for what, step in (
+            ("the pages", self.window.close_pages),
+            ("the loaded model", self.loadout.close),
+            ("downloads", self.downloads.close),
+            ("jobs", self.jobs.close),
+            ("engine environments", self.engines.close),
+            ("the machine's figures", self.machine.close),
+            ("the library", worker.stop if worker is not None else None),
+            ("the database", self.database.close),
+        ):
+            try:
+                if step is not None:
+                    step()
+            except Exception:  # noqa: BLE001  (a full disk must not keep the threads that come after from being ended)
+                logs.log.exception("Closing %s failed", what)
 
     # Ties -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from PySide6.QtCore import QObject, QRunnable, QThreadPool, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
 
+CLOSE_MS = 3000
 log = logging.getLogger("weft")
 
 
@@ -61,7 +62,8 @@ class Background(QObject):
 
     def close(self) -> None:
         self._pool.clear()
-        self._pool.waitForDone(3000)
+        if not self._pool.waitForDone(CLOSE_MS):
+            log.error("Background work did not end within %d s", CLOSE_MS // 1000)
 
     @Slot(object, object, object)
     def _deliver(self, key: object, result: object, error: object) -> None:

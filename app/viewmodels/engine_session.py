@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from PySide6.QtCore import QObject, Signal, Slot
 
+log = logging.getLogger("weft")
 WAIT_MS = 5000
 
 
@@ -50,7 +52,8 @@ class EngineSession(QObject):
 
     def wait(self) -> None:
         """Block until the worker's thread has ended. Only for closing the window."""
-        self.worker.wait(WAIT_MS)
+        if not self.worker.wait(WAIT_MS):
+            log.error("Engine %d did not end within %d s", self.worker.client.pid, WAIT_MS // 1000)
 
     @Slot(object)
     def _ready(self, event: object) -> None:

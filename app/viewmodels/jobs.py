@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,13 @@ from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersisten
 
 from app.core.errors import WeftError
 from app.core.jobs import Job, JobState, Progress
-from app.engine.environments import Environments, EnvironmentState
+from app.engine.environments import USABLE, Environments
 from app.store.jobs import JobStore
 from app.viewmodels.units import readable_bytes, readable_seconds, readable_when
 
+log = logging.getLogger("weft")
 Index = QModelIndex | QPersistentModelIndex
 INSTALL = "install_environment"
-USABLE = (EnvironmentState.READY, EnvironmentState.OUTDATED)
 REFRESH_MS = 250
 SHOWN = 500
 CLOSE_MS = 5000
@@ -247,7 +248,8 @@ class JobCenter(QObject):
             return
         job = running.worker.job
         running.worker.cancel()
-        running.worker.wait(CLOSE_MS)
+        if not running.worker.wait(CLOSE_MS):
+            log.error("The installation of %s did not stop within %d s", running.environment, CLOSE_MS // 1000)
         if self._store.get(job.id).state is not JobState.DONE:
             # Not what the user cancelled: the next start goes on with it.
             message, hint = "Weft was closed meanwhile.", "It goes on when Weft starts again."

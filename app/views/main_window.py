@@ -7,6 +7,7 @@ pages are made with. Adding a page is one `PageSpec` in `app.rail` and one build
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -145,9 +146,10 @@ class MainWindow(QMainWindow):
         return self._pages.get(name)
 
     def close_pages(self) -> None:
-        """Have every page save and end what it does in the background."""
-        for page in self._pages.values():
-            page.shutdown()
+        """Have every page save and end what it does in the background, all of them even when one fails."""
+        with contextlib.ExitStack() as every:
+            for page in self._pages.values():
+                every.callback(page.shutdown)
 
     @property
     def state(self) -> QSettings:

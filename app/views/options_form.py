@@ -70,6 +70,11 @@ class OptionsForm(QWidget):
             if advanced_open:
                 self._advanced.header.setChecked(True)
 
+    def show_advanced(self, shown: bool) -> None:
+        """Unfold or fold the advanced part, where there is one."""
+        if self._advanced is not None:
+            self._advanced.header.setChecked(shown)
+
     # Values -----------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, OptionValue]:

@@ -18,6 +18,7 @@ from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import LoadoutState
 from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
 from app.viewmodels.model_table import ModelTable
+from app.viewmodels.settings import SettingsView
 from app.views.models.page import ModelsPage
 from app.views.page import Notice
 from tests.qt.shell_parts import GB, Rooms, model, touch
@@ -46,7 +47,7 @@ def page(rooms: Rooms, qtbot: QtBot) -> Iterator[ModelsPage]:
         library=rooms.library,
         loadout=loadout,
         model_settings=rooms.model_settings,
-        settings=rooms.settings,
+        settings=SettingsView(rooms.settings),
         roots=rooms.roots,
         machine=rooms.watch(),
         refresh=lambda: None,
@@ -250,7 +251,7 @@ def test_empty_state(rooms: Rooms, qtbot: QtBot) -> None:
         library=rooms.library,
         loadout=rooms.loadout(),
         model_settings=rooms.model_settings,
-        settings=rooms.settings,
+        settings=SettingsView(rooms.settings),
         roots=rooms.roots,
         machine=rooms.watch(),
         refresh=lambda: None,
@@ -258,3 +259,19 @@ def test_empty_state(rooms: Rooms, qtbot: QtBot) -> None:
     qtbot.addWidget(made)
     assert made._stack.currentWidget() is made._empty
     made.shutdown()
+
+
+def test_autoload_and_advanced_options_follow_the_settings_at_once(page: ModelsPage, rooms: Rooms) -> None:
+    view = page._settings
+    assert page.autoload.isChecked() and page.autoload.isVisible()
+    page.autoload.click()
+    assert not rooms.settings.settings.autoload
+    view.set("autoload", True)
+    assert page.autoload.isChecked()
+    form = page.details.form
+    assert form is not None and form._advanced is not None
+    assert not form._advanced.header.isChecked()
+    view.set("show_advanced", True)
+    assert form._advanced.header.isChecked()
+    view.set("show_advanced", False)
+    assert not form._advanced.header.isChecked()

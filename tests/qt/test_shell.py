@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +17,13 @@ from pytestqt.qtbot import QtBot
 from app import logs
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import JobState
+from app.core.memory import Machine
 from app.core.paths import default_paths
 from app.house import House
 from app.rail import RAIL
+from app.viewmodels import machine_watch
 from app.viewmodels.jobs import INSTALL
+from app.viewmodels.machine_watch import MachineWatch
 from app.views import theme
 from app.views.command_palette import CommandPalette, match
 from app.views.dialogs import ConfirmDialog, CrashDialog, ErrorDialog, read_tail
@@ -256,12 +262,14 @@ def house(qtbot: QtBot, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     reporter = logs.Reporter()
     made = House(application, paths, window, look, reporter)
     made.open()
-    qtbot.waitUntil(lambda: made.library.count() >= 2, timeout=15_000)
+    qtbot.waitUntil(lambda library=made.library: library.count() >= 2, timeout=15_000)
     yield made
     window.close()
     made.close()
     made.deleteLater()
     qtbot.wait(20)
+    del made, window, look, reporter
+    gc.collect()  # here: another thread that happens to collect would free Qt's objects outside theirs
 
 
 def test_whole_window(house: House, qtbot: QtBot) -> None:
@@ -329,3 +337,69 @@ def test_first_start_prepares_every_engine_and_a_cancelled_one_stays_cancelled(
     house._prepare_engines()
     assert "core" not in wanted
     assert "llamacpp" in wanted
+
+
+@pytest.mark.fault
+def test_closing_ends_every_thread_though_the_disk_is_full(
+    house: House, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = WeftError(ErrorKind.DISK_FULL, "The disk is full.", "Make room.")
+
+    def fails() -> None:
+        raise full
+
+    worker = house._library_worker
+    assert worker is not None and worker.isRunning()
+    with monkeypatch.context() as broken:
+        broken.setattr(logs.log, "propagate", True)
+        for part in (house.loadout, house.downloads, house.jobs):
+            broken.setattr(part, "close", fails)
+        broken.setattr(house.window.page("models"), "shutdown", fails)
+        house.close()
+        told = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert [text.removeprefix("Closing ").removesuffix(" failed") for text in told] == [
+        "the pages",
+        "the loaded model",
+        "downloads",
+        "jobs",
+    ]
+    assert not worker.isRunning()
+    assert not house.machine._timer.isActive()
+    full.__traceback__ = None  # it would keep the house, and have some other thread free it
+    caplog.clear()
+
+
+def test_machine_is_measured_off_the_window_s_thread(qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    release = threading.Event()
+    figures = Machine(system="linux", cpu_count=2, ram_total=8, ram_free=4)
+
+    def slow() -> Machine:
+        threads.append(threading.get_ident())
+        release.wait(10)
+        return figures
+
+    monkeypatch.setattr(machine_watch, "_probe", slow)
+    watch = MachineWatch()
+    watch.start()
+    began = time.perf_counter()
+    assert watch.now().ram_free == 0  # not known yet
+    assert time.perf_counter() - began < 0.05
+    with qtbot.waitSignal(watch.known, timeout=5000):
+        release.set()
+    assert watch.now() is figures
+    assert watch.measured() is figures
+    assert threads and threading.get_ident() not in threads
+    watch.close()
+    watch.deleteLater()
+    qtbot.wait(10)
+
+
+def test_first_model_is_loaded_once_the_machine_is_known(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(house.loadout, "load", lambda entry: loaded.append(entry.name))
+    house.settings.update(load_last=True)
+    house.machine._told = False
+    house.machine._probed("machine", house.machine.measured(), None)
+    house.machine._probed("machine", house.machine.measured(), None)
+    assert loaded == ["starter"]

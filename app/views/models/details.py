@@ -183,6 +183,12 @@ class ModelDetails(QFrame):
         if self._header_fold.header.isChecked() or self._template_fold.header.isChecked():
             self._read_facts(True)
 
+    def set_show_advanced(self, shown: bool) -> None:
+        """Unfold or fold the advanced part of every form, those shown already and those to come."""
+        self._show_advanced = shown
+        for form in self._forms.values():
+            form.show_advanced(shown)
+
     def refresh_estimate(self) -> None:
         """Free memory moved."""
         if self.entry is not None:

@@ -7,13 +7,22 @@ from pathlib import Path
 
 from PySide6.QtCore import QModelIndex, QPoint, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QDragEnterEvent, QDropEvent, QGuiApplication, QKeySequence, QShortcut
-from PySide6.QtWidgets import QFileDialog, QFrame, QInputDialog, QLineEdit, QMenu, QSplitter, QStackedWidget, QWidget
+from PySide6.QtWidgets import (
+    QCheckBox,
+    QFileDialog,
+    QFrame,
+    QInputDialog,
+    QLineEdit,
+    QMenu,
+    QSplitter,
+    QStackedWidget,
+    QWidget,
+)
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
-from app.store.settings import SettingsStore
 from app.viewmodels.background import Background
 from app.viewmodels.fitting import judge
 from app.viewmodels.library_roots import LibraryRoots
@@ -21,6 +30,7 @@ from app.viewmodels.loadout import Loadout
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.model_files import move_to_trash, trash_refusal
 from app.viewmodels.model_table import EntryRole, ModelTable
+from app.viewmodels.settings import SettingsView
 from app.views.dialogs import reveal
 from app.views.icons import icon
 from app.views.models.details import ModelDetails
@@ -46,7 +56,7 @@ class ModelsPage(Page):
         library: LibraryStore,
         loadout: Loadout,
         model_settings: ModelSettings,
-        settings: SettingsStore,
+        settings: SettingsView,
         roots: LibraryRoots,
         machine: MachineWatch,
         refresh: Callable[[], None],
@@ -76,7 +86,7 @@ class ModelsPage(Page):
             model_settings=model_settings,
             machine=machine.now,
             make_menu=self.make_menu,
-            show_advanced=settings.settings.show_advanced,
+            show_advanced=settings.now.show_advanced,
         )
         self._filter_later = QTimer(self)
         self._filter_later.setSingleShot(True)
@@ -100,6 +110,10 @@ class ModelsPage(Page):
         self._add.setMenu(self._add_menu())
         again = icon_button("reload", "Refresh: look at the disk again", self._refresh, shortcut="F5")
         self._side = icon_button("side-panel", "Show or hide details", self.toggle_side, shortcut="Ctrl+B")
+        self.autoload = QCheckBox("Autoload")
+        self.autoload.setToolTip("Load a model as soon as it is picked from the bar above. Off: Load loads it.")
+        self.autoload.setAccessibleDescription(self.autoload.toolTip())
+        self.autoload.setChecked(self._settings.now.autoload)
         head = QFrame()
         head.setObjectName("pageHeader")
         head.setFixedHeight(56)
@@ -108,6 +122,7 @@ class ModelsPage(Page):
             self._count,
             1,
             self.field,
+            self.autoload,
             self._add,
             again,
             self._side,
@@ -157,6 +172,8 @@ class ModelsPage(Page):
         self.details.closed.connect(self.toggle_side)
         self._loadout.changed.connect(self._loadout_changed)
         self._machine.changed.connect(self._machine_changed)
+        self.autoload.toggled.connect(self._autoload_toggled)
+        self._settings.changed.connect(self._setting_changed)
         self._loaded_id = ""
         for keys, run in (("F5", self._refresh), ("Esc", self._escape)):
             shortcut = QShortcut(QKeySequence(keys), self)
@@ -276,6 +293,18 @@ class ModelsPage(Page):
         if self.isVisible():
             self.table.machine_changed()
             self.details.refresh_estimate()
+
+    @Slot(bool)
+    def _autoload_toggled(self, on: bool) -> None:
+        if not self._settings.set("autoload", on):
+            self.autoload.setChecked(self._settings.now.autoload)
+
+    @Slot(str)
+    def _setting_changed(self, name: str) -> None:
+        if name == "autoload":
+            self.autoload.setChecked(self._settings.now.autoload)
+        elif name == "show_advanced":
+            self.details.set_show_advanced(self._settings.now.show_advanced)
 
     @Slot(int, int)
     def _counted(self, shown: int, total: int) -> None:

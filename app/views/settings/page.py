@@ -184,6 +184,7 @@ class SettingsPage(Page):
 
     def _defaults(self) -> None:
         self._section("defaults", "Defaults")
+        self._switches: dict[str, QCheckBox] = {}
         for name, text, help in (
             ("autoload", "Load a model as soon as it is picked", "Off: picking only selects it, and Load loads it."),
             ("load_last", "Load the last model when Weft starts", "The first time, that is the starter model."),
@@ -194,6 +195,7 @@ class SettingsPage(Page):
             check.setToolTip(help)
             check.setAccessibleDescription(help)
             check.toggled.connect(lambda on, name=name: self._settings.set(name, on))
+            self._switches[name] = check
             self._body.addWidget(check)
             note = label(help, tone="muted", wrap=True)
             note.setContentsMargins(24, 0, 0, 4)
@@ -321,3 +323,5 @@ class SettingsPage(Page):
     def _setting_changed(self, name: str) -> None:
         if name == "appearance":
             self.appearance.setCurrentIndex(self.appearance.findData(self._settings.now.appearance))
+        elif name in self._switches:
+            self._switches[name].setChecked(bool(getattr(self._settings.now, name)))
