@@ -14,8 +14,6 @@ from typing import Any
 import psutil
 
 from app.core.memory import Gpu, Machine
-from app.core.paths import default_paths
-from app.engine.environments import Environments
 
 _FRESH = 1.0  # seconds for which a probe is good
 
@@ -48,6 +46,9 @@ def _probe() -> Machine:
 
 def _llama_gpu() -> bool:
     """Whether llama.cpp's build can use the cards; as said when it was installed."""
+    from app.core.paths import default_paths  # here: an engine's interpreter lacks what these import
+    from app.engine.environments import Environments
+
     return bool(Environments(default_paths().environments).gpu("llamacpp"))
 
 
