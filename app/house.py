@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PySide6.QtCore import QObject, QTimer, Slot
-from PySide6.QtWidgets import QApplication, QDialog, QWidget
+from PySide6.QtWidgets import QApplication, QWidget
 
 from app import logs
 from app.core.errors import ErrorKind, WeftError
@@ -19,6 +19,7 @@ from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, resources
 from app.engine.environments import Environments
 from app.house_downloads import DownloadsHouse
+from app.house_questions import HouseQuestions
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.store.jobs import JobStore
@@ -27,7 +28,7 @@ from app.store.model_settings import ModelSettings
 from app.store.settings import SettingsStore
 from app.viewmodels.jobs import INSTALL, JobCenter, environment_of
 from app.viewmodels.library_roots import LibraryRoots
-from app.viewmodels.loadout import CodeQuestion, Crash, FitQuestion, Loadout, LoadoutState
+from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.settings import EngineList, SettingsView
 from app.views import theme
@@ -87,6 +88,7 @@ class House(QObject):
         self._library_worker: LibraryWorker | None = None
         self._arguments: list[str] = []
         self.window = window
+        self.questions = HouseQuestions(window, self.loadout, self.environments, self.engines, paths.logs, self)
         self._builders = {
             "chat": self._chat_page,
             "models": self._models_page,
@@ -118,7 +120,7 @@ class House(QObject):
             machine=self.machine,
             refresh=self.refresh_library,
         )
-        page.code_wanted.connect(self._review_code)
+        page.code_wanted.connect(self.questions.review_code)
         return page
 
     def _jobs_page(self) -> Page:
@@ -136,7 +138,7 @@ class House(QObject):
             paths=self.paths,
             hub=self.downloads.hub_section,
         )
-        page.remove_environment.connect(self._confirm_removal)
+        page.remove_environment.connect(self.questions.removal)
         return page
 
     def _header(self) -> QWidget:
@@ -279,11 +281,6 @@ class House(QObject):
     def _tie(self, reporter: logs.Reporter) -> None:
         loadout, jobs = self.loadout, self.jobs
         loadout.environment_wanted.connect(self._environment_wanted)
-        loadout.notice.connect(self._loadout_notice)
-        loadout.load_failed.connect(self._load_failed)
-        loadout.crashed.connect(self._crashed)
-        loadout.fit_asked.connect(self._ask_fit)
-        loadout.code_asked.connect(self._ask_code)
         jobs.environment_ready.connect(self._environment_ready)
         jobs.environment_failed.connect(self._environment_failed)
         jobs.changed.connect(self._badge)
@@ -298,7 +295,7 @@ class House(QObject):
         self.downloads.settings_wanted.connect(self._show_hub_settings)
         self.window.window_wanted.connect(self._open_window)
         self.window.closing.connect(self.downloads.close_window)
-        reporter.unexpected.connect(self._unexpected)
+        reporter.unexpected.connect(self.questions.unexpected)
         # Unfinished work is saved while the window still stands.
         self.window.closing.connect(self.machine.close)
 
@@ -394,135 +391,6 @@ class House(QObject):
         else:
             fraction = running.progress.fraction if running.progress is not None else None
             self.window.rail.set_badge("jobs", -1.0 if fraction is None else fraction)
-
-    # Questions and failures -------------------------------------------------------------------------
-
-    @Slot(str)
-    def _loadout_notice(self, text: str) -> None:
-        self.window.show_notice(Notice(text=text))
-
-    @Slot(object)
-    def _load_failed(self, error: WeftError) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import ErrorDialog
-
-            log = self.loadout.log_path
-            return ErrorDialog(error, self.window, log=log if log is not None and log.exists() else None)
-
-        self.window.show_dialog(build)
-
-    @Slot(object)
-    def _crashed(self, crash: Crash) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import CrashDialog
-
-            log = Path(crash.log) if crash.log else None
-            return CrashDialog(crash.error, log, self.loadout.load_again if crash.again else None, self.window)
-
-        self.window.show_dialog(build)
-
-    @Slot(object)
-    def _ask_fit(self, question: FitQuestion) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import ConfirmDialog
-
-            return ConfirmDialog(
-                "This model may not fit",
-                f"{question.entry.name}: {question.message}",
-                "Load anyway",
-                lambda: self.loadout.load(question.entry, question.loader.id, question.options, anyway=True),
-                self.window,
-                hint="Other programs may become slow, or the system may end the engine. "
-                "A shorter context length, or a smaller quantization of the model, takes less.",
-            )
-
-        self.window.show_dialog(build)
-
-    @Slot(object)
-    def _ask_code(self, question: CodeQuestion) -> None:
-        def allow() -> None:
-            self.loadout.planner.allow_code(question.entry, question.digest)
-            self._code_decided()
-            self.loadout.load(question.entry, question.loader.id, question.options)
-
-        self._show_code(question.entry, question.files, "Allow and load", allow)
-
-    @Slot(object)
-    def _review_code(self, entry: ModelEntry) -> None:
-        try:
-            code = self.loadout.planner.code(entry)
-        except WeftError as error:
-            self.window.show_error(error)
-            return
-
-        def allow() -> None:
-            self.loadout.planner.allow_code(entry, code.digest)
-            self._code_decided()
-
-        self._show_code(entry, code.files, "Allow", allow)
-
-    def _show_code(self, entry: ModelEntry, files: tuple[str, ...], yes: str, allow: object) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import ConfirmDialog
-
-            return ConfirmDialog(
-                "This model wants to run its own code",
-                f"{entry.name} brings Python files that run with your rights: they can read, change and send your files. "
-                "Allow it only if you trust who made the model.",
-                yes,
-                allow,  # type: ignore[arg-type]
-                self.window,
-                danger=True,
-                hint="The permission holds for exactly these files. If they change, Weft asks again.",
-                files=[Path(entry.path, name) for name in files],
-            )
-
-        self.window.show_dialog(build)
-
-    def _code_decided(self) -> None:
-        page = self.window.built("models")
-        if page is not None:
-            page.code_decided()  # type: ignore[attr-defined]
-
-    @Slot(str)
-    def _confirm_removal(self, name: str) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import ConfirmDialog
-
-            spec = self.environments.spec(name)
-            loader = self.loadout.loader
-            in_use = loader is not None and loader.environment == name
-
-            def remove() -> None:
-                if in_use:
-                    self.loadout.unload()
-                self.engines.remove(name)
-
-            return ConfirmDialog(
-                f"Remove {spec.title}?",
-                f"Its files are deleted. Installing it again takes about {spec.minutes} minutes and fetches it anew."
-                + (" The loaded model is ejected." if in_use else ""),
-                "Remove",
-                remove,
-                self.window,
-                danger=True,
-            )
-
-        self.window.show_dialog(build)
-
-    @Slot(str, str)
-    def _unexpected(self, summary: str, trace: str) -> None:
-        def build() -> QDialog:
-            from app.views.dialogs import ErrorDialog
-
-            error = WeftError(
-                ErrorKind.INTERNAL,
-                f"Weft met something unexpected. {summary}",
-                "Your work is kept. Please report this with the log.",
-            )
-            return ErrorDialog(error, self.window, details=trace, log=self.paths.logs / logs.FILE)
-
-        self.window.show_dialog(build)
 
     # Going places -----------------------------------------------------------------------------------
 

@@ -76,6 +76,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "CPU, 1 thread"
     has_template: bool = True
     notes: tuple[str, ...] = ()
+    calibration: dict[str, int] = {}
     answers: tuple[str, ...] = ()
     tokens: int = 20
     rate: float = 0.0
@@ -149,6 +150,7 @@ class FakeBackend:
                 seconds=time.monotonic() - started,
                 has_template=script.has_template,
                 notes=script.notes,
+                calibration=script.calibration,
             )
         )
 

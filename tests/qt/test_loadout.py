@@ -406,3 +406,14 @@ def test_a_refusal_asks_for_the_code_and_the_yes_loads_it(
     loadout.load_again()
     wait_for(qtbot, loadout, LoadoutState.READY)
     assert not sent[-1].trust_remote_code
+
+
+def test_what_an_engine_measured_goes_along_with_the_next_load(rooms: Rooms, qtbot: QtBot, sent: list[Load]) -> None:
+    rooms.script = Script(calibration={"threads/8/30": 4})
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert sent[-1].calibration == {}
+    loadout.load_again()
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    assert sent[-1].calibration == {"threads/8/30": 4}

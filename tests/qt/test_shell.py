@@ -313,7 +313,7 @@ def test_picker_filters_and_picks(house: House, qtbot: QtBot) -> None:
 
 
 def test_unexpected_exception_is_told_with_its_trace(house: House, qtbot: QtBot) -> None:
-    house._unexpected("ValueError: boom", "Traceback …\nValueError: boom")
+    house.questions.unexpected("ValueError: boom", "Traceback …\nValueError: boom")
     assert isinstance(house.window.dialog, ErrorDialog)
     assert "boom" in house.window.dialog.error.message
     house.window.dialog.reject()
