@@ -14,13 +14,14 @@ from typing import Any
 
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
-from app.backends.base import Spec
+from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.memory import Machine
 from app.core.options import OptionValue
-from app.engine.protocol import Generate, Loaded
+from app.core.stack import AdapterStack
+from app.engine.protocol import Generate, Loaded, SetAdapters
 from app.engine.restart import RestartPolicy
 from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
@@ -44,6 +45,7 @@ class Loadout(QObject):
         notice(text): a sentence worth a toast.
         fit_asked(FitQuestion), code_asked(CodeQuestion), crashed(Crash), load_failed(WeftError): the window decides or tells.
         environment_wanted(name): the load waits for this environment.
+        stack_changed: `stack` is another than was set: another model came, or the engine refused it.
     """
 
     changed = Signal()
@@ -57,6 +59,7 @@ class Loadout(QObject):
     crashed = Signal(object)
     load_failed = Signal(object)
     environment_wanted = Signal(str)
+    stack_changed = Signal()
     _later = Signal(int, object)
 
     def __init__(
@@ -86,6 +89,10 @@ class Loadout(QObject):
         self._requests = Requests()
         self._last_use = time.monotonic()
         self._waiting_for = ""
+        self.stack = AdapterStack()
+        self._told_stack = AdapterStack()  # the last that the engine was told,
+        self._taken_stack = AdapterStack()  # and the last that it took
+        self._stack_id = 0  # of the SetAdapters under way
         self.state = LoadoutState.EMPTY
         self.model: ModelEntry | None = None
         self.loader: Spec | None = None
@@ -259,7 +266,10 @@ class Loadout(QObject):
             self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE)
             and self._session is not None
         ):
-            self._send(made, request)
+            if self._stack_id and self.stack != self._told_stack:
+                self._requests.queued[made] = request  # the newest stack is told first
+            else:
+                self._send(made, request)
         elif self.state in (LoadoutState.STARTING, LoadoutState.LOADING):
             self._requests.queued[made] = request
         elif self.model is None:
@@ -296,11 +306,54 @@ class Loadout(QObject):
             )
             self._fail_later(request, why)
 
+    # Adapters ---------------------------------------------------------------------------------------
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether a model is loaded by a loader that takes adapters."""
+        return self.is_loaded and self.loader is not None and Capability.LORA in self.loader.capabilities
+
+    def adapters(self) -> list[AdapterEntry]:
+        """The library's adapters."""
+        return self._library.adapters()
+
+    def set_stack(self, stack: AdapterStack) -> None:
+        """Replace the adapter stack: of the loaded model at once, else with the next load."""
+        self.stack = stack
+        self._tell_stack()
+
+    def _tell_stack(self) -> None:
+        """Tell the engine the stack as it is now; while it works on one, the latest waits for that to end."""
+        if self._session is None or not self.is_loaded or self._stack_id or self.stack == self._told_stack:
+            return
+        try:
+            self._stack_id = self._session.worker.send(SetAdapters(adapters=self.stack))
+        except WeftError as error:
+            self.notice.emit(str(error))
+            return
+        self._told_stack = self.stack
+
+    def _stack_ended(self, error: WeftError | None) -> None:
+        self._stack_id = 0
+        if error is None:
+            self._taken_stack = self._told_stack
+        else:
+            self._told_stack = self.stack = self._taken_stack
+            self.notice.emit(str(error))
+            self.stack_changed.emit()
+        self._tell_stack()
+        if not self._stack_id:
+            for ours, request in self._requests.take_queued().items():
+                self._send(ours, request)
+
     # Behind the scenes ------------------------------------------------------------------------------
 
     def _begin(self, plan: LoadPlan, *, keep_queue: bool = False) -> None:
         self._drop_engine("Another model is being loaded.", keep_queue=keep_queue)
         self._plan = plan
+        if self.model is not None and self.model.id != plan.entry.id and self.stack.adapters:
+            self.stack = AdapterStack()  # adapters belong to the model that they were chosen for
+            self.stack_changed.emit()
         self.model, self.loader, self.options = plan.entry, plan.spec, dict(plan.options)
         self.error = None
         try:
@@ -339,6 +392,7 @@ class Loadout(QObject):
         """End the engine without waiting for it; whatever it was asked fails with `why`."""
         session, self._session = self._session, None
         self._waiting_for = ""
+        self._stack_id = 0
         self.loaded = None
         self.load_progress = None
         self._idle.stop()
@@ -386,7 +440,8 @@ class Loadout(QObject):
         plan = self._plan
         self.load_progress = Progress(phase=f"Loading {plan.entry.name}")
         try:
-            self._load_id = self._session.worker.send(self.planner.command(plan))
+            self._load_id = self._session.worker.send(self.planner.command(plan, self.stack))
+            self._told_stack, self._taken_stack, self._stack_id = self.stack, self.stack, 0
         except WeftError as error:
             self._drop_engine("The engine did not take the load.", keep_queue=True)
             self._fail_load(error)
@@ -416,6 +471,9 @@ class Loadout(QObject):
             self._load_id = 0
             self._load_finished()
             return
+        if engine_id == self._stack_id:
+            self._stack_ended(None)
+            return
         ours = self._requests.end(engine_id)
         if ours:
             self._rest()
@@ -426,6 +484,7 @@ class Loadout(QObject):
         self._last_use = time.monotonic()
         self._set(LoadoutState.READY)
         self._idle.start()
+        self._tell_stack()  # it may have changed during the load
         for ours, request in self._requests.take_queued().items():
             self._send(ours, request)
         try:
@@ -444,6 +503,10 @@ class Loadout(QObject):
             if not dead:
                 self._load_id = 0
                 self._load_refused(error)
+            return
+        if engine_id == self._stack_id:
+            if not dead:
+                self._stack_ended(error)
             return
         if dead and self._requests.running(engine_id):
             # Told together with the engine's end, so that nobody hears of it while the state is still BUSY.

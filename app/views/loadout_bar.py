@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from PySide6.QtCore import QSize, Qt, Signal, Slot
-from PySide6.QtGui import QFontMetrics, QResizeEvent
+from PySide6.QtGui import QDragEnterEvent, QDropEvent, QFontMetrics, QResizeEvent
 from PySide6.QtWidgets import QFrame, QMenu, QProgressBar, QPushButton, QSizePolicy, QToolTip, QVBoxLayout, QWidget
 
 from app import backends
 from app.core.jobs import Progress
 from app.core.library import ModelEntry
 from app.core.memory import Machine
+from app.viewmodels.adapter_stack import StackModel
 from app.viewmodels.jobs import JobCenter, progress_text
 from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.units import readable_bytes
 from app.views.icons import icon
 from app.views.model_picker import ModelPicker
-from app.views.widgets import Banner, Chip, ElidedLabel, IconLabel, action, button, column, icon_button, label, row
+from app.views.stack_bar import StackBar
+from app.views.widgets import (
+    Banner,
+    Chip,
+    ElidedLabel,
+    IconLabel,
+    action,
+    button,
+    column,
+    icon_button,
+    label,
+    local_paths,
+    row,
+)
 
 WAITING = (LoadoutState.STARTING, LoadoutState.LOADING)
 
@@ -135,7 +149,11 @@ class LoadoutBar(QWidget):
             self.eject,
         ):
             layout.addWidget(widget)
-        self._column: QVBoxLayout = column(bar, spacing=0, parent=self)
+        self.stack = StackModel(loadout, self)
+        self.stack_bar = StackBar(self.stack)
+        self.stack.refused.connect(loadout.notice)
+        self.setAcceptDrops(True)
+        self._column: QVBoxLayout = column(bar, self.stack_bar, spacing=0, parent=self)
         self._banner: Banner | None = None
         self._banner_action: QPushButton | None = None
         action(self, "Choose a model", self.open_picker, "Ctrl+L")
@@ -156,6 +174,7 @@ class LoadoutBar(QWidget):
         loader = now.loader
         self.loader.setText(loader.title if loader is not None else "")
         self.loader.setVisible(loader is not None)
+        self.stack_bar.setVisible(self.stack.shown)
         loading = now.state in WAITING
         self.bar.setVisible(loading)
         if loading:
@@ -234,6 +253,17 @@ class LoadoutBar(QWidget):
         self._banner.bar.setRange(0, 1000 if fraction is not None else 0)
         if fraction is not None:
             self._banner.bar.setValue(round(1000 * fraction))
+
+    # Drops ------------------------------------------------------------------------------------------
+
+    def dragEnterEvent(self, event: QDragEnterEvent) -> None:
+        if local_paths(event.mimeData().urls()) and (self.stack.shown or self._loadout.model is not None):
+            event.acceptProposedAction()
+
+    def dropEvent(self, event: QDropEvent) -> None:
+        for path in local_paths(event.mimeData().urls()):
+            self.stack.add(path)
+        event.acceptProposedAction()
 
     # Doing ------------------------------------------------------------------------------------------
 
