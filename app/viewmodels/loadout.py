@@ -134,6 +134,8 @@ class Loadout(QObject):
 
     def select(self, entry: ModelEntry) -> None:
         """Pick a model: loaded at once with Autoload on, else it waits for Load."""
+        if self._refused(entry):
+            return
         if self._settings.settings.autoload:
             self.load(entry)
             return
@@ -156,6 +158,8 @@ class Loadout(QObject):
             options: changed fields of the loader's options; None takes those saved for this model.
             anyway: load although the estimate says that it does not fit.
         """
+        if self._refused(entry):
+            return
         try:
             plan = self.planner.plan(entry, loader_id or "", options)
             question = self._question(plan, anyway)
@@ -172,6 +176,15 @@ class Loadout(QObject):
             if self._plan is None or plan != self._plan:
                 self._policy.reset()
             self._begin(plan, keep_queue=self._is(entry))
+
+    def _refused(self, entry: ModelEntry) -> bool:
+        """Tell that a model is damaged, before the one that works is given up for it."""
+        if entry.problem:
+            error = WeftError(
+                ErrorKind.CORRUPT, f"{entry.name} cannot be loaded. {entry.problem}", "Download or copy it once more."
+            )
+            self.load_failed.emit(error)
+        return bool(entry.problem)
 
     def _question(self, plan: LoadPlan, anyway: bool) -> FitQuestion | CodeQuestion | None:
         """What is to be asked before this load."""

@@ -164,6 +164,25 @@ def test_too_big_is_asked_before_anything_starts(rooms: Rooms, qtbot: QtBot) -> 
     wait_for(qtbot, loadout, LoadoutState.READY)
 
 
+@pytest.mark.parametrize("autoload", [True, False])
+def test_a_damaged_model_is_refused_before_the_working_one_goes(rooms: Rooms, qtbot: QtBot, autoload: bool) -> None:
+    rooms.settings.update(autoload=autoload)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    session = loadout._session
+    damaged = model("broken", problem="The file is cut short.")
+    for pick in (loadout.select, loadout.load):
+        with qtbot.waitSignal(loadout.load_failed, timeout=1000) as failed:
+            pick(damaged)
+        assert failed.args is not None
+        assert "cut short" in failed.args[0].message
+        assert loadout.state is LoadoutState.READY and loadout._session is session and loadout.error is None
+        assert loadout.model == model()
+    with qtbot.waitSignal(loadout.finished, timeout=10_000):
+        loadout.generate(ASK)
+
+
 def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
     loadout = rooms.loadout()
     entry = model()
