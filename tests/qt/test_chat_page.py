@@ -181,7 +181,7 @@ def test_suggestions_stand_there_only_for_the_starter_model(desk: Desk) -> None:
     desk.loadout.changed.emit()
     assert not desk.page.welcome._questions.isHidden()
     desk.page.welcome.buttons[0].click()
-    assert desk.loadout.requests[0].messages[-1].content == "How do I add a LoRA?"
+    assert desk.loadout.requests[0].messages[-1].content == "What is Weft?"
 
 
 def test_edit_in_place_and_go_between_versions(desk: Desk) -> None:
@@ -195,6 +195,30 @@ def test_edit_in_place_and_go_between_versions(desk: Desk) -> None:
     assert question.footer._count.text() == "2/2"  # type: ignore[attr-defined]
     question.footer._previous.click()  # type: ignore[attr-defined]
     assert [m.content for m in desk.page.controller.path] == ["one", "1"]
+
+
+def test_what_is_done_with_a_message_gives_the_keyboard_back_to_the_composer(desk: Desk) -> None:
+    desk.ask("one", "1", reason="length")
+
+    def click(name: str, at: int = -1) -> None:
+        footer = desk.view(at).footer  # type: ignore[attr-defined]
+        button = {"previous": footer._previous, "next": footer._next, **footer._buttons}[name]
+        footer.set_actions(shown=True, stay=True, enabled=True, can_continue=True)
+        button.setFocus()
+        button.click()
+        desk.qtbot.wait(20)
+        assert desk.page.composer.edit.hasFocus(), name
+
+    click("continue")
+    desk.loadout.answer(" and more")
+    assert desk.page.composer.edit.hasFocus()
+    click("regenerate")
+    desk.loadout.answer("2")
+    assert desk.page.composer.edit.hasFocus()
+    click("previous")
+    click("next")
+    click("delete")
+    click("delete", 0)
 
 
 def test_an_editor_that_is_given_up_changes_nothing(desk: Desk) -> None:

@@ -513,7 +513,14 @@ class ChatPage(Page):
             self.transcript.show_message(message)
         elif controller.writing_conversation:
             return
-        elif what == "regenerate":
+        elif what != "edit":
+            # Its button goes or is disabled: the keyboard would land on whatever comes next.
+            self.composer.edit.setFocus()
+            self._change(message, what)
+
+    def _change(self, message: int, what: str) -> None:
+        controller = self.controller
+        if what == "regenerate":
             controller.regenerate(message)
             self.transcript.jump_to_latest()
         elif what == "continue":

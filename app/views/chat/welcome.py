@@ -8,10 +8,10 @@ from PySide6.QtWidgets import QGridLayout, QPushButton, QWidget
 from app.views.widgets import IconLabel, button, column, label, title
 
 STARTER_QUESTIONS = (
-    "How do I add a LoRA?",
-    "What can Weft do?",
+    "What is Weft?",
     "How do I download a model?",
-    "How do I train my own LoRA?",
+    "How do I add a LoRA?",
+    "How do I change the temperature?",
 )
 
 
