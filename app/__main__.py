@@ -19,13 +19,16 @@ def _is_file(argument: str) -> bool:
 def main() -> int:
     """Start the window, or run one command. Returns the exit status."""
     arguments = sys.argv[1:]
-    if wants_window(arguments):
-        from app import bootstrap
+    try:
+        if wants_window(arguments):
+            from app import bootstrap
 
-        return bootstrap.main(arguments)
-    from app import cli
+            return bootstrap.main(arguments)
+        from app import cli
 
-    return cli.main(arguments)
+        return cli.main(arguments)
+    except KeyboardInterrupt:  # while something was still being imported
+        return 130
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         instance = SingleInstance(paths)
         if not instance.claim():
             instance.hand_over(arguments)
+            print("Weft is already running: its window was brought to the front.")
             return 0
     except (WeftError, OSError) as error:
         return _cannot_start(error)

@@ -61,7 +61,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="weft", description="Run language models on your own machine. Without arguments: the window."
+        prog="weft",
+        description="Run language models on your own machine. Without arguments: the window.",
+        epilog="From a source folder, `python3 run.py` stands for `weft`, and takes three more: `test` runs the tests, "
+        "`environments` lists, installs, repairs and removes the engines, `--launcher` puts an icon into the desktop's menu.",
     )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -234,9 +237,13 @@ def _print_problem(problem: WeftError) -> None:
 
 def _chat(parsed: argparse.Namespace) -> int:
     sampling = _sampling(parsed)
+    if parsed.prompt is not None and not parsed.prompt.strip():
+        raise WeftError(
+            ErrorKind.BAD_INPUT, "The prompt is empty.", "Write it after -p, or leave -p away for a conversation."
+        )
     paths = default_paths()
     environments = Environments(paths.environments)
-    model = find_model(parsed.model)
+    model = find_model(parsed.model, parsed.loader)
     with _planner(paths, environments) as planner:
         plan, command = _plan(planner, model, parsed)  # what is wrong is refused before anything is started
         with _engine(plan.spec, paths, environments) as engine:

@@ -6,20 +6,32 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.backends import specs
 from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.core.paths import default_paths
 from app.core.stack import AdapterStack, StackedAdapter
+from app.engine.environments import USABLE, Environments
 from app.store.database import Database
-from app.store.library import LibraryStore
+from app.store.library import LibraryStore, starter
 from app.store.refresh import library_roots, refresh
 from app.store.settings import SettingsStore
 
 
-def find_model(name: str) -> ModelEntry:
-    """A model. Raises WeftError NOT_FOUND, or BAD_INPUT for a name that several have."""
+def find_model(name: str, loader: str = "") -> ModelEntry:
+    """A model. Raises WeftError NOT_FOUND, or BAD_INPUT for a name that several have.
+
+    The starter is there in two formats: of these, the one that `loader` takes, or that an installed engine can run.
+    """
     paths = default_paths()
+    if name.strip().casefold() == "starter":
+        twins = [starter("starter"), starter("starter (gguf)")]
+        if loader in specs():
+            return next((twin for twin in twins if twin.format in specs()[loader].formats), twins[0])
+        environments = Environments(paths.environments)
+        usable = [spec for spec in specs().values() if environments.state(spec.environment) in USABLE]
+        return next((twin for twin in twins if any(twin.format in spec.formats for spec in usable)), twins[0])
     database = Database(paths.database)
     try:
         library = LibraryStore(database)

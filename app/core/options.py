@@ -150,9 +150,8 @@ def build(options_type: type[T], values: Mapping[str, OptionValue]) -> T:
         try:
             msgspec.convert({name: value}, options_type)
         except msgspec.ValidationError as error:
-            reason = str(error).split(" - at")[0]
             raise WeftError(
-                ErrorKind.BAD_INPUT, f"Option {name} cannot be {value!r}: {reason}.", accepts(fields[name])
+                ErrorKind.BAD_INPUT, f"Option {name} cannot be {value!r}.", accepts(fields[name])
             ) from error
     return msgspec.convert(dict(values), options_type)
 
@@ -167,17 +166,25 @@ def accepts(field: OptionField) -> str:
         what = "a text"
     else:
         what = "a whole number" if field.kind == "int" else "a number"
-        if field.minimum is not None and field.maximum is not None:
-            what += f" from {field.minimum:g} to {field.maximum:g}"
-        elif field.minimum is not None:
-            what += f" of at least {field.minimum:g}"
-        elif field.maximum is not None:
-            what += f" of at most {field.maximum:g}"
+        least, most = (_plain(bound) for bound in (field.minimum, field.maximum))
+        if least and most:
+            what += f" from {least} to {most}"
+        elif least:
+            what += f" of at least {least}"
+        elif most:
+            what += f" of at most {most}"
     if field.optional:
         what += " or auto"
         if field.automatic:
             what += f" ({field.automatic})"
     return f"It takes {what}."
+
+
+def _plain(bound: float | None) -> str:
+    """A bound as a person writes it: 4294967294, not 4.29497e+09; "" when there is none."""
+    if bound is None:
+        return ""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def parse_assignments(options_type: type[msgspec.Struct], assignments: list[str]) -> dict[str, OptionValue]:
@@ -196,14 +203,13 @@ def parse_assignments(options_type: type[msgspec.Struct], assignments: list[str]
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         field = fields.get(key.strip().replace("-", "_").lower())
-        if not equals or field is None:
+        if field is not None and not equals:
+            raise WeftError(ErrorKind.BAD_INPUT, f"Option {key} has no value.", f"Write {key}=VALUE. {accepts(field)}")
+        if field is None:
             close = difflib.get_close_matches(key, fields, n=3)
-            hint = f"Did you mean {', '.join(close)}?" if close else f"Options are: {', '.join(sorted(fields))}."
-            raise WeftError(
-                ErrorKind.BAD_INPUT,
-                f"{assignment!r} is not an option." if equals else f"{assignment!r} is not key=value.",
-                hint,
-            )
+            names = [each.name for each in describe(options_type) if not each.replaced]
+            hint = f"Did you mean {', '.join(close)}?" if close else f"Options are: {', '.join(names)}."
+            raise WeftError(ErrorKind.BAD_INPUT, f"{key!r} is not an option.", hint)
         values[field.name] = parse_value(field, text)
     return values
 

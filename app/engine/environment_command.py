@@ -19,6 +19,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--definitions", action="append", type=Path, default=[], metavar="DIR", help="more lists than Weft's own")
     parsed = parser.parse_args(arguments)
+    if parsed.action != "list" and not parsed.names:
+        parser.error(f"{parsed.action} which one? `list` names them")
     own = Environments(default_paths().environments)
     environments = Environments(own.root, (*own.definitions, *parsed.definitions))
     try:

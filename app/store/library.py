@@ -203,6 +203,10 @@ class LibraryStore:
                     f"No model was found at {name_or_path}.",
                     "A model is a .gguf file, or a folder with config.json and its weights.",
                 )
+        if os.sep in name_or_path and name_or_path.startswith((os.sep, ".", "~")):
+            raise WeftError(
+                ErrorKind.NOT_FOUND, f"There is no file or folder {name_or_path}.", "Check the path, or give a name of the library."
+            )
         rows = self._by_name("models", word)
         return self.model(self._only("model", name_or_path, rows, "models"))
 

@@ -74,6 +74,11 @@ def test_a_path_is_a_model_too(tmp_path: Path) -> None:
     assert weft_json("chat", str(link), "-p", "Hello", "--temperature", "0")["text"]
 
 
+def test_the_starter_is_there_for_every_loader() -> None:
+    for loader in STARTERS:
+        assert weft_json("chat", "starter", "--loader", loader, "-p", "Hello", "--temperature", "0")["text"]
+
+
 def test_options_reach_the_engine() -> None:
     answer = weft("chat", "starter (GGUF)", "-p", "word " * 400, "--option", "n_ctx=128", "--max-tokens", "4")
     assert answer.returncode == 1
@@ -84,7 +89,9 @@ def test_options_reach_the_engine() -> None:
     ("arguments", "status", "words"),
     [
         (("chat", "no such model", "-p", "x"), 1, "no model"),
-        (("chat", "starter", "-p", "x", "--loader", "llama_cpp"), 1, "does not load safetensors"),
+        (("chat", "starter (GGUF)", "-p", "x", "--loader", "transformers"), 1, "does not load gguf"),
+        (("chat", "starter", "-p", " "), 1, "empty"),
+        (("chat", "./nowhere/model.gguf", "-p", "x"), 1, "no file"),
         (("chat", "starter", "-p", "x", "--loader", "nope"), 1, "no loader"),
         (("chat", "starter", "-p", "x", "--option", "nope=1"), 1, "not an option"),
         (("chat", "starter", "-p", "x", "--temperature", "hot"), 1, "temperature"),
