@@ -9,7 +9,6 @@ from PySide6.QtCore import QObject, Signal, Slot
 
 from app.core.errors import WeftError
 from app.core.library import AdapterEntry
-from app.core.recognise import recognise_adapter
 from app.core.stack import AdapterStack, StackedAdapter
 from app.viewmodels.loadout import Loadout
 
@@ -52,6 +51,8 @@ class StackModel(QObject):
 
     def add(self, path: Path) -> bool:
         """Put an adapter into the stack at weight 1; `refused` tells why when it is none."""
+        from app.core.recognise import recognise_adapter  # readers of formats: the first paint does not wait for them
+
         try:
             found = recognise_adapter(path)
         except WeftError as error:
