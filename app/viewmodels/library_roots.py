@@ -96,6 +96,10 @@ class LibraryRoots(QObject):
         """Whether the user added it (the others belong to Weft or to other programs)."""
         return root.kind is RootKind.FOLDER and root.path in self._settings.settings.roots
 
+    def is_own(self, path: Path) -> bool:
+        """Whether it lies in Weft's own models folder, where nobody but Weft put it."""
+        return self._paths.models in path.parents
+
     def _covered(self, place: Path) -> bool:
         return any(Path(root.path) == place or Path(root.path) in place.parents for root in self.roots())
 

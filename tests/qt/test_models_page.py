@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
-from PySide6.QtWidgets import QApplication
+from PySide6.QtWidgets import QApplication, QLabel
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import WeftError
-from app.core.library import ModelFormat
+from app.core.library import ModelEntry, ModelFormat
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import LoadoutState
 from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.settings import SettingsView
+from app.viewmodels.units import readable_bytes
+from app.views.dialogs import ConfirmDialog
 from app.views.models.page import ModelsPage
 from app.views.page import Notice
 from tests.qt.shell_parts import GB, Rooms, model, touch
@@ -203,6 +205,35 @@ def test_trash_and_undo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert undo is not None
     undo()
     assert path.read_bytes() == b"weights"
+
+
+def test_a_model_outside_wefts_folder_is_asked_about_before_the_trash(
+    page: ModelsPage, rooms: Rooms, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[str] = []
+
+    def move(entry: ModelEntry) -> None:
+        gone.append(entry.id)
+
+    monkeypatch.setattr("app.views.models.page.move_to_trash", move)
+    page.show_model("/models/maker/small-7b.gguf")
+    page.trash_selected()
+    dialog = next(child for child in page.findChildren(ConfirmDialog))
+    said = " ".join(text.text() for text in dialog.findChildren(QLabel))
+    assert "/models/maker/small-7b.gguf" in said and readable_bytes(4 * GB) in said
+    assert dialog.no.isDefault() and not dialog.yes.isDefault()
+    qtbot.keyClick(dialog, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: not page.findChildren(ConfirmDialog))
+    assert not gone
+    page.trash_selected()
+    page.findChildren(ConfirmDialog)[0].yes.click()
+    qtbot.waitUntil(lambda: gone == ["/models/maker/small-7b.gguf"])
+    own = model("mine", str(rooms.paths.models))
+    rooms.library.put([own])
+    page.library_changed()
+    page.show_model(own.id)
+    page.trash_selected()
+    qtbot.waitUntil(lambda: gone[-1] == own.id)
 
 
 def test_what_cannot_go_to_the_trash_says_why() -> None:

@@ -28,10 +28,11 @@ from app.viewmodels.fitting import judge
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.machine_watch import MachineWatch
-from app.viewmodels.model_files import move_to_trash, trash_refusal
+from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
 from app.viewmodels.model_table import EntryRole, ModelTable
 from app.viewmodels.settings import SettingsView
-from app.views.dialogs import reveal
+from app.viewmodels.units import readable_bytes
+from app.views.dialogs import ConfirmDialog, reveal
 from app.views.icons import icon
 from app.views.models.details import ModelDetails
 from app.views.models.table import ModelView
@@ -398,15 +399,38 @@ class ModelsPage(Page):
 
     @Slot()
     def trash_selected(self) -> None:
+        """Move the model to the trash; outside Weft's own folder other programs may need it, so that is asked first."""
         entry = self.selected
-        if entry is None:
+        if entry is None or self._refuses_trash(entry):
             return
+        files = files_of(entry)
+        if all(self._roots.is_own(path) for path in files):
+            self._trash(entry)
+            return
+        names = "\n".join(str(path) for path in files[:10])
+        more = f"\n… and {len(files) - 10} more" if len(files) > 10 else ""
+        dialog = ConfirmDialog(
+            f"Move {entry.name} to the trash?",
+            f"{names}{more}\n{readable_bytes(entry.bytes)}",
+            "Move to trash",
+            lambda: self._trash(entry),
+            self.window(),
+            danger=True,
+            hint="It does not lie in Weft's own folder: another program may use it too.",
+        )
+        dialog.no.setDefault(True)
+        dialog.open()
+
+    def _trash(self, entry: ModelEntry) -> None:
+        if not self._refuses_trash(entry):  # it may have been loaded meanwhile
+            self._background.run(entry, lambda: move_to_trash(entry))
+
+    def _refuses_trash(self, entry: ModelEntry) -> bool:
         now = self._loadout
         loaded = now.is_loaded and now.model is not None and now.model.id == entry.id
         if reason := trash_refusal(entry, loaded=loaded):
             self.notice.emit(Notice(text=f"{entry.name} cannot be moved to the trash. {reason}", tone="warning"))
-            return
-        self._background.run(entry, lambda: move_to_trash(entry))
+        return bool(reason)
 
     @Slot(object, object, object)
     def _trashed(self, entry: object, undo: object, error: object) -> None:
