@@ -9,6 +9,7 @@ from app.views.page import Notice
 from app.views.widgets import IconLabel, button, icon_button, label, row
 
 SHOWN_MS = 6000
+ACTION_MS = 10_000  # with a button: time to read, decide and reach it
 AT_MOST = 4
 TOP = 64
 
@@ -32,7 +33,7 @@ class Toast(QFrame):
         layout.addWidget(icon_button("close", "Dismiss", self.close, role="on_tooltip"))
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
-        self._timer.setInterval(SHOWN_MS + 60 * len(notice.text))
+        self._timer.setInterval((ACTION_MS if notice.action else SHOWN_MS) + 60 * len(notice.text))
         self._timer.timeout.connect(self._expire)
         self._timer.start()
 

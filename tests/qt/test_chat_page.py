@@ -262,6 +262,32 @@ def test_deleting_a_chat_offers_undo(desk: Desk) -> None:
     assert desk.page.controller.conversation_id == id
 
 
+def test_ctrl_z_takes_back_deletions_and_typing_in_their_order(desk: Desk) -> None:
+    desk.ask("one", "1")
+    control = Qt.KeyboardModifier.ControlModifier
+    path = [message.content for message in desk.page.controller.path]
+    id = desk.page.controller.conversation_id
+    desk.type("draft")
+    desk.view(0).footer.requested.emit("delete")  # type: ignore[attr-defined]
+    assert not desk.page.controller.path
+    desk.type(" more")
+    desk.press(Qt.Key.Key_Z, control)
+    assert not desk.page.controller.path, "what was typed since goes first"
+    assert "more" not in desk.page.composer.text
+    desk.press(Qt.Key.Key_Z, control)
+    assert [message.content for message in desk.page.controller.path] == path
+    desk.page._delete(id)
+    assert desk.page.model.rowCount() == 0
+    desk.press(Qt.Key.Key_Z, control)
+    assert desk.page.controller.conversation_id == id
+    assert not desk.page._undos
+    desk.page._delete(id)
+    undo = desk.notices[-1].run
+    assert undo is not None
+    undo()
+    assert not desk.page._undos, "the toast's Undo and Ctrl+Z take back one deletion once"
+
+
 def test_ten_thousand_chats_stay_fluid(desk: Desk) -> None:
     now = time.time()
     with desk.database.transaction() as connection:

@@ -139,6 +139,7 @@ def test_toasts_stack_act_and_go(window: MainWindow, qtbot: QtBot) -> None:
         window.show_notice(Notice(text=f"Note {number}"))
     assert len(window.toasts.shown) == 4
     window.show_notice(Notice(text="Deleted again.", action="Undo", run=lambda: undone.append(2)))
+    assert window.toasts.shown[-1]._timer.interval() >= 10_000 > window.toasts.shown[-2]._timer.interval()
     window.toasts.shown[-1].button.click()
     assert undone == [2]
     bottoms = [toast.geometry().bottom() for toast in window.toasts.shown]

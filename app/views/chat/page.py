@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
-from PySide6.QtGui import QGuiApplication, QKeyEvent, QResizeEvent
+from PySide6.QtCore import QCoreApplication, QEvent, QObject, Qt, QTimer, Slot
+from PySide6.QtGui import QGuiApplication, QKeyEvent, QKeySequence, QResizeEvent
 from PySide6.QtWidgets import QFrame, QSplitter, QStackedLayout, QWidget
 
 from app.core.errors import WeftError
@@ -49,6 +49,7 @@ NARROW = 900  # below this, list and panel are not shown together
 # What the first message needs and the first paint does not, in portions of some 20 ms; then the lexers.
 _SOON = ("markdown_it", "pygments.lexers", "app.views.chat.message_view")
 WARM_UP_MS = 150
+UNDOS = 20  # deletions that Ctrl+Z takes back
 
 
 class ChatPage(Page):
@@ -72,6 +73,7 @@ class ChatPage(Page):
         self._presets = Presets(settings)
         self._shown_conversation = -1
         self._progress_text = ""
+        self._undos: list[tuple[Callable[[], None], str]] = []  # with what was typed then
         self._soon: list[str] | None = None  # what is still to be imported ahead of its use; None: not begun
         self._work = Background(self)
         self._work.done.connect(self._bin_emptied)
@@ -201,6 +203,7 @@ class ChatPage(Page):
         self.transcript.requested.connect(self._requested)
         self.transcript.edited.connect(self._edited)
         self.transcript.link_activated.connect(self._link)
+        self.composer.edit.installEventFilter(self)
         self.composer.sent.connect(self.send)
         self.composer.stopped.connect(controller.stop)
         self.composer.draft_changed.connect(self._draft_changed)
@@ -222,6 +225,7 @@ class ChatPage(Page):
             ("Message before", lambda: self._walk(-1), "Alt+Up"),
             ("Message after", lambda: self._walk(1), "Alt+Down"),
             ("Answer again", self._regenerate_last, "Ctrl+R"),
+            ("Undo the last deletion", self._undo, "Ctrl+Z"),
         ):
             made = action(self, text, run, shortcut)
             made.setShortcutContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
@@ -586,7 +590,24 @@ class ChatPage(Page):
 
     @Slot(str, object)
     def _undoable(self, text: str, undo: Callable[[], object]) -> None:
-        self.notice.emit(Notice(text=text, action="Undo", run=lambda: self._try(undo)))
+        def once() -> None:
+            self._undos[:] = [entry for entry in self._undos if entry[0] is not once]
+            self._try(undo)
+
+        self._undos.append((once, self.composer.text))
+        del self._undos[:-UNDOS]
+        self.notice.emit(Notice(text=text, action="Undo", run=once))
+
+    def _undo(self) -> None:
+        """Take back the last deletion, as its toast does."""
+        if self._undos:
+            self._undos[-1][0]()
+
+    def _undoes_typing(self) -> bool:
+        """Whether Ctrl+Z in the composer belongs to its text: something was typed since the last deletion, or none is left."""
+        if not self._undos:
+            return True
+        return self.composer.text != self._undos[-1][1] and self.composer.edit.document().isUndoAvailable()
 
     @Slot(list, str)
     def _ask_export(self, conversations: list[int], form: str) -> None:
@@ -642,6 +663,17 @@ class ChatPage(Page):
             self.finding.open()
 
     # Events -----------------------------------------------------------------------------------------
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
+        if (
+            event.type() == QEvent.Type.ShortcutOverride
+            and isinstance(event, QKeyEvent)
+            and event.matches(QKeySequence.StandardKey.Undo)
+            and not self._undoes_typing()
+        ):
+            event.ignore()  # the page's shortcut has it, not the text
+            return True
+        return super().eventFilter(watched, event)
 
     def keyPressEvent(self, event: QKeyEvent) -> None:
         if event.key() == Qt.Key.Key_Escape and self.controller.writing:
