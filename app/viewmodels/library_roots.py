@@ -24,6 +24,24 @@ class Added(msgspec.Struct, frozen=True, kw_only=True):
     undo: Callable[[], None] | None = None
 
 
+def damage(paths: Iterable[Path]) -> str:
+    """What is wrong with these model files, a sentence each; "" when nothing is. Reads headers: not for the window's thread."""
+    from app.core.recognise import recognise_adapter, recognise_model
+
+    wrong: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            continue
+        try:
+            found = recognise_model(path) or recognise_adapter(path)
+        except WeftError as error:
+            wrong.append(f"{path.name} cannot be read: {error.message}")
+            continue
+        if found is not None and found.problem:
+            wrong.append(f"{path.name} cannot be used: {found.problem}")
+    return " ".join(wrong)
+
+
 class LibraryRoots(QObject):
     """The roots of the library. `changed` asks the worker to index them."""
 

@@ -152,7 +152,7 @@ def drop(page: ModelsPage, *paths: Path) -> QDropEvent:
     return event
 
 
-def test_drops(page: ModelsPage, rooms: Rooms, tmp_path: Path) -> None:
+def test_drops(page: ModelsPage, rooms: Rooms, qtbot: QtBot, tmp_path: Path) -> None:
     notices: list[Notice] = []
     page.notice.connect(notices.append)
     lone = touch(tmp_path / "downloads" / "a.gguf")
@@ -160,13 +160,18 @@ def test_drops(page: ModelsPage, rooms: Rooms, tmp_path: Path) -> None:
     folder.mkdir()
     assert drop(page, lone).isAccepted()
     assert rooms.settings.settings.roots == (str(lone),)
+    qtbot.waitUntil(lambda: len(notices) == 1)
     assert "used where it lies" in notices[-1].text
+    assert notices[-1].tone == "warning" and "a.gguf cannot be used" in notices[-1].text, "it is empty"
     assert drop(page, folder).isAccepted()
+    qtbot.waitUntil(lambda: len(notices) == 2)
     assert "indexed from now on" in notices[-1].text
+    assert notices[-1].tone == "positive"
     assert notices[-1].run is not None
     notices[-1].run()
     assert rooms.settings.settings.roots == (str(lone),)
     assert drop(page, lone).isAccepted()
+    qtbot.waitUntil(lambda: len(notices) == 3)
     assert "already in the library" in notices[-1].text
     assert not drop(page, touch(tmp_path / "letter.txt")).isAccepted()
 

@@ -25,7 +25,7 @@ from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
 from app.viewmodels.fitting import judge
-from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.library_roots import Added, LibraryRoots, damage
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
@@ -73,6 +73,8 @@ class ModelsPage(Page):
         self._selected = ""
         self._background = Background(self)
         self._background.done.connect(self._trashed)
+        self._looking = Background(self)
+        self._looking.done.connect(self._added)
         self.setAcceptDrops(True)
         self.table = ModelTable(
             library,
@@ -209,7 +211,14 @@ class ModelsPage(Page):
         except WeftError as error:
             self.failed.emit(error)
             return
-        self.notice.emit(Notice(text=added.text, tone="positive", action="Undo" if added.undo else "", run=added.undo))
+        self._looking.run(added, lambda: damage(paths))
+
+    @Slot(object, object, object)
+    def _added(self, added: object, wrong: object, error: object) -> None:
+        assert isinstance(added, Added)
+        tone = "warning" if wrong or error is not None else "positive"
+        text = " ".join(part for part in (str(wrong or error or ""), added.text) if part)
+        self.notice.emit(Notice(text=text, tone=tone, action="Undo" if added.undo else "", run=added.undo))
 
     def commands(self) -> list[PaletteCommand]:
         return [
@@ -247,6 +256,7 @@ class ModelsPage(Page):
         """End what runs in the background: the window is going."""
         self.details.shutdown()
         self._background.close()
+        self._looking.close()
 
     # Selection --------------------------------------------------------------------------------------
 
