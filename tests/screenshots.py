@@ -56,9 +56,14 @@ def ask(house: House) -> None:
     if house.loadout.state is LoadoutState.FAILED:
         raise SystemExit(f"the starter model did not load: {house.loadout.error}")
     page = house.window.page("chat")
-    page.send(QUESTION)  # type: ignore[attr-defined]
-    wait(300)
-    wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
+    for question, adapter in ((QUESTION, False), ("What is Weft?", True)):
+        if adapter:
+            page.new_chat()  # type: ignore[attr-defined]
+            house.window.header.stack.add(resources() / "starter" / "voice-adapter")  # type: ignore[union-attr]
+            wait(500)
+        page.send(question)  # type: ignore[attr-defined]
+        wait(300)
+        wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
 
 
 def fill_downloads(house: House, hub: FakeHub) -> None:
@@ -81,13 +86,13 @@ def fill_downloads(house: House, hub: FakeHub) -> None:
     wait_until(lambda: len(queue.rows) == len(folders) and not queue.active, "the downloads")
 
 
-def shoot_all(house: House, folder: Path) -> None:
+def shoot_all(house: House, folder: Path, names: list[str]) -> None:
     window = house.window
     for look in ("light", "dark"):
         house.theme.set_appearance(look)
         for width, height in SIZES:
             window.resize(width, height)
-            for name in window.rail.names:
+            for name in names:
                 window.show_page(name)
                 shown = house.downloads.window() if name == "downloads" else window
                 shown.resize(width, height)
@@ -119,9 +124,10 @@ def main() -> int:
         house = House(application, paths, window, look, logs.Reporter())
         house.open()
         ask(house)
+        shoot_all(house, folder, [name for name in window.rail.names if name != "downloads"])
         with FakeHub() as hub:
             fill_downloads(house, hub)
-            shoot_all(house, folder)
+            shoot_all(house, folder, ["downloads"])
             window.close()
             house.close()
     return 0

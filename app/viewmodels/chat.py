@@ -374,7 +374,11 @@ class ChatController(QObject):
             message=answer.id,
             before=answer.content,
             statistics=answer.statistics if continue_last else None,
-            base=AnswerStatistics(model=model.name if model else "", loader=loader.title if loader else ""),
+            base=AnswerStatistics(
+                model=model.name if model else "",
+                loader=loader.title if loader else "",
+                stack=self._loadout.stack.title,
+            ),
         )
         try:
             if reason := self.cannot_send():

@@ -6,6 +6,7 @@ from PySide6.QtCore import QObject, Signal
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry, ModelFormat
+from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, Generated
 from app.viewmodels.loadout import LoadoutState
 
@@ -24,6 +25,7 @@ class FakeLoadout(QObject):
         self.state = LoadoutState.READY
         self.model: ModelEntry | None = ModelEntry(id="m", name="Model", path="/m.gguf", format=ModelFormat.GGUF)
         self.loader = None
+        self.stack = AdapterStack()
         self.waiting_for = ""
         self.requests: list[Generate] = []
         self.cancelled: list[int] = []

@@ -11,6 +11,7 @@ from pytestqt.qtbot import QtBot
 
 from app.core.conversation import Message, Role, StoredMessage
 from app.core.errors import ErrorKind, WeftError
+from app.core.stack import AdapterStack, StackedAdapter
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.viewmodels.chat import ChatController
@@ -381,3 +382,14 @@ def test_streamed_reasoning_never_shows_half_a_mark() -> None:
     assert all(s.answer == "" for s in seen[: len("<think>some thoughts</think>")])
     answers = [s.answer for s in seen]
     assert all(later.startswith(earlier) for earlier, later in zip(answers, answers[1:], strict=False))
+
+
+def test_the_line_under_an_answer_names_the_adapters_that_gave_it(room: Room) -> None:
+    room.loadout.stack = AdapterStack(
+        adapters=(StackedAdapter(path="/a", name="pirate", weight=0.7), StackedAdapter(path="/b", name="off", weight=0))
+    )
+    room.controller.send("one")
+    room.loadout.stack = AdapterStack()  # taken away while it is written
+    room.loadout.answer("Aye")
+    statistics = room.controller.path[-1].statistics
+    assert statistics is not None and statistics.stack == "pirate 0.7"
