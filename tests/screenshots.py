@@ -56,7 +56,7 @@ def ask(house: House) -> None:
     if house.loadout.state is LoadoutState.FAILED:
         raise SystemExit(f"the starter model did not load: {house.loadout.error}")
     page = house.window.page("chat")
-    for question, adapter in ((QUESTION, False), ("What is Weft?", True)):
+    for question, adapter in ((QUESTION, False), (QUESTION, True)):
         if adapter:
             page.new_chat()  # type: ignore[attr-defined]
             house.window.header.stack.add(resources() / "starter" / "voice-adapter")  # type: ignore[union-attr]
