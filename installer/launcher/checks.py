@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> int:
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
     for group, paths in plan.items():
-        outcomes.append(_pytest(group, interpreters[group], paths, [*tier, *_options(rest)], environment))
+        # A process for each of the window's folders: what one's widgets leave pending cannot reach another's tests.
+        for part in [[path] for path in paths] if group == WINDOW else [paths]:
+            outcomes.append(_pytest(group, interpreters[group], part, [*tier, *_options(rest)], environment))
     return _summary(outcomes)
 
 
@@ -152,6 +154,8 @@ def _static(name: str, command: list[str], environment: dict[str, str]) -> Outco
 
 def _pytest(group: str, python: Path, paths: list[str], arguments: list[str], environment: dict[str, str]) -> Outcome:
     name = f"{group}' tests" if group.endswith("s") else f"{group}'s tests"
+    if group == WINDOW and len(paths) == 1:
+        name += f" ({Path(paths[0].split('::')[0]).name})"
     if not paths:
         return Outcome(name, None, "no such tests", 0.0)
     say(f"{name}, in {python}")

@@ -15,9 +15,9 @@ import msgspec
 BlockKind = Literal["markdown", "code", "math", "plain"]
 
 # A longer paragraph is broken: laying out and parsing one block must stay far below a frame's time.
-MAX_BLOCK = 3000
-PIECE = 1500
-MAX_BARS = 160  # of table cells; each costs as much as a line of text
+MAX_BLOCK = 2000
+PIECE = 1000
+MAX_BARS = 100  # of table cells; each costs as much as a line of text
 MAX_NESTING = 24
 FOLD = 96_000  # characters, or what takes as long to lay out: that much of a message is shown at first
 LINE_WEIGHT = 10
