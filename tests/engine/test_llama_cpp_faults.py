@@ -104,6 +104,18 @@ def test_damaged_headers_never_crash(tiny, tmp_path):
 
 
 @pytest.mark.attack
+def test_a_token_that_stands_twice_in_the_vocabulary_is_refused(tiny, tmp_path):
+    """llama.cpp aborts on it (`id_to_token.size() == token_to_id.size()`)."""
+    data = Path(tiny.path).read_bytes()
+    first, second = (struct.pack("<Q", 6) + b"<0x%02X>" % byte for byte in (0x41, 0x42))
+    assert first in data and second in data, "the tiny model has byte tokens"
+    path = tmp_path / "twice.gguf"
+    path.write_bytes(data.replace(second, first, 1))
+    ((kind, message, hint),) = outcomes(path)
+    assert kind == ErrorKind.CORRUPT and "twice" in message and hint
+
+
+@pytest.mark.attack
 def test_absurd_counts_and_wrong_types_are_refused_at_once(tiny, tmp_path):
     data = Path(tiny.path).read_bytes()
     magic_and_version = data[:8]
