@@ -1,0 +1,82 @@
+"""A task from the command line: run in a child of its environment, progress on stderr, Ctrl+C cancels it cleanly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from app.core.jobs import Progress
+from app.core.paths import Paths, default_paths
+from app.engine import launch, protocol
+from app.engine.client import EngineClient
+from app.terminal import ProgressLine
+
+
+def run_task(
+    environment: str,
+    task: str,
+    parameters: msgspec.Struct,
+    *,
+    paths: Paths | None = None,
+    variables: dict[str, str] | None = None,
+    on_metric: Callable[[int, dict[str, float]], str | None] | None = None,
+    on_news: Callable[[str], str | None] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a task to its end and return its result.
+
+    Args:
+        environment: name of the environment whose Python runs it; "" for the window's own.
+        variables: more environment variables for the child.
+        on_metric, on_news: called with each; a text that they return is printed on stderr as a line.
+        quiet: no progress line (warnings are printed all the same).
+
+    Raises:
+        WeftError: ENVIRONMENT when it is not installed; what the task raises; CRASHED; CANCELLED after Ctrl+C.
+    """
+    paths = paths or default_paths()
+    client = _client(environment, paths, f"{task}-command", variables)
+    line = ProgressLine()
+    client.start()
+    try:
+        command = client.send(protocol.RunTask(task=task, parameters=msgspec.json.encode(parameters).decode()))
+        while True:
+            try:
+                event = client.next_event(None)
+            except KeyboardInterrupt:
+                client.cancel(command)
+                continue
+            client.raise_if_ended(command, event)
+            text: str | None = None
+            match event:
+                case protocol.ProgressEvent() if not quiet:
+                    line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
+                case protocol.Metric() if on_metric is not None:
+                    text = on_metric(event.step, event.values)
+                case protocol.News() if on_news is not None:
+                    text = on_news(event.json)
+                case protocol.Log() if event.level in ("warning", "error"):
+                    text = f"{event.level}: {event.text}"
+                case protocol.Done() if event.id == command:
+                    assert isinstance(event.result, protocol.TaskResult)
+                    found = json.loads(event.result.json)
+                    return found if isinstance(found, dict) else {"result": found}
+                case _:
+                    pass
+            if text:
+                line.clear()
+                print(text, file=sys.stderr)
+    finally:
+        line.clear()
+        client.shutdown()
+
+
+def _client(environment: str, paths: Paths, log_name: str, variables: dict[str, str] | None) -> EngineClient:
+    given = {"WEFT_CACHE": str(paths.cache), **(variables or {})}
+    if not environment:
+        return launch.own_engine(paths, log_name, given)
+    return launch.task_engine(environment, paths, log_name, given)

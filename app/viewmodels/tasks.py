@@ -1,0 +1,245 @@
+"""TaskQueue: long work of the window's own making (train, merge, export, …), one job at a time on each resource."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from PySide6.QtCore import QObject, QTimer, Signal, Slot
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Job, JobState, Progress
+from app.store.jobs import JobStore
+
+log = logging.getLogger("weft")
+CLOSE_MS = 6000
+
+
+class TaskQueue(QObject):
+    """Runs tasks as jobs that the store remembers. Jobs of one resource wait for each other, in order.
+
+    Args:
+        make_client: (environment, log path) to an EngineClient, not started; may raise WeftError.
+        make_worker: (job, parameters, store, make_client) to a TaskWorker.
+        logs: folder of the jobs' logs.
+
+    Signals:
+        changed: a job was added, began or ended.
+        progressed(job id, Progress), metric(job id, step, dict), news(job id, JSON), warned(job id, sentence): while it runs.
+        ended(Job, result dict or None, WeftError or None): the job as it ended.
+    """
+
+    changed = Signal()
+    progressed = Signal(int, object)
+    metric = Signal(int, int, object)
+    news = Signal(int, str)
+    warned = Signal(int, str)
+    ended = Signal(object, object, object)
+
+    def __init__(
+        self,
+        store: JobStore,
+        *,
+        make_client: Callable[[str, Path], Any],
+        make_worker: Callable[..., Any],
+        logs: Path,
+        parent: QObject | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self._store = store
+        self._make_client = make_client
+        self._make_worker = make_worker
+        self._logs = logs
+        self._waiting: list[Job] = []
+        self._running: dict[str, Any] = {}  # by resource
+        self._latest: dict[int, Progress] = {}
+        self._closing = False
+
+    def submit(
+        self,
+        task: str,
+        title: str,
+        parameters: msgspec.Struct | Mapping[str, Any],
+        *,
+        environment: str = "core",
+        resource: str = "cpu",
+    ) -> Job:
+        """Put a job into the queue. An environment of "" is the window's own.
+
+        Raises:
+            WeftError: the store cannot be written.
+        """
+        envelope = {"environment": environment, "parameters": parameters}
+        job = self._store.create(task, title, resource, msgspec.json.encode(envelope).decode())
+        job = self._store.update(job.id, log=str(self._logs / f"job-{job.id}-{task}.log"))
+        self._waiting.append(job)
+        self.changed.emit()
+        QTimer.singleShot(0, self, self._next)
+        return job
+
+    def owns(self, job: Job) -> bool:
+        """Whether a job is of this queue's kind."""
+        return _envelope(job) is not None
+
+    def is_active(self, job_id: int) -> bool:
+        """Whether it runs or waits here."""
+        return self._worker(job_id) is not None or any(job.id == job_id for job in self._waiting)
+
+    def is_running(self, job_id: int) -> bool:
+        """Whether it runs here."""
+        return self._worker(job_id) is not None
+
+    def progress(self, job_id: int) -> Progress | None:
+        """The latest of a job that runs here."""
+        return self._latest.get(job_id)
+
+    def cancel(self, job_id: int) -> None:
+        """Stop a job, or take it out of the queue. Does nothing when it has ended."""
+        for job in self._waiting:
+            if job.id == job_id:
+                self._waiting.remove(job)
+                self._end(job, JobState.CANCELLED, WeftError(ErrorKind.CANCELLED, "Cancelled before it began."))
+                return
+        worker = self._worker(job_id)
+        if worker is not None:
+            worker.stop()
+
+    def adjust(self, job_id: int, parameters: Mapping[str, Any]) -> None:
+        """Tell a running task to change something (`{"pause": true}`, …)."""
+        worker = self._worker(job_id)
+        if worker is not None:
+            worker.adjust(json.dumps(dict(parameters)))
+
+    def retry(self, job_id: int) -> Job:
+        """A new job like an ended one. A task with a `resume` parameter goes on from what lies on disk.
+
+        Raises:
+            WeftError: BUSY while it runs; NOT_FOUND; UNSUPPORTED for another kind of job.
+        """
+        job = self._store.get(job_id)
+        envelope = _envelope(job)
+        if envelope is None:
+            raise WeftError(ErrorKind.UNSUPPORTED, f"{job.title} cannot be started again from here.")
+        if self.is_active(job_id):
+            raise WeftError(ErrorKind.BUSY, f"{job.title} has not ended.", "Cancel it first.")
+        parameters = envelope["parameters"]
+        if "resume" in parameters:
+            parameters = {**parameters, "resume": True}
+        return self.submit(job.task, job.title, parameters, environment=envelope["environment"], resource=job.resource)
+
+    def close(self) -> None:
+        """Stop what runs and wait for it: the window is going. Each can be started again from the Jobs page."""
+        self._closing = True
+        message, hint = "Weft was closed meanwhile.", "Start it again: what was already complete is used."
+        for job in self._waiting:
+            self._store.update(job.id, state=JobState.CRASHED, message="Weft was closed before this began.", hint=hint)
+        self._waiting.clear()
+        workers = list(self._running.values())
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            if not worker.wait(CLOSE_MS):
+                log.error("%s did not stop within %d s", worker.job.title, CLOSE_MS // 1000)
+            if self._store.get(worker.job.id).state is not JobState.DONE:
+                self._store.update(worker.job.id, state=JobState.CRASHED, message=message, hint=hint)
+
+    # Inside
+
+    def _worker(self, job_id: int) -> Any:
+        return next((worker for worker in self._running.values() if worker.job.id == job_id), None)
+
+    @Slot()
+    def _next(self) -> None:
+        if self._closing:
+            return
+        for job in list(self._waiting):
+            if job.resource in self._running:
+                continue
+            self._waiting.remove(job)
+            envelope = _envelope(job)
+            assert envelope is not None
+            parameters = json.dumps(envelope["parameters"])
+            worker = self._make_worker(
+                job,
+                parameters,
+                self._store,
+                make_client=_Client(self._make_client, envelope["environment"], Path(job.log)),
+            )
+            self._running[job.resource] = worker
+            worker.spoke.connect(self._heard)
+            worker.ended.connect(self._ended)
+            worker.finished.connect(self._finished)
+            worker.start()
+        self.changed.emit()
+
+    @Slot()
+    def _heard(self) -> None:
+        # Every worker is asked: Qt does not say which one spoke when its signal is queued behind another's.
+        for worker in list(self._running.values()):
+            self._pass_on(worker)
+
+    def _pass_on(self, worker: Any) -> None:
+        heard, number = worker.take(), worker.job.id
+        if heard.progress is not None:
+            self._latest[number] = heard.progress
+            self.progressed.emit(number, heard.progress)
+        for step, values in heard.metrics:
+            self.metric.emit(number, step, values)
+        for text in heard.news:
+            self.news.emit(number, text)
+        for sentence in heard.warnings:
+            self.warned.emit(number, sentence)
+
+    @Slot(object, object)
+    def _ended(self, result: object, error: WeftError | None) -> None:
+        worker = self.sender()
+        if worker is None or self._closing:
+            return
+        self._pass_on(worker)
+        self._outcome(worker, result, error)
+
+    def _outcome(self, worker: Any, result: object, error: WeftError | None) -> None:
+        self.ended.emit(self._store.get(worker.job.id), result, error)
+
+    @Slot()
+    def _finished(self) -> None:
+        for resource, worker in list(self._running.items()):
+            if worker.isFinished():
+                del self._running[resource]
+                self._latest.pop(worker.job.id, None)
+                worker.deleteLater()
+        self._next()
+
+    def _end(self, job: Job, state: JobState, error: WeftError) -> None:
+        job = self._store.update(job.id, state=state, message=error.message, hint=error.hint)
+        self.ended.emit(job, None, error)
+        self.changed.emit()
+
+
+class _Client:
+    """Makes one job's child, in the worker's thread."""
+
+    def __init__(self, make: Callable[[str, Path], Any], environment: str, log_path: Path) -> None:
+        self._make, self._environment, self._log = make, environment, log_path
+
+    def __call__(self) -> Any:
+        return self._make(self._environment, self._log)
+
+
+def _envelope(job: Job) -> dict[str, Any] | None:
+    try:
+        found = json.loads(job.parameters)
+    except ValueError:
+        return None
+    well = isinstance(found, dict) and isinstance(found.get("environment"), str)
+    return found if well and isinstance(found.get("parameters"), dict) else None
+
+
+def parameters_of(job: Job) -> dict[str, Any]:
+    """The task's parameters of a job of the queue; {} for another kind."""
+    envelope = _envelope(job)
+    return {} if envelope is None else envelope["parameters"]
