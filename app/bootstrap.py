@@ -20,6 +20,7 @@ from app.core.paths import Paths, default_paths
 from app.rail import RAIL
 from app.views import theme
 from app.views.main_window import MainWindow
+from app.workers.garbage import GarbageCollector
 from app.workers.single_instance import SingleInstance, absolute
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Start(QObject):
         self._arguments = list(arguments)
         self.house: House | None = None
         self.status = 0
+        self._garbage = GarbageCollector(self)
         self.theme = theme.install(application, saved_appearance(paths))
         self.window = MainWindow(RAIL, state=window_state(paths))
         self.window.painted.connect(self._furnish)
@@ -94,11 +96,13 @@ class Start(QObject):
             self._application.quit()
             return
         self.house.open(self._arguments)
+        self._garbage.settle()
 
     def close(self) -> None:
         """End what was begun, in the reverse order."""
         if self.house is not None:
             self.house.close()
+        self._garbage.close()
         from app import logs
 
         logs.uninstall()

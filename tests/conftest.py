@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -23,6 +24,26 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if sys.platform.startswith("linux"):
     os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+
+
+@pytest.fixture(autouse=True)
+def collected_here() -> Iterator[None]:
+    """Cycles are collected in this thread, after each test: Qt's objects do not survive being freed in a worker's.
+
+    The window does the same (`app.workers.garbage`); without it a test's leftovers end some later test with a segmentation fault.
+    """
+    if "PySide6.QtCore" not in sys.modules:
+        yield
+        return
+    from PySide6.QtCore import QCoreApplication, QEvent
+
+    if gc.isenabled():
+        gc.disable()
+        gc.freeze()  # modules and test items: what stays is not walked through after every test
+    yield
+    if QCoreApplication.instance() is not None:
+        QCoreApplication.sendPostedEvents(None, int(QEvent.Type.DeferredDelete.value))
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
