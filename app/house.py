@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PySide6.QtCore import QObject, QTimer, Slot
 from PySide6.QtWidgets import QApplication, QWidget
@@ -31,17 +31,26 @@ from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.settings import EngineList, SettingsView
+from app.viewmodels.tasks import TaskQueue
 from app.views import theme
 from app.views.main_window import MainWindow
 from app.views.page import Notice, Page, PaletteCommand
 
 if TYPE_CHECKING:
+    from app.engine.client import EngineClient
     from app.workers.engine_worker import EngineWorker
     from app.workers.environment_worker import EnvironmentWorker
     from app.workers.library_worker import LibraryWorker
+    from app.workers.task_worker import TaskWorker
 
 PALETTE_MODELS = 1000
 SETTLE_MS = 40  # a timer of 0 would come before the first page's paint, which waits for the screen
+
+
+def _task_worker(*arguments: Any, **keywords: Any) -> TaskWorker:
+    from app.workers.task_worker import TaskWorker
+
+    return TaskWorker(*arguments, **keywords)
 
 
 class House(QObject):
@@ -70,7 +79,10 @@ class House(QObject):
         self.machine = MachineWatch(self)
         self.settings_view = SettingsView(self.settings, self)
         self.roots = LibraryRoots(self.settings, paths, self)
-        self.jobs = JobCenter(self.job_store, self.environments, self._environment_worker, self)
+        self.tasks = TaskQueue(
+            self.job_store, make_client=self._task_client, make_worker=_task_worker, logs=paths.logs, parent=self
+        )
+        self.jobs = JobCenter(self.job_store, self.environments, self._environment_worker, self, tasks=self.tasks)
         self.engines = EngineList(self.environments, self.jobs, self)
         self.loadout = Loadout(
             make_worker=self._engine_worker,
@@ -170,6 +182,15 @@ class House(QObject):
 
         return EngineWorker(launch.engine_for(loader, self.paths))
 
+    def _task_client(self, environment: str, log: Path) -> EngineClient:
+        # Called in the job's own thread.
+        from app.engine import launch
+
+        variables = {"WEFT_CACHE": str(self.paths.cache)}
+        if not environment:
+            return launch.own_engine(self.paths, log.stem, variables)
+        return launch.task_engine(environment, self.paths, log.stem, variables)
+
     def _environment_worker(self, name: str, repair: bool) -> EnvironmentWorker:
         from app.workers.environment_worker import EnvironmentWorker
 
@@ -264,6 +285,7 @@ class House(QObject):
             ("the pages", self.window.close_pages),
             ("the loaded model", self.loadout.close),
             ("downloads", self.downloads.close),
+            ("long tasks", self.tasks.close),
             ("jobs", self.jobs.close),
             ("engine environments", self.engines.close),
             ("the machine's figures", self.machine.close),
@@ -385,12 +407,7 @@ class House(QObject):
 
     @Slot()
     def _badge(self, *_: object) -> None:
-        running = self.jobs.running
-        if running is None:
-            self.window.rail.set_badge("jobs", None)
-        else:
-            fraction = running.progress.fraction if running.progress is not None else None
-            self.window.rail.set_badge("jobs", -1.0 if fraction is None else fraction)
+        self.window.rail.set_badge("jobs", self.jobs.fraction)
 
     # Going places -----------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, QTimer, Signal, Slot
 
 from app.core.errors import WeftError
 from app.core.jobs import Job, JobState, Progress
 from app.engine.environments import USABLE, Environments
 from app.store.jobs import JobStore
+from app.viewmodels.tasks import TaskQueue
 from app.viewmodels.units import readable_bytes, readable_seconds, readable_when
 
 log = logging.getLogger("weft")
@@ -93,9 +95,12 @@ class JobCenter(QObject):
         environments: Environments,
         make_worker: Callable[[str, bool], Any],
         parent: QObject | None = None,
+        *,
+        tasks: TaskQueue | None = None,
     ) -> None:
         super().__init__(parent)
         self._store = store
+        self.tasks = tasks
         self._environments = environments
         self._make_worker = make_worker
         self._queue: list[tuple[str, bool]] = []
@@ -104,6 +109,11 @@ class JobCenter(QObject):
         self._throttle.setSingleShot(True)
         self._throttle.setInterval(REFRESH_MS)
         self._throttle.timeout.connect(self.changed)
+        self._paces: dict[int, Pace] = {}
+        if tasks is not None:
+            tasks.changed.connect(self.changed)
+            tasks.progressed.connect(self._task_progress)
+            tasks.ended.connect(self._task_ended)
 
     # Environments -----------------------------------------------------------------------------------
 
@@ -164,6 +174,17 @@ class JobCenter(QObject):
             if not self._throttle.isActive():
                 self._throttle.start()
 
+    @Slot(int, object)
+    def _task_progress(self, job: int, progress: Progress) -> None:
+        self._paces.setdefault(job, Pace()).add(progress)
+        if not self._throttle.isActive():
+            self._throttle.start()
+
+    @Slot(object, object, object)
+    def _task_ended(self, job: Job, _result: object, _error: object) -> None:
+        self._paces.pop(job.id, None)
+        self.changed.emit()
+
     @Slot()
     def _well(self) -> None:
         if self.running is not None:
@@ -197,7 +218,30 @@ class JobCenter(QObject):
         live = self.live_job
         if live is not None and self.running is not None:
             found = [live if job.id == live.id else job for job in found]
-        return found
+        return [self._with_progress(job) for job in found]
+
+    def _with_progress(self, job: Job) -> Job:
+        progress = self.tasks.progress(job.id) if self.tasks is not None and not job.state.ended else None
+        return job if progress is None else msgspec.structs.replace(job, progress=progress)
+
+    def _is_task(self, job: Job) -> bool:
+        return self.tasks is not None and job.task != INSTALL and self.tasks.owns(job)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything runs in this process."""
+        return self.running is not None or (self.tasks is not None and self.tasks.busy)
+
+    @property
+    def fraction(self) -> float | None:
+        """0 to 1 of what runs in this process, -1 while that is unknown; None when nothing runs."""
+        if not self.busy:
+            return None
+        progress = self.running.progress if self.running is not None else None
+        if progress is None and self.tasks is not None:
+            progress = self.tasks.any_progress
+        fraction = progress.fraction if progress is not None else None
+        return -1.0 if fraction is None else fraction
 
     @property
     def live_job(self) -> Job | None:
@@ -213,25 +257,35 @@ class JobCenter(QObject):
         return Path(job.log) if job.log else None
 
     def seconds_left(self, job: Job) -> float | None:
+        if job.id in self._paces and job.progress is not None:
+            return self._paces[job.id].left(job.progress)
         if self.running is None or self.running.progress is None or environment_of(job) != self.running.environment:
             return None
         return self.running.pace.left(self.running.progress)
 
     def can_cancel(self, job: Job) -> bool:
+        if self._is_task(job):
+            return self.tasks is not None and self.tasks.is_active(job.id)
         return job.task == INSTALL and not job.state.ended and self.is_installing(environment_of(job))
 
     def can_retry(self, job: Job) -> bool:
+        if self._is_task(job):
+            return job.state in (JobState.FAILED, JobState.CANCELLED, JobState.CRASHED)
         if job.task != INSTALL or job.state not in (JobState.FAILED, JobState.CANCELLED, JobState.CRASHED):
             return False
         name = environment_of(job)
         return name in self._environments.specs() and not self.is_installing(name) and not self.is_ready(name)
 
     def cancel(self, job: Job) -> None:
-        if self.can_cancel(job):
+        if self.tasks is not None and self._is_task(job):
+            self.tasks.cancel(job.id)
+        elif self.can_cancel(job):
             self.cancel_install(environment_of(job))
 
     def retry(self, job: Job) -> None:
-        if self.can_retry(job):
+        if self.tasks is not None and self._is_task(job):
+            self.tasks.retry(job.id)
+        elif self.can_retry(job):
             self.install(environment_of(job))
 
     def remove(self, job: Job) -> None:

@@ -93,6 +93,18 @@ class TaskQueue(QObject):
         """Whether it runs here."""
         return self._worker(job_id) is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether any job runs here."""
+        return bool(self._running)
+
+    @property
+    def any_progress(self) -> Progress | None:
+        """How far the job is that runs longest."""
+        return next(
+            (self._latest[worker.job.id] for worker in self._running.values() if worker.job.id in self._latest), None
+        )
+
     def progress(self, job_id: int) -> Progress | None:
         """The latest of a job that runs here."""
         return self._latest.get(job_id)

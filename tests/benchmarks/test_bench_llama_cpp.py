@@ -225,8 +225,9 @@ def user(text: str) -> Message:
 
 
 @pytest.fixture(scope="module")
-def application() -> QCoreApplication:
-    return QCoreApplication.instance() or QCoreApplication([])
+def application(qapp: QCoreApplication) -> QCoreApplication:
+    """The one application of all benchmarks: a bare core application would be in the way of those with windows."""
+    return qapp
 
 
 @pytest.fixture(params=sorted({1, min(4, os.cpu_count() or 1)}), ids=lambda n: f"{n} threads")

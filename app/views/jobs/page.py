@@ -168,7 +168,7 @@ class JobsPage(Page):
 
     @Slot()
     def _tick(self) -> None:
-        if self._jobs.running is not None:
+        if self._jobs.busy:
             self.table.refresh()
 
     @Slot(QModelIndex, QModelIndex)
