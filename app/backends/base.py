@@ -12,8 +12,9 @@ import msgspec
 from app.core.library import ModelEntry, ModelFormat
 from app.core.memory import Estimate, Machine
 from app.core.stack import AdapterStack
-from app.engine.protocol import Generate, Generated, Load, Score, Scored
+from app.engine.protocol import Generate, GenerateBatch, Generated, GeneratedBatch, Load, Score, Scored
 from app.engine.reporting import Report
+from app.generation.in_turn import answer_in_turn
 
 
 class Capability(StrEnum):
@@ -63,7 +64,13 @@ class Backend(abc.ABC):
 
     Methods run one at a time in the engine's main thread. They raise WeftError for what a user can act
     on; MemoryError and a library's own out-of-memory errors are turned into OUT_OF_MEMORY by the host where it knows them.
+
+    Attributes:
+        stack: the adapters that are on, as they were set last. baked: they are written into the weights.
     """
+
+    stack: AdapterStack = AdapterStack()
+    baked: bool = False
 
     @abc.abstractmethod
     def libraries(self) -> dict[str, str]:
@@ -81,8 +88,20 @@ class Backend(abc.ABC):
     def generate(self, request: Generate, report: Report) -> Generated:
         """Answer or continue, reporting tokens. When cancelled: returns with finish_reason `cancelled`."""
 
-    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
-        """Replace the adapter stack. Loaders without LORA in their SPEC are never asked."""
+    def generate_batch(self, request: GenerateBatch, report: Report) -> GeneratedBatch:
+        """Answer rows under stacks of their own, reporting tokens by row; afterwards the stack is what it was.
+
+        One row after the other, unless a loader can do better. When cancelled: returns what there is.
+        """
+        return answer_in_turn(self, request, report, "This loader answers rows one after the other.")
+
+    def set_adapters(self, adapters: AdapterStack, report: Report, *, baked: bool = False) -> None:
+        """Replace the adapter stack, and remember it in `stack`. Loaders without LORA in their SPEC are never asked.
+
+        Args:
+            baked: write it into the weights for speed, restoring the base's bits with the next stack. A loader that
+                cannot says so in a warning, and serves the stack live.
+        """
         raise NotImplementedError
 
     def score(self, request: Score, report: Report) -> Scored:

@@ -93,6 +93,7 @@ class _Said(msgspec.Struct, frozen=True):
     tokens: list[int]
 
 
+_NOT_BAKED = "llama.cpp adds adapters while it computes: they stay live instead of being baked in."
 _REMEMBERED = 24  # texts; each answer adds its prompt, and itself once or twice
 
 
@@ -140,6 +141,7 @@ class Backend(BaseBackend):
             self._template.wait_until_ready()
             if request.adapters.adapters:
                 notes += self._set_stack(request.adapters, report)
+                notes += [_NOT_BAKED] if request.baked else []
         except BaseException:
             self.unload()
             raise
@@ -218,7 +220,9 @@ class Backend(BaseBackend):
         pointer = library.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise _context_failure(self._log.reason(), wanted, params.n_ctx)
-        chunk = memory.prompt_chunk(request.model.parameters or library.llama_model_n_params(model.pointer), options.n_batch)
+        chunk = memory.prompt_chunk(
+            request.model.parameters or library.llama_model_n_params(model.pointer), options.n_batch
+        )
         self._context = LlamaContext(
             library,
             pointer,
@@ -263,8 +267,10 @@ class Backend(BaseBackend):
         device = sum(size for (place, _), size in buffers.items() if not _on_host(place))
         return (max(0, after - before) if before and after else host) + device
 
-    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
+    def set_adapters(self, adapters: AdapterStack, report: Report, *, baked: bool = False) -> None:
         self._require_model()
+        if baked and adapters.adapters:
+            report.log("warning", _NOT_BAKED)
         for note in self._set_stack(adapters, report):
             report.log("warning", note)
 
@@ -279,10 +285,12 @@ class Backend(BaseBackend):
         stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
         if stale:
             self._context.clear()
+        self.stack = adapters
         return notes
 
     def unload(self) -> None:
         self._stack = None  # its adapters go with the model
+        self.stack = AdapterStack()
         if self._template is not None:
             self._template.close()
             self._template = None

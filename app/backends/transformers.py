@@ -149,7 +149,7 @@ class Backend(base.Backend):
             )
         return trust and bool(stage.custom_code)
 
-    def set_adapters(self, adapters: AdapterStack, report: Report) -> None:
+    def set_adapters(self, adapters: AdapterStack, report: Report, *, baked: bool = False) -> None:
         self._ready()
         for note in self._set_stack(adapters, report):
             report.log("warning", note)
@@ -163,6 +163,7 @@ class Backend(base.Backend):
         stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "modules"))
         if stale:
             decoder.reset()
+        self.stack = adapters
         return notes
 
     def unload(self) -> None:
@@ -172,6 +173,7 @@ class Backend(base.Backend):
             self._decoder.close()
         had_model = self._model is not None
         self._model = self._prompts = self._decoder = self._stack = None
+        self.stack, self.baked = AdapterStack(), False
         if self._stage is not None:
             self._stage.close()
         if self._offload:

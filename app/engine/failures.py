@@ -7,7 +7,7 @@ import re
 import traceback
 
 from app.core.errors import ErrorKind, WeftError
-from app.engine.protocol import Command, Failed, Generate, Load, RunTask, Unload
+from app.engine.protocol import Command, Failed, Generate, GenerateBatch, Load, RunTask, Unload
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|bad_alloc|can(?:no|')t allocate|cannot allocate|failed to allocate|unable to allocate"
@@ -71,7 +71,7 @@ def _verb(command: Command) -> str:
         return f"Loading {command.model.name}"
     if isinstance(command, Unload) and not command.id:
         return "Starting the engine"
-    return "Generating" if isinstance(command, Generate) else "The command"
+    return "Generating" if isinstance(command, Generate | GenerateBatch) else "The command"
 
 
 def _known(command: Command, error: BaseException) -> WeftError | None:

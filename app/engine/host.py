@@ -30,6 +30,8 @@ from app.engine.failures import describe, failed
 from app.engine.report import Flusher, HostReport, Outbox
 from app.engine.wire import CHUNK, LineSplitter, LineTooLong
 
+MAX_ROWS = 64  # of a batch: each has a KV cache of its own
+
 
 class Backend(Protocol):
     """What the host needs of backends.base.Backend, which lies above it."""
@@ -38,7 +40,8 @@ class Backend(Protocol):
     def load(self, request: protocol.Load, report: Any) -> None: ...
     def unload(self) -> None: ...
     def generate(self, request: protocol.Generate, report: Any) -> protocol.Generated: ...
-    def set_adapters(self, adapters: AdapterStack, report: Any) -> None: ...
+    def generate_batch(self, request: protocol.GenerateBatch, report: Any) -> protocol.GeneratedBatch: ...
+    def set_adapters(self, adapters: AdapterStack, report: Any, *, baked: bool = False) -> None: ...
     def score(self, request: protocol.Score, report: Any) -> protocol.Scored: ...
 
 
@@ -246,7 +249,7 @@ class Host:
 
     def _execute(
         self, command: protocol.Command, report: HostReport
-    ) -> protocol.Generated | protocol.Scored | protocol.TaskResult | None:
+    ) -> protocol.Generated | protocol.GeneratedBatch | protocol.Scored | protocol.TaskResult | None:
         if isinstance(command, protocol.RunTask):
             return run_task(command, report)
         backend = self._backend
@@ -260,9 +263,13 @@ class Host:
                 gc.collect()
             case protocol.SetAdapters():
                 with _only_where_supported("adapters"):
-                    backend.set_adapters(command.adapters, report)
+                    backend.set_adapters(command.adapters, report, baked=command.baked)
             case protocol.Generate():
                 return backend.generate(command, report)
+            case protocol.GenerateBatch():
+                _check_batch(command)
+                with _only_where_supported("adapters"):
+                    return backend.generate_batch(command, report)
             case protocol.Score():
                 with _only_where_supported("perplexity"):
                     return backend.score(command, report)
@@ -278,6 +285,15 @@ class Host:
             sys.stderr.write(describe(error))
         report.finish(protocol.Done(id=number))
         return 0
+
+
+def _check_batch(command: protocol.GenerateBatch) -> None:
+    if not 1 <= len(command.rows) <= MAX_ROWS:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"A batch has 1 to {MAX_ROWS} rows, not {len(command.rows)}.",
+            "Compare fewer stacks at once.",
+        )
 
 
 @contextlib.contextmanager
@@ -320,10 +336,11 @@ def run_task(command: protocol.RunTask, report: HostReport) -> protocol.TaskResu
 
 
 def _cancelled(command: protocol.Command) -> protocol.Done | protocol.Failed:
+    nothing = protocol.Generated(finish_reason="cancelled", tokens=0, prompt_tokens=0)
     if isinstance(command, protocol.Generate):
-        return protocol.Done(
-            id=command.id, result=protocol.Generated(finish_reason="cancelled", tokens=0, prompt_tokens=0)
-        )
+        return protocol.Done(id=command.id, result=nothing)
+    if isinstance(command, protocol.GenerateBatch):
+        return protocol.Done(id=command.id, result=protocol.GeneratedBatch(rows=(nothing,) * len(command.rows)))
     return protocol.Failed(id=command.id, kind=ErrorKind.CANCELLED.value, message="Cancelled.")
 
 
@@ -337,10 +354,17 @@ def _travelling(done: protocol.Done) -> protocol.Done:
             "The model or an adapter holds damaged weights, or its data type overflows: try another data type.",
         )
     if isinstance(result, protocol.Generated):
-        times = {name: getattr(result, name) for name in ("prompt_seconds", "seconds")}
-        if strange := {name: 0.0 for name, value in times.items() if not math.isfinite(value)}:
-            return protocol.Done(id=done.id, result=msgspec.structs.replace(result, **strange))
+        return protocol.Done(id=done.id, result=_with_finite_times(result))
+    if isinstance(result, protocol.GeneratedBatch):
+        rows = tuple(_with_finite_times(row) for row in result.rows)
+        return protocol.Done(id=done.id, result=protocol.GeneratedBatch(rows=rows, note=result.note))
     return done
+
+
+def _with_finite_times(result: protocol.Generated) -> protocol.Generated:
+    times = {name: getattr(result, name) for name in ("prompt_seconds", "seconds")}
+    strange = {name: 0.0 for name, value in times.items() if not math.isfinite(value)}
+    return msgspec.structs.replace(result, **strange) if strange else result
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Load(_Message, frozen=True, kw_only=True, tag="load"):
     model: ModelEntry
     options: dict[str, OptionValue] = {}
     adapters: AdapterStack = AdapterStack()
+    baked: bool = False  # as in SetAdapters
     trust_remote_code: bool = False
     calibration: dict[str, int] = {}
 
@@ -49,9 +50,14 @@ class Unload(_Message, frozen=True, kw_only=True, tag="unload"):
 
 
 class SetAdapters(_Message, frozen=True, kw_only=True, tag="set_adapters"):
-    """Replace the whole adapter stack."""
+    """Replace the whole adapter stack.
+
+    `baked` writes it into the weights, for the base's speed; the base's own bits are kept, and come back with the next
+    stack that is not baked. Loaders that cannot, say so in a warning and serve the stack live.
+    """
 
     adapters: AdapterStack
+    baked: bool = False
 
 
 class Generate(_Message, frozen=True, kw_only=True, tag="generate"):
@@ -70,6 +76,34 @@ class Generate(_Message, frozen=True, kw_only=True, tag="generate"):
     sampling: Sampling = Sampling()
     reserve: int = 256
     images: tuple[str, ...] = ()
+
+
+class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of a batch: a stack, and what it is to answer.
+
+    Attributes:
+        adapters: the row's own stack; the empty one is the base.
+        messages, prompt: as Generate has them.
+        seed: of this row; None takes the sampling's, so that rows differ in nothing but their stack and prompt.
+    """
+
+    adapters: AdapterStack = AdapterStack()
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    seed: int | None = None
+
+
+class GenerateBatch(_Message, frozen=True, kw_only=True, tag="generate_batch"):
+    """Answer several rows, each under its own adapter stack; Tokens carry the row's number. Ends with GeneratedBatch.
+
+    The stack that was on before is on again afterwards, whatever happens. Where the loader cannot compute rows together
+    it answers one after the other, and says so in the result.
+    """
+
+    rows: tuple[BatchRow, ...]
+    continue_last: bool = False
+    sampling: Sampling = Sampling()
+    reserve: int = 256
 
 
 class Score(_Message, frozen=True, kw_only=True, tag="score"):
@@ -111,7 +145,7 @@ class Shutdown(_Message, frozen=True, kw_only=True, tag="shutdown"):
     """Finish the command at hand, then exit."""
 
 
-Command = Load | Unload | SetAdapters | Generate | Score | RunTask | Cancel | Adjust | Ping | Shutdown
+Command = Load | Unload | SetAdapters | Generate | GenerateBatch | Score | RunTask | Cancel | Adjust | Ping | Shutdown
 
 # Events ----------------------------------------------------------------------------------------
 
@@ -214,6 +248,17 @@ class Generated(msgspec.Struct, frozen=True, kw_only=True, tag="generated"):
     seed: int = 0
 
 
+class GeneratedBatch(msgspec.Struct, frozen=True, kw_only=True, tag="generated_batch"):
+    """What each row of a batch took, in the order of the rows.
+
+    `note` says why rows were answered one after the other; "" when they were computed together. Computed together, a row's
+    `prompt_seconds` and `seconds` are those of the batch until the row's end.
+    """
+
+    rows: tuple[Generated, ...]
+    note: str = ""
+
+
 class Scored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):
     """Perplexity of a text. `nll` is the mean negative log-likelihood in nats over `tokens` scored tokens."""
 
@@ -231,7 +276,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True, tag="task_result"):
 class Done(_Message, frozen=True, kw_only=True, tag="done"):
     """The command with this id ended well."""
 
-    result: Generated | Scored | TaskResult | None = None
+    result: Generated | GeneratedBatch | Scored | TaskResult | None = None
 
 
 class Failed(_Message, frozen=True, kw_only=True, tag="failed"):

@@ -17,6 +17,7 @@ class EngineSession(QObject):
     ready = Signal(object)
     loaded = Signal(object)
     tokens = Signal(int, str, int)
+    row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
     done = Signal(int, object)
     failed = Signal(int, object)
@@ -32,6 +33,7 @@ class EngineSession(QObject):
         worker.ready.connect(self._ready)
         worker.loaded.connect(self._loaded)
         worker.tokens.connect(self._tokens)
+        worker.row_tokens.connect(self._row_tokens)
         worker.progress.connect(self._progress)
         worker.done.connect(self._done)
         worker.failed.connect(self._failed)
@@ -69,6 +71,11 @@ class EngineSession(QObject):
     def _tokens(self, command: int, text: str, count: int) -> None:
         if not self._dropped:
             self.tokens.emit(command, text, count)
+
+    @Slot(int, int, str, int)
+    def _row_tokens(self, command: int, row: int, text: str, count: int) -> None:
+        if not self._dropped:
+            self.row_tokens.emit(command, row, text, count)
 
     @Slot(int, object)
     def _progress(self, command: int, event: object) -> None:

@@ -21,13 +21,13 @@ from app.core.library import AdapterEntry, ModelEntry
 from app.core.memory import Machine
 from app.core.options import OptionValue
 from app.core.stack import AdapterStack
-from app.engine.protocol import Generate, Loaded, SetAdapters
+from app.engine.protocol import Generate, GenerateBatch, Loaded, SetAdapters
 from app.engine.restart import RestartPolicy
 from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
 from app.store.settings import SettingsStore
 from app.viewmodels.engine_session import EngineSession
-from app.viewmodels.loadout_requests import Requests
+from app.viewmodels.loadout_requests import Request, Requests
 from app.viewmodels.loadout_words import CodeQuestion, Crash, EnvironmentsView, FitQuestion, LoadoutState
 from app.workers.load_plan import LoadPlan, LoadPlanner
 
@@ -42,6 +42,7 @@ class Loadout(QObject):
     Signals:
         changed: any property below changed.
         tokens(id, text, count), progress(id, core.jobs.Progress), finished(id, Generated), failed(id, WeftError): of one request.
+        row_tokens(id, row, text, count), and finished(id, GeneratedBatch): of a batch.
         notice(text): a sentence worth a toast.
         fit_asked(FitQuestion), code_asked(CodeQuestion), crashed(Crash), load_failed(WeftError): the window decides or tells.
         environment_wanted(name): the load waits for this environment.
@@ -50,6 +51,7 @@ class Loadout(QObject):
 
     changed = Signal()
     tokens = Signal(int, str, int)
+    row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
     finished = Signal(int, object)
     failed = Signal(int, object)
@@ -273,6 +275,13 @@ class Loadout(QObject):
 
     def generate(self, request: Generate) -> int:
         """Answer. Returns the id that the signals bear; if nothing is loaded any more, the model is loaded first."""
+        return self._ask(request)
+
+    def generate_batch(self, request: GenerateBatch) -> int:
+        """Answer rows, each under its own stack; the loadout's own stack is on again afterwards. As `generate`."""
+        return self._ask(request)
+
+    def _ask(self, request: Request) -> int:
         made = self._requests.new_id()
         self._last_use = time.monotonic()
         if (
@@ -382,6 +391,7 @@ class Loadout(QObject):
         session.ready.connect(self._engine_ready)
         session.loaded.connect(self._model_loaded)
         session.tokens.connect(self._tokens_came)
+        session.row_tokens.connect(self._row_tokens_came)
         session.progress.connect(self._progress_came)
         session.done.connect(self._command_done)
         session.failed.connect(self._command_failed)
@@ -420,7 +430,7 @@ class Loadout(QObject):
         # Never from within generate() or cancel(): the caller does not know the id yet.
         QTimer.singleShot(0, self, lambda: self._later.emit(request, error))
 
-    def _send(self, ours: int, request: Generate) -> None:
+    def _send(self, ours: int, request: Request) -> None:
         assert self._session is not None
         try:
             engine_id = self._session.worker.send(request)
@@ -469,6 +479,11 @@ class Loadout(QObject):
     def _tokens_came(self, engine_id: int, text: str, count: int) -> None:
         if ours := self._requests.running(engine_id):
             self.tokens.emit(ours, text, count)
+
+    @Slot(int, int, str, int)
+    def _row_tokens_came(self, engine_id: int, row: int, text: str, count: int) -> None:
+        if ours := self._requests.running(engine_id):
+            self.row_tokens.emit(ours, row, text, count)
 
     @Slot(int, object)
     def _progress_came(self, engine_id: int, event: Progress) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 
 from app.core.errors import WeftError
-from app.engine.protocol import Generate
+from app.engine.protocol import Generate, GenerateBatch
+
+Request = Generate | GenerateBatch
 
 
 class Requests:
@@ -17,7 +19,7 @@ class Requests:
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
-        self.queued: dict[int, Generate] = {}
+        self.queued: dict[int, Request] = {}
         self._running: dict[int, int] = {}  # the engine's id to ours
         self._last_words: dict[int, WeftError] = {}  # why requests failed with an engine whose end is not told yet
 
@@ -48,7 +50,7 @@ class Requests:
         """It failed because the engine died; it is told together with the engine's end."""
         self._last_words[self._running[engine_id]] = error
 
-    def take_queued(self) -> dict[int, Generate]:
+    def take_queued(self) -> dict[int, Request]:
         """Everything that waits; nothing waits any more."""
         queued, self.queued = self.queued, {}
         return queued

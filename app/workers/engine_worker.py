@@ -21,7 +21,10 @@ _LOG_LINES = 200  # held back for a busy window; the log file has them all
 class _HeldBack:
     """What the window has not been told yet."""
 
-    tokens: dict[int, tuple[list[str], int]] = field(default_factory=dict[int, tuple[list[str], int]])  # by command
+    # By command and row.
+    tokens: dict[tuple[int, int], tuple[list[str], int]] = field(
+        default_factory=dict[tuple[int, int], tuple[list[str], int]]
+    )
     progress: dict[int, Progress] = field(default_factory=dict[int, Progress])
     log: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     log_dropped: int = 0
@@ -30,14 +33,14 @@ class _HeldBack:
 class EngineWorker(QThread):
     """Owns one EngineClient from start to exit. `start()` it after connecting; it ends when the engine does.
 
-    While the window is busy, tokens, progress and log lines are put together: of each kind at most one signal
-    is undelivered, besides the rest of a command's text, which goes out just before its `done` or `failed`.
+    While the window is busy, tokens, progress and log lines are put together: of each kind (of tokens, for each row of a
+    batch) at most one signal is undelivered, besides the rest of a command's text, which goes out just before its `done` or `failed`.
     Nothing of a text is lost or changes its place.
 
     Signals (all in the receiver's thread, when connected to bound slots of QObjects):
         ready(protocol.Ready), loaded(protocol.Loaded, whose id is the Load's),
-        tokens(id, text, count), progress(id, core.jobs.Progress),
-        done(id, result: Generated, Scored, TaskResult or None), failed(id, WeftError),
+        tokens(id, text, count), row_tokens(id, row, text, count) for a GenerateBatch, progress(id, core.jobs.Progress),
+        done(id, result: Generated, GeneratedBatch, Scored, TaskResult or None), failed(id, WeftError),
         metric(id, protocol.Metric), news(id, JSON of a task), log(level, text), responsive(bool),
         exited(EngineExit): once, last; before it `failed` comes for every command that the engine took along.
     """
@@ -45,6 +48,7 @@ class EngineWorker(QThread):
     ready = Signal(object)
     loaded = Signal(object)
     tokens = Signal(int, str, int)
+    row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
     metric = Signal(int, object)
     news = Signal(int, str)
@@ -62,6 +66,8 @@ class EngineWorker(QThread):
         self._lock = threading.Lock()
         self._undelivered = False
         self._held = _HeldBack()
+        self._batches: set[int] = set()  # commands whose tokens belong to rows
+        self._batches_lock = threading.Lock()
         self._delivered.connect(self._on_delivered)
 
     # From any thread; none of these waits, but for stop().
@@ -77,7 +83,12 @@ class EngineWorker(QThread):
         Raises:
             WeftError: the engine is dead, for the reason given.
         """
-        return self._client.send(command)
+        if not isinstance(command, protocol.GenerateBatch):
+            return self._client.send(command)
+        with self._batches_lock:  # its first tokens may come before its id is known here
+            number = self._client.send(command)
+            self._batches.add(number)
+        return number
 
     def cancel(self, command: int) -> None:
         """Stop a command; within three seconds it ends, or the engine does."""
@@ -131,9 +142,10 @@ class EngineWorker(QThread):
     def _take(self, event: EngineEvent) -> None:
         match event:
             case protocol.Tokens():
-                texts, count = self._held.tokens.get(event.id) or ([], 0)
+                key = (event.id, event.row)
+                texts, count = self._held.tokens.get(key) or ([], 0)
                 texts.append(event.text)
-                self._held.tokens[event.id] = (texts, count + event.count)
+                self._held.tokens[key] = (texts, count + event.count)
             case protocol.ProgressEvent():
                 self._held.progress[event.id] = Progress(
                     phase=event.phase, done=event.done, total=event.total, unit=event.unit
@@ -186,8 +198,13 @@ class EngineWorker(QThread):
             self.log.emit("info", f"… and {held.log_dropped} more lines: see {self._client.log_path}")
         for command, progress in held.progress.items():
             self.progress.emit(command, progress)
-        for command, (texts, count) in held.tokens.items():
-            self.tokens.emit(command, "".join(texts), count)
+        for (command, row), (texts, count) in held.tokens.items():
+            with self._batches_lock:
+                by_row = command in self._batches
+            if by_row:
+                self.row_tokens.emit(command, row, "".join(texts), count)
+            else:
+                self.tokens.emit(command, "".join(texts), count)
         # Posted last, so it arrives last: by then the window has taken all of the above.
         self._delivered.emit()
 

@@ -25,6 +25,7 @@ from app.core.library import ModelEntry, ModelFormat
 from app.core.stack import AdapterStack
 from app.engine import host, protocol
 from app.engine.client import EngineClient
+from app.generation.in_turn import answer_in_turn
 
 _VARIABLE = "WEFT_FAKE_SCRIPT"
 
@@ -63,6 +64,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
         allocate: bytes to take before the first token under a limit of as much memory: a MemoryError.
         stderr_bytes: so much is written to stderr before the first token.
         raise_unexpected: raise a ValueError before the first token.
+        batch_in_turn: rows of a batch are answered one after the other, for this reason; "" together.
     """
 
     start: Literal["ok", "exit", "silent", "garbage", "utf8", "huge_line", "version", "no_handshake", "fail"] = "ok"
@@ -96,6 +98,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     allocate: int = 0
     stderr_bytes: int = 0
     raise_unexpected: bool = False
+    batch_in_turn: str = ""
 
 
 def fake_client(
@@ -126,6 +129,8 @@ class FakeBackend:
         self.script = script
         self._loaded = False
         self._answers = 0
+        self.stack = AdapterStack()
+        self.baked = False
 
     def libraries(self) -> dict[str, str]:
         return dict(self.script.libraries)
@@ -186,8 +191,44 @@ class FakeBackend:
             seed=request.sampling.seed or 1,
         )
 
-    def set_adapters(self, adapters: AdapterStack, report: Any) -> None:
-        report.log("info", f"adapters: {adapters.title}")
+    def set_adapters(self, adapters: AdapterStack, report: Any, *, baked: bool = False) -> None:
+        report.log("info", f"adapters: {adapters.title}" + (" (baked)" if baked else ""))
+        self.stack, self.baked = adapters, baked
+
+    def generate_batch(self, request: protocol.GenerateBatch, report: Any) -> protocol.GeneratedBatch:
+        """Rows word by word in turns; with `batch_in_turn` one row after the other. Row n ends after n words fewer."""
+        if self.script.batch_in_turn:
+            return answer_in_turn(self, request, report, self.script.batch_in_turn)
+        if not self._loaded:
+            raise WeftError(ErrorKind.NOT_FOUND, "No model is loaded.", "Load a model first.")
+        self._before(report)
+        self._pass_time(self.script.prompt_seconds, "Reading the prompts", report)
+        first = time.monotonic()
+        words = [self._words()[: request.sampling.max_tokens] for _ in request.rows]
+        words = [row[: max(1, len(row) - number)] for number, row in enumerate(words)]
+        written = [0] * len(words)
+        for at in range(max(len(row) for row in words)):
+            if report.cancelled:
+                break
+            self._misbehave(at)
+            if self.script.rate > 0:
+                time.sleep(max(0.0, first + at / self.script.rate - time.monotonic()))
+            for number, row in enumerate(words):
+                if at < len(row):
+                    report.tokens(row[at], 1, number)
+                    written[number] += 1
+        return protocol.GeneratedBatch(
+            rows=tuple(
+                protocol.Generated(
+                    finish_reason="cancelled" if count < len(row) else "stop",
+                    tokens=count,
+                    prompt_tokens=self.script.prompt_tokens,
+                    seconds=time.monotonic() - first,
+                    seed=request.sampling.seed or 1,
+                )
+                for count, row in zip(written, words, strict=True)
+            )
+        )
 
     def score(self, request: protocol.Score, report: Any) -> protocol.Scored:
         return protocol.Scored(nll=1.0, perplexity=2.718281828, tokens=len(request.text.split()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from PySide6.QtCore import QObject, Signal
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.core.stack import AdapterStack
-from app.engine.protocol import Generate, Generated
+from app.engine.protocol import Generate, GenerateBatch, Generated
 from app.viewmodels.loadout import LoadoutState
 
 
@@ -16,6 +18,7 @@ class FakeLoadout(QObject):
 
     changed = Signal()
     tokens = Signal(int, str, int)
+    row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
     finished = Signal(int, object)
     failed = Signal(int, object)
@@ -27,7 +30,7 @@ class FakeLoadout(QObject):
         self.loader = None
         self.stack = AdapterStack()
         self.waiting_for = ""
-        self.requests: list[Generate] = []
+        self.requests: list[Any] = []  # Generate or GenerateBatch
         self.cancelled: list[int] = []
         self.refuse: WeftError | None = None
 
@@ -36,6 +39,15 @@ class FakeLoadout(QObject):
             raise self.refuse
         self.requests.append(request)
         return len(self.requests)
+
+    def generate_batch(self, request: GenerateBatch) -> int:
+        if self.refuse is not None:
+            raise self.refuse
+        self.requests.append(request)
+        return len(self.requests)
+
+    def say_row(self, row: int, text: str, count: int = 1) -> None:
+        self.row_tokens.emit(self.last, row, text, count)
 
     def cancel(self, id: int) -> None:
         self.cancelled.append(id)

@@ -257,3 +257,50 @@ def test_sending_does_not_wait(qtbot: QtBot, window: Callable[..., Window]) -> N
     for _ in range(100):
         w.worker.cancel(w.worker.send(protocol.Generate(prompt="x" * 100_000)))
     assert time.monotonic() - started < 1
+
+
+class RowsWindow(QObject):
+    """Notes the rows of a batch, slowly."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        super().__init__()
+        self.texts: dict[int, list[str]] = {}
+        self.plain: list[str] = []
+        self.ends: list[object] = []
+        worker.row_tokens.connect(self.on_row)
+        worker.tokens.connect(self.on_tokens)
+        worker.done.connect(self.on_done)
+
+    @Slot(int, int, str, int)
+    def on_row(self, command: int, row: int, text: str, count: int) -> None:
+        self.texts.setdefault(row, []).append(text)
+        time.sleep(0.03)
+
+    @Slot(int, str, int)
+    def on_tokens(self, command: int, text: str, count: int) -> None:
+        self.plain.append(text)
+
+    @Slot(int, object)
+    def on_done(self, command: int, result: object) -> None:
+        self.ends.append(result)
+
+
+def test_rows_of_a_batch_come_apart_whole_and_put_together(qtbot: QtBot, tmp_path: Path) -> None:
+    worker = EngineWorker(fake_client(tmp_path, Script(tokens=400, rate=1000)))
+    window = RowsWindow(worker)
+    worker.start()
+    try:
+        worker.send(protocol.Load(model=fake_model()))
+        rows = tuple(protocol.BatchRow(prompt="x") for _ in range(3))
+        worker.send(protocol.GenerateBatch(rows=rows))
+        worker.send(protocol.Generate(prompt="x"))
+        qtbot.waitUntil(lambda: len(window.ends) == 3, timeout=20_000)
+    finally:
+        worker.stop()
+    words = [f"word{number} " for number in range(400)]
+    assert {row: "".join(texts) for row, texts in window.texts.items()} == {
+        row: "".join(words[: 400 - row]) for row in range(3)
+    }
+    assert "".join(window.plain) == "".join(words), "an answer of its own is no row"
+    assert all(len(texts) < 200 for texts in window.texts.values()), "a busy window gets fewer, longer pieces"
+    assert isinstance(window.ends[1], protocol.GeneratedBatch)

@@ -13,7 +13,7 @@ from pytestqt.qtbot import QtBot
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
-from app.engine.protocol import Generate, Load
+from app.engine.protocol import BatchRow, Generate, GenerateBatch, GeneratedBatch, Load
 from app.store.chats import ChatStore
 from app.viewmodels.chat import ChatController
 from app.viewmodels.loadout import CodeQuestion, Loadout, LoadoutState
@@ -436,3 +436,19 @@ def test_what_an_engine_measured_goes_along_with_the_next_load(rooms: Rooms, qtb
     loadout.load_again()
     wait_for(qtbot, loadout, LoadoutState.READY)
     assert sent[-1].calibration == {"threads/8/30": 4}
+
+
+def test_a_batch_brings_rows_and_loads_what_was_unloaded(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(answers=("one two", "three four"))
+    loadout = rooms.loadout()
+    loadout.load(model())
+    texts: dict[int, str] = {}
+    loadout.row_tokens.connect(lambda _id, row, text, _count: texts.update({row: texts.get(row, "") + text}))
+    rows = (BatchRow(messages=ASK.messages), BatchRow(messages=ASK.messages))
+    with qtbot.waitSignal(loadout.finished, timeout=15_000) as done:
+        asked = loadout.generate_batch(GenerateBatch(rows=rows))  # waits for the load
+    assert done.args is not None
+    assert done.args[0] == asked and isinstance(done.args[1], GeneratedBatch)
+    assert [row.tokens for row in done.args[1].rows] == [2, 1]
+    assert texts == {0: "one two", 1: "three "}
+    assert loadout.state is LoadoutState.READY
