@@ -10,6 +10,7 @@ import torch
 
 from app.core.errors import ErrorKind, WeftError
 
+_BLOCK = 32  # rows that bitsandbytes' CPU kernel takes together
 _ROWS = 4096  # of a weight that are held in float32 at a time
 
 
@@ -74,6 +75,8 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
     if name == "Params4bit" and getattr(weight, "quant_state", None) is not None:
         import bitsandbytes.functional as functional
 
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return _from_cpu_packing(weight.data, weight.quant_state)
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     if name == "Int8Params":
         import bitsandbytes.functional as functional
@@ -88,6 +91,31 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
         )
     weight = weight.detach()
     return weight.T if kind_of(module) in ("conv1d", "embedding") else weight
+
+
+def _from_cpu_packing(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """A 4-bit matrix out of the order that bitsandbytes gives it for its AVX512-BF16 kernel, at the first forward.
+
+    From then on `dequantize_4bit` reads it as noise, without a word, and bitsandbytes' own way back changes the module under the
+    running model. The kernel is 6 to 13 times as fast for one token as the plain way (2048 x 2048, two threads), so it stays
+    switched on, and the weight is read from its order instead: blocks of 32 rows, in which the high and low halves of a byte are
+    rows 16 apart in each pair of columns; absmax is (columns / blocksize, rows) in bfloat16, which is what the kernel multiplies by.
+
+    Returns:
+        (out, in), in the dtype of the model.
+    """
+    rows, columns = state.shape
+    scales = state.absmax.T.float()
+    code = state.code.float()
+    out = torch.empty(rows, columns, dtype=state.original_dtype)
+    packed = packed.view(torch.uint8).reshape(rows // _BLOCK, columns // 2 * _BLOCK)
+    for block in range(rows // _BLOCK):  # one at a time: the indices take eight bytes a weight
+        halves = packed[block].reshape(-1, _BLOCK)
+        nibbles = torch.cat([halves & 15, halves >> 4], dim=1).reshape(columns // 2, _BLOCK, 2)
+        part = slice(block * _BLOCK, (block + 1) * _BLOCK)
+        values = code[nibbles.transpose(0, 1).reshape(_BLOCK, columns).long()]
+        out[part] = (values * scales[part].repeat_interleave(state.blocksize, dim=1)).to(out.dtype)
+    return out
 
 
 def dora_gain(

@@ -157,7 +157,21 @@ def load_model(config: Any, plan: Plan, progress: Callable[[Progress], None], ca
         warnings.simplefilter("ignore")  # advice to programmers; what matters to users is a note or an error of ours
         model, info = _from_pretrained(model_class, plan, arguments)
     _complete(model, info)
+    _plain_where_the_kernel_fails(model)
     return model.eval().requires_grad_(False)
+
+
+def _plain_where_the_kernel_fails(model: Any) -> None:
+    """Keep 4-bit matrices of odd sizes from bitsandbytes' AVX512-BF16 kernel, which ends the first forward for them.
+
+    It wants 32 rows at a time and whole blocks of columns: a mixture's router has 8 rows, a small key projection 16.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and hasattr(module, "support_avx512bf16_for_cpu"):
+            rows, columns = state.shape
+            if rows % 32 or columns % state.blocksize:
+                module.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager
