@@ -79,3 +79,15 @@ def test_check_tells_partly_and_not_at_all_by_its_exit_status(tmp_path: Path) ->
 def test_bad_adapters_are_refused_before_anything_starts(value: str, words: str) -> None:
     ended = weft("chat", "starter", "-p", "x", "--adapter", value)
     assert ended.returncode == 1 and words in ended.stderr and "hint:" in ended.stderr and not ended.stdout
+
+
+def test_combined_halves_speak_with_the_whole_voice_and_a_smaller_rank_says_what_it_keeps(tmp_path: Path) -> None:
+    both, small = str(tmp_path / "both"), str(tmp_path / "small")
+    made = weft_json("combine", "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5", "--to", both)
+    assert made["rank"] == 16 and made["modules"] == 28 and made["energy"] == 1.0
+    assert _answer("starter", "--adapter", both)["text"] == _answer("starter", "--adapter", str(VOICE))["text"]
+    resized = weft_json("combine", "--adapter", both, "--rank", "4", "--to", small)
+    assert resized["rank"] == 4 and 0.2 < resized["energy"] < 1.0
+    assert weft_json("check", small, "starter")["verdict"] == "fits"
+    again = weft("combine", "--adapter", both, "--to", small)
+    assert again.returncode == 1 and "exists already" in again.stderr
