@@ -18,15 +18,25 @@ from app.hub.checksum import checksum_name, is_file
 from app.hub.files import DownloadNews, DownloadResult, RemoteFile
 from app.hub.limits import RateLimit
 from app.hub.local_copies import take_copy
-from app.hub.part import arrived_bytes, beside, remove_parts, write_error
+from app.hub.part import (
+    Locked,
+    PartFile,
+    PartHeader,
+    arrived_bytes,
+    beside,
+    move_away,
+    remove_parts,
+    sync_folder,
+    write_error,
+)
 from app.hub.places import local_path, refuse_collisions
+from app.hub.positional import folder_lock
 from app.hub.source import HttpSource
-from app.hub.transfer import Progressing, Transfer
+from app.hub.transfer import SPARE, Progressing, Transfer
 from app.hub.trouble import stopped
 
 SMALL = 8 * 1024 * 1024  # files up to this size are fetched several at once, over one connection each
 AT_ONCE = 4
-SPARE = 64 * 1024 * 1024  # bytes that a disk keeps free
 _LAST = ("config.json", "adapter_config.json")  # what makes a folder a model comes when the rest is there
 
 
@@ -67,6 +77,8 @@ class Fetch:
         self._transfers: set[Transfer] = set()
         self._board = _Board(self._files)
         self._reused = 0
+        self._foreign: set[str] = set()  # what has a file's name and is not ours to replace
+        self._kept: list[str] = []
 
     def stop(self) -> None:
         """End as soon as possible; what arrived is kept. From any thread."""
@@ -112,6 +124,7 @@ class Fetch:
             fetched=self._board.fetched,
             reused=self._reused,
             seconds=time.monotonic() - started,
+            kept=tuple(self._kept),
         )
 
     # What is there ---------------------------------------------------------------------------------
@@ -131,6 +144,8 @@ class Fetch:
             board.phase("Checking what is there")
             if not is_file(target, file, self._cancelled, board.checking):
                 board.reset()
+                if known is None or (known.size, known.modified_ns) != (seen.size, seen.modified_ns):
+                    self._foreign.add(file.path)  # not an older version that we fetched: somebody's own
                 return False
         board.reset()
         board.kept(file.size)
@@ -138,7 +153,10 @@ class Fetch:
         return True
 
     def _check_space(self, missing: Sequence[RemoteFile], targets: Mapping[str, Path]) -> None:
-        needed = sum(file.size - arrived_bytes(targets[file.path]) for file in missing)
+        drive, needed = self._folder.stat().st_dev, 0
+        for file in missing:
+            if file.path not in self._here or _drive(Path(self._here[file.path])) != drive:  # else it is linked
+                needed += file.size - arrived_bytes(targets[file.path])
         free = shutil.disk_usage(self._folder).free
         if needed and needed + SPARE > free:
             raise WeftError(
@@ -172,6 +190,8 @@ class Fetch:
         board = self._board.entry(file)
         board.begin()
         if not self._reuse(file, target, board):
+            if self._here.pop(file.path, None) is not None:
+                self._check_space((file,), {file.path: target})  # the copy was to save that
             transfer = Transfer(
                 self._source,
                 file,
@@ -180,6 +200,7 @@ class Fetch:
                 limit=self._limit,
                 progress=board,
                 cancelled=self._cancelled,
+                keep_old=file.path in self._foreign,
             )
             with self._lock:
                 self._transfers.add(transfer)
@@ -188,6 +209,7 @@ class Fetch:
             finally:
                 with self._lock:
                     self._transfers.discard(transfer)
+                    self._kept += [str(transfer.old)] if transfer.old is not None else []
         self._complete(file, target)
 
     def _reuse(self, file: RemoteFile, target: Path, board: _Entry) -> bool:
@@ -200,14 +222,26 @@ class Fetch:
         board.reset()
         if not found:
             return False
-        part = beside(target, ".copy.part")
+        header = PartHeader(
+            url=file.url(self._source.endpoint), size=file.size, etag="", sha256=file.sha256, git_oid=file.git_oid
+        )
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            take_copy(Path(source), part)
-            part.replace(target)
+            holder = PartFile(target, header)
+        except Locked:
+            return False  # another download fetches it now: wait for that
+        try:
+            copy = beside(target, ".copy.part")
+            take_copy(Path(source), copy, self._cancelled)
+            old = move_away(target) if file.path in self._foreign else None
+            copy.replace(target)
+            sync_folder(target.parent)
+            holder.discard()
         except OSError as error:
             raise write_error(error, target) from error
+        finally:
+            holder.close()
         remove_parts(target)
+        self._kept += [str(old)] if old is not None else []
         board.kept(file.size)
         with self._lock:
             self._reused += file.size
@@ -216,27 +250,28 @@ class Fetch:
     # The note --------------------------------------------------------------------------------------
 
     def _begin_note(self) -> None:
-        before = read_note(self._folder)
-        old = before if before is not None and before.repo == self._note.repo else DownloadNote()
-        # Other choices of the same repository may be pending in this folder too: they stay so.
-        pending = {*old.pending, *(file.path for file in self._files)}
-        self._note = msgspec.structs.replace(self._note, pending=tuple(sorted(pending)), verified=old.verified)
-        write_note(self._folder, self._note)
+        with folder_lock(self._folder):
+            old = read_note(self._folder) or DownloadNote()
+            # Other files may be pending in this folder too, even of another repository: they stay so.
+            pending = {*old.pending, *(file.path for file in self._files)}
+            self._note = msgspec.structs.replace(self._note, pending=tuple(sorted(pending)), verified=old.verified)
+            write_note(self._folder, self._note)
 
     def _complete(self, file: RemoteFile, target: Path) -> None:
         self._board.entry(file).complete()
         with self._lock:
             try:
-                # Another download may write into this folder's note: take up what it says now.
-                now = read_note(self._folder) or self._note
                 status = target.stat()
                 seen = Verified(size=status.st_size, modified_ns=status.st_mtime_ns, checksum=checksum_name(file))
-                self._note = msgspec.structs.replace(
-                    now,
-                    pending=tuple(path for path in now.pending if path != file.path),
-                    verified={**now.verified, file.path: seen},
-                )
-                write_note(self._folder, self._note)
+                with folder_lock(self._folder):
+                    # Another download may write into this folder's note: take up what it says now.
+                    now = read_note(self._folder) or self._note
+                    self._note = msgspec.structs.replace(
+                        now,
+                        pending=tuple(path for path in now.pending if path != file.path),
+                        verified={**now.verified, file.path: seen},
+                    )
+                    write_note(self._folder, self._note)
             except OSError as error:
                 raise write_error(error, self._folder) from error
 
@@ -299,6 +334,9 @@ class _Entry(Progressing):
     def checking(self, done: int) -> None:
         self.done = done
 
+    def hashing(self, behind: int) -> None:
+        self.phase("Comparing the checksum")
+
     def waiting(self, seconds: float, why: str) -> None:
         self._board.waiting = why
         self._board.until = time.monotonic() + seconds if why and seconds else 0.0
@@ -338,6 +376,13 @@ class _Board:
                 waiting=self.waiting,
                 waiting_seconds=max(0.0, self.until - time.monotonic()) if self.until else 0.0,
             )
+
+
+def _drive(path: Path) -> int:
+    try:
+        return path.stat().st_dev
+    except OSError:
+        return -1
 
 
 def _gigabytes(count: float) -> str:

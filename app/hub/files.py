@@ -90,6 +90,7 @@ class DownloadResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         folder: where the files lie. paths: the files, in the order of the request.
         bytes: of all files. fetched: bytes that came from the network. reused: bytes taken from files that were here.
+        kept: files that had one of these names and were not the hub's, nor a version that was fetched before: where they lie now.
     """
 
     folder: str
@@ -98,3 +99,4 @@ class DownloadResult(msgspec.Struct, frozen=True, kw_only=True):
     fetched: int
     reused: int
     seconds: float
+    kept: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import random
+import re
 import threading
 import time
 
@@ -56,7 +57,7 @@ def retry_delay(attempt: int, retry_after: str = "", date: str = "") -> float:
     """
     backoff = min(60.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
     wanted = 0.0
-    if retry_after.strip().isdigit():
+    if re.fullmatch(r"[0-9]{1,12}", retry_after.strip()):
         wanted = float(retry_after)
     elif retry_after:
         try:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.hub.checksum import checksum_name
+from app.core.errors import ErrorKind, WeftError
+from app.hub.checksum import PIECE, checksum_name
 from app.hub.files import RemoteFile
 from app.hub.part import write_error
 
@@ -38,11 +39,11 @@ def find_copies(files: Sequence[RemoteFile], roots: Sequence[Path], folder: Path
     return found
 
 
-def take_copy(source: Path, target: Path) -> None:
+def take_copy(source: Path, target: Path, cancelled: threading.Event | None = None) -> None:
     """Put a copy of `source` at `target`, without using the space twice where the disk can: as a reflink, a hard link, or a copy.
 
     Raises:
-        WeftError: DISK_FULL or PERMISSION.
+        WeftError: DISK_FULL or PERMISSION; CANCELLED. Nothing is left at `target` then.
     """
     real = source.resolve()  # the cache's files are links
     try:
@@ -52,11 +53,26 @@ def take_copy(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             os.link(real, target)
             return
-        shutil.copyfile(real, target)
+        _copy(real, target, cancelled or threading.Event())
     except OSError as error:
         with contextlib.suppress(OSError):
             target.unlink(missing_ok=True)
         raise write_error(error, target) from error
+    except WeftError:
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: Path, target: Path, cancelled: threading.Event) -> None:
+    """Piece by piece, so that it can be stopped; on the disk when it returns."""
+    with source.open("rb") as here, target.open("wb") as there:
+        while piece := here.read(PIECE):
+            if cancelled.is_set():
+                raise WeftError(ErrorKind.CANCELLED, "The download was stopped; what has arrived is kept.")
+            there.write(piece)
+        there.flush()
+        os.fsync(there.fileno())
 
 
 def _reflink(source: Path, target: Path) -> bool:

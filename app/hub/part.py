@@ -3,7 +3,12 @@
 The part file is written at any offset (sparse where the file system can); the journal `<name>.part.journal` is
 append-only: a header line that says what is being fetched, then a line per stretch that arrived. It is written
 after the bytes, so that whatever it claims lies in the file: a kill loses at most what came since the last line.
+A computer that loses its power may keep the claim and lose the bytes, so claims say in which run of the system they
+were made, and which of them the disk has confirmed: after a restart of the system only these count.
 The journal is locked while somebody fetches, so that two processes never write into one part file.
+
+Lines: `{…}` the header, the last one counts; `boot MARK` before the claims of a run; `START END` a claim, half open;
+`synced N` all claims in the journal's first N bytes are confirmed. Anything else is a torn line and means nothing.
 """
 
 from __future__ import annotations
@@ -12,18 +17,22 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
-from app.hub.positional import PositionalFile, try_lock
+from app.hub.positional import PositionalFile, boot_mark, same_boot, try_lock
 
 LONGEST_NAME = 255  # bytes; what every file system in use takes
+ENDINGS = (".part", ".part.journal", ".damaged", ".copy.part")  # what may lie beside a file that is not complete
+_CLAIM = re.compile(rb"(\d{1,19}) (\d{1,19})")
+_SYNCED = re.compile(rb"synced (\d{1,19})")
 
 
 class PartHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What is being fetched. Any difference means that what lies there is of another file.
+    """What is being fetched; `continues` says when bytes of two are bytes of one file.
 
     Attributes:
         url: the hub's address of the file, without any signature. size: bytes.
@@ -36,6 +45,25 @@ class PartHeader(msgspec.Struct, frozen=True, kw_only=True):
     etag: str
     sha256: str = ""
     git_oid: str = ""
+
+    def continues(self, before: PartHeader) -> bool:
+        """Whether what arrived of `before` may be continued as this.
+
+        The same checksum is the same file, also at another commit (its README changed) or on a mirror; only another
+        ETag at the same address speaks against it. Without a checksum address and ETag must be the same, and be there.
+        """
+        if self.size != before.size:
+            return False
+        if self.url == before.url and self.etag and before.etag and self.etag != before.etag:
+            return False
+        if self.sha256 or self.git_oid:
+            return (self.sha256, self.git_oid) == (before.sha256, before.git_oid)
+        return bool(self.etag) and (self.url, self.etag, "", "") == (
+            before.url,
+            before.etag,
+            before.sha256,
+            before.git_oid,
+        )
 
 
 class Locked(Exception):
@@ -102,21 +130,15 @@ class PartFile:
     def _read_journal(self) -> bool:
         """Take up what lies there. False when there is nothing, or it is of another file."""
         try:
-            header_line, *lines = self.journal_path.read_bytes().split(b"\n")
-            stored = msgspec.json.decode(header_line, type=PartHeader)
-            length = self.path.stat().st_size
-        except (OSError, msgspec.MsgspecError, ValueError):
+            found = _read(self.journal_path.read_bytes(), self.path.stat().st_size)
+        except OSError:
             return False
-        if stored != self.header:
+        if found is None or not self.header.continues(found[0]):
             return False
-        for line in lines:
-            try:
-                start, end = (int(word) for word in line.split())
-            except ValueError:
-                continue  # the last line may be torn; it claims nothing then
-            if 0 <= start < end <= min(length, self.header.size):
-                self._merge(start, end)
-        os.write(self._journal, b"\n")  # so that the next line does not join a torn one
+        self.spans = found[1]
+        # The empty line first, so that the next one does not join a torn one.
+        header = b"" if found[0] == self.header else msgspec.json.encode(self.header) + b"\n"
+        os.write(self._journal, b"\n" + header + b"boot %s\n" % boot_mark().encode())
         return True
 
     def _begin(self) -> None:
@@ -124,7 +146,7 @@ class PartFile:
         self.spans = []
         self.path.unlink(missing_ok=True)
         self.path.touch()
-        os.write(self._journal, msgspec.json.encode(self.header) + b"\n")
+        os.write(self._journal, msgspec.json.encode(self.header) + b"\nboot %s\n" % boot_mark().encode())
 
     @property
     def arrived(self) -> int:
@@ -173,10 +195,7 @@ class PartFile:
         self._merge(start, end)
 
     def _merge(self, start: int, end: int) -> None:
-        kept = [(s, e) for s, e in self.spans if e < start or s > end]
-        touching = [(s, e) for s, e in self.spans if not (e < start or s > end)]
-        kept.append((min([start, *(s for s, _ in touching)]), max([end, *(e for _, e in touching)])))
-        self.spans = sorted(kept)
+        self.spans = _merged([*self.spans, (start, end)])
 
     def read(self, offset: int, count: int) -> bytes:
         """Bytes that have arrived, for hashing. Raises WeftError CORRUPT when the disk cannot give them back."""
@@ -208,23 +227,32 @@ class PartFile:
             raise write_error(error, self.path) from error
 
     def sync(self) -> None:
-        """Have what arrived reach the disk. Raises WeftError as `write` does."""
+        """Have what arrived reach the disk, and note which claims that confirms. Raises WeftError as `write` does."""
         assert self._file is not None
         try:
+            noted = os.fstat(self._journal).st_size  # before: what is claimed meanwhile may miss this flush
             self._file.sync()
+            os.write(self._journal, b"synced %d\n" % noted)
+            os.fsync(self._journal)
         except OSError as error:
             raise write_error(error, self.path) from error
 
-    def finish(self) -> None:
-        """Flush to the disk and give the file its final name. The journal goes last, so that a cut between is harmless."""
+    def finish(self, *, keep_old: bool = False) -> Path | None:
+        """Flush to the disk and give the file its final name. The journal goes last, so that a cut between is harmless.
+
+        Args:
+            keep_old: move what has that name away first, instead of replacing it. Returns where to.
+        """
         self.sync()
         try:
             assert self._file is not None
             self._file.close()
+            old = move_away(self.target) if keep_old else None
             self.path.replace(self.target)
             sync_folder(self.target.parent)
             self._drop_journal()
             self.aside_path.unlink(missing_ok=True)  # an earlier try that was damaged: proven worthless by now
+            return old
         except OSError as error:
             raise write_error(error, self.target) from error
         finally:
@@ -269,35 +297,99 @@ class PartFile:
             self._journal = -1
 
 
+def _read(journal: bytes, length: int) -> tuple[PartHeader, list[tuple[int, int]]] | None:
+    """A journal's header and what it proves to lie in a part file of `length` bytes; None when it proves nothing."""
+    header: PartHeader | None = None
+    claims: list[tuple[int, int, int, str]] = []  # start, end, where in the journal the claim ends, in which run
+    confirmed, boot, position = 0, "", 0
+    for line in journal.split(b"\n"):
+        position += len(line) + 1
+        if line.startswith(b"{"):
+            with contextlib.suppress(msgspec.MsgspecError, ValueError):  # torn: it says nothing then
+                header = msgspec.json.decode(line, type=PartHeader)
+        elif line.startswith(b"boot "):
+            boot = line[5:].decode("ascii", "replace")
+        elif found := _SYNCED.fullmatch(line):
+            confirmed = max(confirmed, int(found[1]))
+        elif found := _CLAIM.fullmatch(line):
+            claims.append((int(found[1]), int(found[2]), position, boot))
+    if header is None:
+        return None
+    runs = {boot: same_boot(boot) for *_, boot in claims}
+    return header, _merged(
+        [
+            (start, end)
+            for start, end, at, run in claims
+            if start < end <= min(length, header.size) and (at <= confirmed or runs[run])
+        ]
+    )
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted, and those that touch made one."""
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
 def arrived_bytes(target: Path) -> int:
     """How much of a file lies in its part file, by its journal; 0 when there is none. Opens nothing for writing."""
     try:
-        header_line, *lines = beside(target, ".part.journal").read_bytes().split(b"\n")
-        msgspec.json.decode(header_line, type=PartHeader)
-        length = beside(target, ".part").stat().st_size
-    except (OSError, msgspec.MsgspecError, ValueError):
+        found = _read(beside(target, ".part.journal").read_bytes(), beside(target, ".part").stat().st_size)
+    except OSError:
         return 0
-    total, reached = 0, 0
-    spans: list[tuple[int, int]] = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            start, end = (int(word) for word in line.split())
-            if 0 <= start < end <= length:
-                spans.append((start, end))
-    for start, end in sorted(spans):
-        total += max(0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+    return sum(end - start for start, end in found[1]) if found is not None else 0
 
 
-def remove_parts(target: Path) -> None:
-    """Delete what an abandoned download left beside its target. Raises WeftError PERMISSION."""
-    for ending in (".part", ".part.journal", ".damaged"):
-        path = beside(target, ending)
+def remove_parts(target: Path) -> bool:
+    """Delete what an abandoned download left beside its target. False, and nothing is deleted, when somebody fetches it now.
+
+    Raises:
+        WeftError: PERMISSION.
+    """
+    paths = [beside(target, ending) for ending in ENDINGS]
+    journal = beside(target, ".part.journal")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(journal, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            try:
+                if not try_lock(lock):
+                    return False
+            finally:
+                if os.name == "nt":  # an open file cannot be deleted there
+                    os.close(lock)
+            try:
+                _unlink(paths)
+            finally:
+                if os.name != "nt":
+                    os.close(lock)
+        _unlink(paths)
+    except OSError as error:
+        raise write_error(error, journal) from error
+    return True
+
+
+def _unlink(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def move_away(target: Path) -> Path | None:
+    """Give what lies at `target` another name that nothing takes for a model. Returns it; None when nothing lies there."""
+    for number in range(1, 1000):
+        place = beside(target, f".old{number if number > 1 else ''}")
+        if place.exists():
+            continue
         try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise write_error(error, path) from error
+            target.rename(place)
+        except FileNotFoundError:
+            return None
+        return place
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
 def sync_folder(folder: Path) -> None:

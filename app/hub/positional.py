@@ -1,9 +1,13 @@
-"""Reading and writing a file at offsets from several threads, and a lock that the system frees when its owner dies."""
+"""Reading and writing a file at offsets from several threads, locks that the system frees when their owner dies, and which
+run of the system this is."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -73,3 +77,52 @@ def try_lock(descriptor: int) -> bool:
     except OSError:
         return True  # a file system without locks (some network drives): go on as without
     return True
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for a moment, against other threads and processes that do the same. Where there are no locks, go on as without.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    if os.name != "nt":
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            with contextlib.suppress(OSError):  # some network drives have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+        return
+    path = folder / ".weft-download.lock"
+    handle, patience = os.open(path, os.O_RDWR | os.O_CREAT), time.monotonic() + 10
+    try:
+        while not try_lock(handle) and time.monotonic() < patience:
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # another holds it open: that one deletes it
+            path.unlink()
+
+
+def boot_mark() -> str:
+    """Names the present run of the system: Linux's own name for it, elsewhere when it began, in seconds since the epoch."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return f"{time.time() - time.monotonic():.0f}"
+
+
+def same_boot(mark: str) -> bool:
+    """Whether the system has not been restarted since it had this mark. In doubt, it has."""
+    now = boot_mark()
+    if mark == now:
+        return True
+    try:
+        return abs(float(mark) - float(now)) < 5.0  # clocks are set a little, and no system restarts within seconds
+    except ValueError:
+        return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import ssl
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +21,8 @@ from app.hub.files import RemoteFile
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
-_CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes\s+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 class HttpTrouble(Exception):
@@ -160,6 +163,11 @@ class HttpSource:
         if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
             raise HttpTrouble(0, "The server sends the file in another encoding than it was asked for.", retry=True)
         if response.status == 200:
+            length = _number(response.headers.get("Content-Length", ""), file.size)
+            if length != file.size:
+                # A log-in page of a hotel's network, for one: no reason to throw away what has arrived.
+                words = f"The server sent {length:,} bytes of something else than the file."
+                raise HttpTrouble(0, words, code="else", retry=True)
             if ranged:
                 raise HttpTrouble(200, "The server ignores ranges.")
             return Opened(response=response, etag=tag, end=file.size)
@@ -181,8 +189,12 @@ class HttpSource:
             return self._pool(url).request(
                 method, url, headers=sent, preload_content=False, decode_content=False, redirect=False, retries=False
             )
-        except urllib3.exceptions.HTTPError as error:
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise connection_trouble(error) from error
+        except ValueError:  # what cannot be a header; its text may hold the token, so it goes no further
+            raise WeftError(
+                ErrorKind.BAD_INPUT, "The hub token or an address has characters that it cannot have.", "Enter it anew."
+            ) from None
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         proxy = proxy_for(url, self._proxy)
@@ -192,9 +204,15 @@ class HttpSource:
             return self._pools[proxy]
 
     def _next(self, here: str, location: str, with_token: bool) -> tuple[str, bool]:
-        target = urljoin(here, location)
-        old, new = urlsplit(here), urlsplit(target)
-        if not location or new.scheme not in ("http", "https") or not new.netloc:
+        old = new = urlsplit("")
+        target = ""
+        try:
+            target = urljoin(here, location)
+            old, new = urlsplit(here), urlsplit(target)
+            sound = bool(location) and new.scheme in ("http", "https") and bool(new.hostname) and new.port != 0
+        except ValueError:  # brackets, a port that is no number
+            sound = False
+        if not sound:
             raise WeftError(
                 ErrorKind.HOSTILE,
                 "The hub redirects to something that is not a web address.",
@@ -212,6 +230,12 @@ class HttpSource:
 def tls_context() -> ssl.SSLContext:
     """The system's certificates, and those that the usual variables name."""
     context = ssl.create_default_context()
+    if sys.platform == "darwin" and not context.cert_store_stats()["x509_ca"]:
+        # An interpreter that brings its own OpenSSL there has no certificates; the system's keychain has.
+        with contextlib.suppress(ImportError):
+            import truststore
+
+            context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         bundle = os.environ.get(name, "")
         if bundle and Path(bundle).is_file():
@@ -303,4 +327,4 @@ def _bare(etag: str) -> str:
 
 
 def _number(text: str, otherwise: int) -> int:
-    return int(text) if text.isdigit() else otherwise
+    return int(text) if _NUMBER.fullmatch(text) else otherwise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,11 @@ from app.hub.trouble import stopped, trouble_error
 
 STRETCH = 32 * 1024 * 1024  # bytes that one connection fetches before it takes the next stretch
 CLAIM = 1024 * 1024  # bytes after which what arrived is noted in the journal, at the latest
-CLAIM_SECONDS = 0.5
+CLAIM_SECONDS = 2.0  # on a slow line; four connections claim a megabyte each at the latest, so a kill costs less than 8
 SYNC = 64 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
+SYNC_SECONDS = 30.0  # also on a slow line: that much a power failure may cost
+SPARE = 64 * 1024 * 1024  # bytes that a disk keeps free
+LAG = 64 * 1024 * 1024  # bytes that the hash may be behind before a person is told that it is being checked
 TRIES = 8  # of one connection, without a byte in between on any
 CHANGES = 3  # times that a file may change on the hub while it is fetched
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +52,9 @@ class Progressing:
     def checking(self, done: int) -> None:
         """A file that lies there already is being read; `done` bytes so far."""
 
+    def hashing(self, behind: int) -> None:
+        """All bytes are there; so many must still be read to compare the checksum."""
+
 
 class _StartOver(Exception):
     """What arrived cannot be continued."""
@@ -59,6 +66,7 @@ class Transfer:
     Args:
         source: where bytes come from. file: which. target: the final path; `<target>.part` is used on the way.
         connections: how many ranges at once, at most. limit: shared by all transfers.
+        keep_old: what has the target's name is somebody's own: it is moved away, not replaced; `old` says where to.
         cancelled: set it (and call `interrupt`) to stop; what arrived stays in the part file.
     """
 
@@ -72,7 +80,10 @@ class Transfer:
         limit: RateLimit | None = None,
         progress: Progressing | None = None,
         cancelled: threading.Event | None = None,
+        keep_old: bool = False,
     ) -> None:
+        self.old: Path | None = None
+        self._keep_old = keep_old
         self._source, self._file, self._target = source, file, target
         self._connections = connections
         self._limit = limit or RateLimit()
@@ -105,7 +116,7 @@ class Transfer:
                 return self._target
             try:
                 if self._fetch_and_check(part):
-                    part.finish()
+                    self.old = part.finish(keep_old=self._keep_old)
                     return self._target
                 damaged += 1
                 self._progress.lost(part.arrived)
@@ -116,6 +127,9 @@ class Transfer:
                         f"{self._file.path} arrived damaged twice: its checksum is not the one the hub names.",
                         f"It was set aside as {aside.name}. Try again later, or over another connection.",
                     )
+                if shutil.disk_usage(aside.parent).free < self._file.size + SPARE:
+                    aside.unlink(missing_ok=True)  # no room for both, and it is proven worthless
+                self._store_etag = ""
             except _StartOver:
                 changes += self._ranges
                 self._progress.lost(part.arrived)
@@ -193,7 +207,7 @@ class Transfer:
         with self._lock:
             self._running = len(threads)
         over = threading.Event()
-        if self._file.size > 2 * SYNC:
+        if self._file.size > SYNC // 4:
             threads.append(threading.Thread(target=self._keep_syncing, args=(part, over), name="sync"))
         for thread in threads:
             thread.start()
@@ -225,20 +239,25 @@ class Transfer:
         except BaseException as error:  # noqa: BLE001  (handed to the thread that called run(), which raises it)
             with self._lock:
                 self._failure = self._failure or error
+            self.interrupt()  # the others would find out after their next bytes, or never
         finally:
             with self._lock:
                 self._running -= 1
                 self._news.notify_all()
 
     def _keep_syncing(self, part: PartFile, over: threading.Event) -> None:
-        """Have the disk follow, so that the last flush is short. What it reports here it may not report again: it counts."""
-        synced = part.arrived
+        """Have the disk follow, so that the last flush is short, and a power failure costs little.
+
+        What the disk reports here it may not report again: it counts.
+        """
+        synced, last = part.arrived, time.monotonic()
         while not over.wait(0.1):
             with self._lock:
                 arrived = part.arrived
-            if arrived - synced < SYNC:
+            late = arrived > synced and time.monotonic() - last > SYNC_SECONDS
+            if arrived - synced < SYNC and not late:
                 continue
-            synced = arrived
+            synced, last = arrived, time.monotonic()
             try:
                 part.sync()
             except WeftError as error:
@@ -251,10 +270,11 @@ class Transfer:
         tries, generation = 0, self._generation
         while start < end and not self._stopping():
             self._sleep_until(self._not_before)
+            if self._stopping():
+                return
             try:
                 opened = self._source.open(self._file, start, end, self._store_etag)
-                with self._lock:
-                    self._store_etag = self._store_etag or opened.etag
+                self._same_version(opened)
                 start = self._receive(part, opened, start, end)
                 if start < min(end, opened.end) and not self._stopping():
                     raise HttpTrouble(0, "The connection was cut.", code="cut", retry=True)
@@ -274,6 +294,15 @@ class Transfer:
                     raise _StartOver from trouble
                 if start < end and not self._stopping():
                     self._pause(trouble, tries)
+
+    def _same_version(self, opened: Opened) -> None:
+        """Connections that open at once know no ETag yet: the first one's holds for all."""
+        with self._lock:
+            self._store_etag = self._store_etag or opened.etag
+            same = not opened.etag or opened.etag == self._store_etag
+        if not same:
+            opened.response.close()
+            raise _StartOver
 
     def _receive(self, part: PartFile, opened: Opened, start: int, end: int) -> int:
         """Write what a response brings; returns how far it came."""
@@ -303,7 +332,7 @@ class Transfer:
                 self._open.discard(response)
             if position > claimed:
                 self._claim(part, claimed, position)
-            if position == end == opened.end:
+            if position == end == opened.end and getattr(response, "length_remaining", None) == 0:
                 response.drain_conn()
                 response.release_conn()  # the next stretch goes over the same connection
             else:
@@ -366,10 +395,12 @@ class Transfer:
             with self._lock:
                 while part.frontier <= position and self._running and not self._stopping():
                     self._news.wait(0.5)
-                frontier = part.frontier
+                frontier, received = part.frontier, not self._running
                 if frontier <= position or self._stopping():
                     return False  # the connections ended early: run() finds out why
             while position < frontier and not self._stopping():
+                if received and size - position > LAG:
+                    self._progress.hashing(size - position)
                 piece = part.read(position, min(PIECE, frontier - position))
                 checksum.update(piece)
                 position += len(piece)
