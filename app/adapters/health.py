@@ -6,6 +6,7 @@ Runs in an engine's environment (numpy). app/core/adapter_health.py finds zeros 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from app.core.adapter_file import AdapterFile, LoraTensors
@@ -26,7 +27,7 @@ class ModuleHealth(NamedTuple):
         layer: -1 outside of the layers. name: of the module.
         norm: Frobenius norm of s·B·A; 0 for a module that changes nothing.
         rank: as stored. used: directions that B·A really has.
-        trouble: a sentence, "" when there is none.
+        trouble: a sentence, "" when there is none. kind: `zero`, `broken`, `rank` (some are not used), `odd`, or "".
     """
 
     layer: int
@@ -35,21 +36,52 @@ class ModuleHealth(NamedTuple):
     rank: int
     used: int
     trouble: str = ""
+    kind: str = ""
 
 
-def measure(file: AdapterFile) -> list[ModuleHealth]:
+def measure(file: AdapterFile, progress: Callable[[int, int], None] = lambda _done, _of: None) -> list[ModuleHealth]:
     """Measure every low-rank pair, in the adapter's order. Experts' pairs are measured as they are stored, all together.
+
+    Args:
+        progress: told how many pairs are measured, of how many.
 
     Raises:
         WeftError: when the file cannot be read.
     """
-    found = [_measured(name, lora) for name, module in file.modules.items() for lora in module.loras]
+    pairs = [(name, lora) for name, module in file.modules.items() for lora in module.loras]
+    found: list[ModuleHealth] = []
+    for done, (name, lora) in enumerate(pairs):
+        progress(done, len(pairs))
+        found.append(_measured(name, lora))
     by_tail: dict[str, list[float]] = {}
     for module in found:
         if module.norm > 0 and math.isfinite(module.norm):
             by_tail.setdefault(place_of(module.name).tail, []).append(module.norm)
     medians = {tail: sorted(norms)[len(norms) // 2] for tail, norms in by_tail.items()}
-    return [module._replace(trouble=module.trouble or _odd(module, medians)) for module in found]
+    return [module if module.trouble else _with_odd(module, medians) for module in found]
+
+
+def sentences(found: Sequence[ModuleHealth]) -> list[str]:
+    """What to tell a person about all modules together; nothing when all is well."""
+    words = {
+        "broken": "hold values that are no numbers (NaN or infinity)",
+        "zero": "change nothing (B or A is zero)",
+        "rank": "do not use all of their ranks",
+        "odd": "have a norm far from that of their kind in other layers",
+    }
+    told: list[str] = []
+    for kind, what in words.items():
+        names = [module.name for module in found if module.kind == kind]
+        if kind == "zero" and names and len(names) == len(found):
+            told.append("All of its modules change nothing, as if it had never been trained.")
+        elif names:
+            told.append(f"{len(names)} of {len(found)} modules {what}, such as {names[0][-80:]}.")
+    return told
+
+
+def _with_odd(module: ModuleHealth, medians: dict[str, float]) -> ModuleHealth:
+    trouble = _odd(module, medians)
+    return module._replace(trouble=trouble, kind="odd") if trouble else module
 
 
 def _odd(module: ModuleHealth, medians: dict[str, float]) -> str:
@@ -73,7 +105,7 @@ def _measured(name: str, lora: LoraTensors) -> ModuleHealth:
     except WeftError as error:
         if "no numbers" not in error.message:
             raise
-        return ModuleHealth(layer, name, math.nan, lora.rank, 0, "It holds values that are no numbers.")
+        return ModuleHealth(layer, name, math.nan, lora.rank, 0, "It holds values that are no numbers.", "broken")
     a, b = (a.T, b.T) if lora.transposed else (a, b)
     singular = singular_values(a, b)
     largest = float(singular[0]) if len(singular) else 0.0
@@ -82,11 +114,12 @@ def _measured(name: str, lora: LoraTensors) -> ModuleHealth:
     possible = min(lora.rank, *b.shape[:1], a.shape[1])
     if not largest:
         trouble = "Its B matrix is zero: it changes nothing." if not b.any() else "It changes nothing."
-    elif used < possible:
-        trouble = f"Only {used} of its {possible} ranks are used."
-    else:
-        trouble = ""
-    return ModuleHealth(layer, name, norm, lora.rank, used, trouble)
+        return ModuleHealth(layer, name, norm, lora.rank, used, trouble, "zero")
+    if used < possible:
+        return ModuleHealth(
+            layer, name, norm, lora.rank, used, f"Only {used} of its {possible} ranks are used.", "rank"
+        )
+    return ModuleHealth(layer, name, norm, lora.rank, used)
 
 
 def singular_values(a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:

@@ -102,8 +102,10 @@ class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
         id: stable across rescans: the absolute path of the folder or file.
         kind: `LoRA`, `rsLoRA`, `DoRA`, … as headers and config tell.
         base: the base model that it records, as recorded; "" when it records none.
-        rank, alpha: 0 when unknown (alpha) or mixed (the largest rank is given).
+        rank: the largest. alpha: 0 when unknown; MLX's whole scale times the rank.
         targets: module names, short (`q_proj`).
+        needs_alpha: nobody recorded alpha: a person must say it before the adapter can be used.
+        source: where Weft copied it from. run: id of the training run that made it. Both "" where not noted.
     """
 
     id: str
@@ -120,3 +122,6 @@ class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     problem: str = ""
     modified: float = 0.0
+    needs_alpha: bool = False
+    source: str = ""
+    run: str = ""

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
+from app.core.adapter_file import WEIGHT_FILES
+from app.core.adapter_note import read_note
 from app.core.errors import WeftError
 from app.core.formats import JsonObject, SafetensorsHeader, read_json, read_safetensors_header
 from app.core.library import AdapterEntry, AdapterFormat
 from app.core.model_config import number, read_start, table, text
 
 _PARTS = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:lora_(?P<side>A|B|up|down|embedding_A|embedding_B|magnitude_vector)"
+    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:lora_(?P<side>A|B|a|b|up|down|embedding_A|embedding_B|magnitude_vector)"
     r"|hada_w\d_\w|lokr_w\d\w*|dora_scale|lora_mid|alpha)(?:\.[\w-]+)*$"
 )
 _IMAGE_KEYS = re.compile(
@@ -54,7 +56,7 @@ def peft_adapter(folder: Path) -> AdapterEntry | None:
         config = read_json(config_path)
     except WeftError as error:
         config, problem = {}, error.message
-    weights = next((p for n in ("adapter_model.safetensors", "adapter_model.bin") if (p := folder / n).is_file()), None)
+    weights = next((p for n in WEIGHT_FILES if (p := folder / n).is_file()), None)
     header: SafetensorsHeader | None = None
     if weights is None:
         problem = problem or "Its weights (adapter_model.safetensors) are missing."
@@ -64,20 +66,38 @@ def peft_adapter(folder: Path) -> AdapterEntry | None:
     modules = _modules(tensor.name for tensor in header.tensors) if header else {}
     targets = _config_targets(config) or tuple(modules)
     status = weights.stat() if weights else config_path.stat()
+    note = read_note(folder)
+    mlx = table(config, "lora_parameters") if "peft_type" not in config else {}
+    rank = max([_config_rank(config), number(mlx, "rank"), _header_rank(header) if header else 0])
+    alpha = _alpha(mlx.get("scale")) * rank if mlx else _alpha(config.get("lora_alpha", config.get("alpha")))
     return AdapterEntry(
         id=str(folder),
         name=folder.name,
         path=str(folder),
         format=AdapterFormat.PEFT,
         kind=_config_kind(config),
-        base=text(config, "base_model_name_or_path"),
-        rank=max([_config_rank(config), _header_rank(header) if header else 0]),
-        alpha=_alpha(config.get("lora_alpha", config.get("alpha"))),
+        base=text(config, "model") if mlx else text(config, "base_model_name_or_path"),
+        rank=rank,
+        alpha=alpha,
         targets=targets,
         bytes=status.st_size if weights else 0,
         files=(str(weights),) if weights else (),
         problem=problem,
         modified=status.st_mtime,
+        needs_alpha=not problem and bool(modules) and not _says_alpha(config, mlx, header),
+        source=note.source,
+        run=note.run,
+    )
+
+
+def _says_alpha(config: JsonObject, mlx: JsonObject, header: SafetensorsHeader | None) -> bool:
+    said = mlx.get("scale") if mlx else config.get("lora_alpha", config.get("alpha"))
+    if isinstance(said, (int, float)) and not isinstance(said, bool):
+        return True
+    if header is None:
+        return False
+    return any(name.endswith(".alpha") for name in (t.name for t in header.tensors)) or bool(
+        _text_number(_first(header.metadata, "lora_alpha", "alpha", "ss_network_alpha"))
     )
 
 
@@ -87,6 +107,8 @@ def _config_kind(config: JsonObject) -> str:
     if kind in ("", "LORA"):
         if config.get("use_dora") is True:
             return "DoRA"
+        if not kind and text(config, "fine_tune_type").lower() in ("dora", "full"):  # MLX
+            return "DoRA" if text(config, "fine_tune_type").lower() == "dora" else "full weights"
         if config.get("use_rslora") is True:
             return "rsLoRA"
     return name
@@ -145,6 +167,8 @@ def lone_adapter(path: Path) -> AdapterEntry | None:
         files=(str(path),),
         problem=problem,
         modified=status.st_mtime,
+        needs_alpha=not _text_number(_first(metadata, "lora_alpha", "alpha", "ss_network_alpha"))
+        and not any(name.endswith(".alpha") for name in names),
     )
 
 
@@ -171,6 +195,8 @@ def _header_rank(header: SafetensorsHeader) -> int:
         match = _PARTS.match(tensor.name)
         if match and match["side"] in ("A", "down", "embedding_A") and len(tensor.shape) >= 2:
             rank = max(rank, tensor.shape[0])
+        elif match and match["side"] == "a" and len(tensor.shape) == 2:  # MLX: (in, rank)
+            rank = max(rank, tensor.shape[1])
     return rank
 
 

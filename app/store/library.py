@@ -41,6 +41,9 @@ _ADAPTER_SORTS = {
     "kind": "kind",
     "base": "base",
     "rank": "rank",
+    "alpha": "alpha",
+    "targets": "targets",
+    "run": "run",
     "bytes": "bytes",
     "root": "root",
     "modified": "modified",
@@ -155,7 +158,7 @@ class LibraryStore:
         """Adapters in which every word of `text` is found.
 
         Args:
-            sort: name, format, kind, base, rank, bytes, root, modified or problem.
+            sort: name, format, kind, base, rank, alpha, targets, run, bytes, root, modified or problem.
         """
         tail, parameters = _query(_ADAPTER_SORTS, text, sort, descending, limit, offset)
         rows = self._database.rows(f"SELECT entry FROM adapters {tail}", parameters)
@@ -167,6 +170,28 @@ class LibraryStore:
         if row is None:
             raise WeftError(ErrorKind.NOT_FOUND, f"{adapter} is not in the library.", "Refresh the library.")
         return msgspec.msgpack.decode(row[0], type=AdapterEntry)
+
+    def adapter_ids(
+        self,
+        text: str = "",
+        sort: str = "name",
+        descending: bool = False,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[str]:
+        """Ids alone, of the same adapters in the same order as `adapters`."""
+        tail, parameters = _query(_ADAPTER_SORTS, text, sort, descending, limit, offset)
+        return [row[0] for row in self._database.rows(f"SELECT id FROM adapters {tail}", parameters)]
+
+    def adapters_by_id(self, ids: Sequence[str]) -> list[AdapterEntry]:
+        """Several adapters in one query, in the order of `ids`; those that are gone are left out."""
+        found: dict[str, AdapterEntry] = {}
+        for start in range(0, len(ids), 500):
+            part = ids[start : start + 500]
+            rows = self._database.rows(f"SELECT entry FROM adapters WHERE id IN ({', '.join('?' * len(part))})", part)
+            entries = (msgspec.msgpack.decode(row[0], type=AdapterEntry) for row in rows)
+            found.update((entry.id, entry) for entry in entries)
+        return [found[key] for key in ids if key in found]
 
     def adapter_count(self, text: str = "") -> int:
         """How many adapters `adapters(text)` gives."""
@@ -205,7 +230,9 @@ class LibraryStore:
                 )
         if os.sep in name_or_path and name_or_path.startswith((os.sep, ".", "~")):
             raise WeftError(
-                ErrorKind.NOT_FOUND, f"There is no file or folder {name_or_path}.", "Check the path, or give a name of the library."
+                ErrorKind.NOT_FOUND,
+                f"There is no file or folder {name_or_path}.",
+                "Check the path, or give a name of the library.",
             )
         rows = self._by_name("models", word)
         return self.model(self._only("model", name_or_path, rows, "models"))
@@ -310,7 +337,7 @@ class LibraryStore:
             models = [_model_row(e, signatures.get(e.id, "")) for e in entries if isinstance(e, ModelEntry)]
             adapters = [_adapter_row(e, signatures.get(e.id, "")) for e in entries if isinstance(e, AdapterEntry)]
             connection.executemany(f"INSERT OR REPLACE INTO models VALUES ({', '.join('?' * 16)})", models)
-            connection.executemany(f"INSERT OR REPLACE INTO adapters VALUES ({', '.join('?' * 15)})", adapters)
+            connection.executemany(f"INSERT OR REPLACE INTO adapters VALUES ({', '.join('?' * 18)})", adapters)
 
     def remove(self, ids: Iterable[str]) -> None:
         """Take entries out of the index; nothing on disk is touched."""
@@ -405,7 +432,7 @@ def _model_row(entry: ModelEntry, signature: str) -> tuple[object, ...]:
 
 
 def _adapter_row(entry: AdapterEntry, signature: str) -> tuple[object, ...]:
-    words = (entry.name, entry.format.value, entry.kind, entry.base, Path(entry.path).parent.name)
+    words = (entry.name, entry.format.value, entry.kind, entry.base, *entry.targets[:32], Path(entry.path).parent.name)
     return (
         entry.id,
         entry.root,
@@ -422,6 +449,9 @@ def _adapter_row(entry: AdapterEntry, signature: str) -> tuple[object, ...]:
         entry.problem,
         signature,
         msgspec.msgpack.encode(entry),
+        entry.alpha,
+        " ".join(entry.targets)[:1000],
+        entry.run,
     )
 
 

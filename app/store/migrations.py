@@ -177,4 +177,36 @@ CREATE TABLE downloads (  -- the queue, and what it brought; never a token
 CREATE INDEX downloads_position ON downloads (position, id);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS)
+_LORAS = """
+ALTER TABLE adapters ADD COLUMN alpha REAL NOT NULL DEFAULT 0;
+ALTER TABLE adapters ADD COLUMN targets TEXT NOT NULL DEFAULT '';
+ALTER TABLE adapters ADD COLUMN run TEXT NOT NULL DEFAULT '';
+
+CREATE TABLE adapter_facts (  -- what is costly to find out about an adapter; void when its signature changes
+    id TEXT PRIMARY KEY,
+    signature TEXT NOT NULL,
+    fit_key TEXT NOT NULL,  -- hash of all that decides which models it fits; '' where it cannot be read
+    structure TEXT NOT NULL,  -- hash of its layout
+    tensors TEXT NOT NULL DEFAULT '',  -- hash of its data; '' until somebody needs it
+    scales TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
+CREATE INDEX adapter_facts_structure ON adapter_facts (structure);
+CREATE TABLE fits (  -- by hashes of what decides it, so that equal adapters and equal models share a row
+    adapter TEXT NOT NULL,
+    model TEXT NOT NULL,
+    matched INTEGER NOT NULL,
+    total INTEGER NOT NULL,
+    PRIMARY KEY (adapter, model)
+) WITHOUT ROWID;
+
+CREATE TABLE stacks (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL,
+    folded TEXT NOT NULL UNIQUE,
+    stack TEXT NOT NULL,
+    created REAL NOT NULL,
+    modified REAL NOT NULL
+);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS, _LORAS)
