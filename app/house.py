@@ -245,6 +245,12 @@ class House(QObject):
             entry = self.library.model(last) if last else None
         except WeftError:
             entry = None  # it is gone: the starter then
+        if entry is not None and entry.problem:
+            text = (
+                f"{entry.name}, the model used last, cannot be loaded: {entry.problem} The starter is loaded instead."
+            )
+            self.window.show_notice(Notice(text=text, tone="warning"))
+            entry = None
         try:
             self.loadout.load(entry or starter())
         except WeftError as error:

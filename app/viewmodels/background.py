@@ -15,17 +15,17 @@ log = logging.getLogger("weft")
 
 
 class _Bridge(QObject):
-    done = Signal(object, object, object)  # key, result, error
+    done = Signal(object, object, object, object)  # key, result, error, the list with the function
 
 
 class _Work(QRunnable):
-    def __init__(self, bridge: _Bridge, key: object, run: Callable[[], Any]) -> None:
+    def __init__(self, bridge: _Bridge, key: object, runs: list[Callable[[], Any]]) -> None:
         super().__init__()
-        self._bridge, self._key, self._run = bridge, key, run
+        self._bridge, self._key, self._runs = bridge, key, runs
 
     def run(self) -> None:
         try:
-            result, error = self._run(), None
+            result, error = self._runs[0](), None
         except WeftError as known:
             result, error = None, known
         except Exception as unknown:
@@ -34,7 +34,7 @@ class _Work(QRunnable):
                 None,
                 WeftError(ErrorKind.INTERNAL, f"{type(unknown).__name__}: {unknown}", "The window's log says more."),
             )
-        self._bridge.done.emit(self._key, result, error)
+        self._bridge.done.emit(self._key, result, error, self._runs)
 
 
 class Background(QObject):
@@ -54,7 +54,9 @@ class Background(QObject):
         self._bridge.done.connect(self._deliver)
 
     def run(self, key: object, work: Callable[[], Any]) -> None:
-        self._pool.start(_Work(self._bridge, key, work))
+        # In a list that is emptied in this thread: with the function goes what it refers to, often a widget, which must not be
+        # freed in the pool's.
+        self._pool.start(_Work(self._bridge, key, [work]))
 
     def skip_waiting(self) -> None:
         """Forget what has not begun."""
@@ -65,6 +67,7 @@ class Background(QObject):
         if not self._pool.waitForDone(CLOSE_MS):
             log.error("Background work did not end within %d s", CLOSE_MS // 1000)
 
-    @Slot(object, object, object)
-    def _deliver(self, key: object, result: object, error: object) -> None:
+    @Slot(object, object, object, object)
+    def _deliver(self, key: object, result: object, error: object, runs: list[Callable[[], Any]]) -> None:
+        runs.clear()
         self.done.emit(key, result, error)

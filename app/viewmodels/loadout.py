@@ -141,6 +141,11 @@ class Loadout(QObject):
         if self._settings.settings.autoload:
             self.load(entry)
             return
+        try:
+            self.planner.choose_loader(entry)
+        except WeftError as error:
+            self.load_failed.emit(error)
+            return
         self.unload()
         self.model = entry
         self.changed.emit()
@@ -166,6 +171,9 @@ class Loadout(QObject):
             plan = self.planner.plan(entry, loader_id or "", options)
             question = self._question(plan, anyway)
         except WeftError as error:
+            if self.is_loaded and not self._is(entry):
+                self.load_failed.emit(error)  # the one that works stays
+                return
             self._drop_engine("Another model is being loaded.", keep_queue=self._is(entry))
             self.model, self.loader, self._plan = entry, None, None
             self._fail_load(error)

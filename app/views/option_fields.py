@@ -153,6 +153,9 @@ class FieldRow(QWidget):
         small.setPointSizeF(max(7.0, small.pointSizeF() * 0.92))
         self.help.setFont(small)
         self.problem.setFont(small)
+        self.advice = label(tone="warning", wrap=True)
+        self.advice.setFont(small)
+        self.advice.hide()
         self.auto: QCheckBox | None = None
         self.control = self._make_control()
         self.control.setAccessibleName(field.title)
@@ -227,8 +230,8 @@ class FieldRow(QWidget):
             if not isinstance(self.control, QCheckBox):
                 self.control.setFixedWidth(CONTROL_WIDTH if self.auto is None else CONTROL_WIDTH - 40)
             top.addWidget(self.control, 0, Qt.AlignmentFlag.AlignRight)
-        outer.addWidget(self.problem)
-        outer.addWidget(self.help)
+        for text in (self.problem, self.advice, self.help):
+            outer.addWidget(text)
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Maximum)
 
     # Values -----------------------------------------------------------------------------------------
@@ -292,8 +295,14 @@ class FieldRow(QWidget):
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = self.field.minimum, self.field.maximum
             if (low is not None and value < low) or (high is not None and value > high):
-                return f"{value:g} does not work. {accepts(self.field)}"
+                return f"{value:.15g} does not work. {accepts(self.field)}"
         return self._check(value) if self._check is not None else ""
+
+    def advise(self, text: str) -> None:
+        """Say what a value that is taken will bring; "" says nothing."""
+        if text != self.advice.text():
+            self.advice.setText(text)
+            self._show_sentence()
 
     def _auto_toggled(self, automatic: bool) -> None:
         self.control.setEnabled(not automatic and not self.blocked)
@@ -313,10 +322,20 @@ class FieldRow(QWidget):
     def _show_state(self) -> None:
         text = self.complaint()
         self.problem.setText(text)
-        self.problem.setVisible(bool(text))
         set_property(self.control, "invalid", bool(text))
         self._reset.setVisible(self.is_changed)
+        self._show_sentence()
         self.update()
+
+    def _show_sentence(self) -> None:
+        """What is wrong stands in the help's place, and what to mind too: the rows below stay where they are."""
+        if self.isVisible() and self.help.isVisible():
+            for other in (self.problem, self.advice):
+                other.setMinimumHeight(self.help.height())
+        wrong, advice = bool(self.problem.text()), bool(self.advice.text())
+        self.problem.setVisible(wrong)
+        self.advice.setVisible(advice and not wrong)
+        self.help.setVisible(not wrong and not advice)
 
     def paintEvent(self, event: QPaintEvent) -> None:
         # A bar at the left marks what differs from the default.

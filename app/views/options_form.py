@@ -56,6 +56,7 @@ class OptionsForm(QWidget):
         self._suggestions: dict[str, OptionValue] = {}
         self._pending: dict[str, OptionValue] = {}  # values of rows not built yet
         self._advanced: Fold | None = None
+        self.last_changed = ""  # the field that a person changed last
         layout = column(spacing=8, parent=self)
         plain = [field for field in self.fields.values() if not field.advanced]
         advanced = [field for field in self.fields.values() if field.advanced]
@@ -85,6 +86,7 @@ class OptionsForm(QWidget):
     def set_values(self, values: Mapping[str, OptionValue]) -> None:
         """Show these values; fields not named go to their defaults. Unknown names are left out."""
         self._pending = {}
+        self.last_changed = ""
         for name, field in self.fields.items():
             value = values.get(name, field.default)
             if name in self.rows:
@@ -103,6 +105,11 @@ class OptionsForm(QWidget):
         """What is wrong, by field: empty when the values can be used."""
         found = {name: row.complaint() for name, row in self.rows.items()}
         return {name: text for name, text in found.items() if text}
+
+    def advise(self, advice: Mapping[str, str]) -> None:
+        """Sentences at fields whose values are taken but have a cost, by name; fields not named say none."""
+        for name, row in self.rows.items():
+            row.advise(advice.get(name, ""))
 
     def reset(self) -> None:
         """Every field to its default, reported as one change."""
@@ -175,7 +182,8 @@ class OptionsForm(QWidget):
                 self.rows[name].set_value(value)
         self.advanced_toggled.emit(opened)
 
-    def _row_changed(self, _name: str) -> None:
+    def _row_changed(self, name: str) -> None:
+        self.last_changed = name
         self._title_advanced()
         self.changed.emit()
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from PySide6.QtCore import Signal
 from PySide6.QtWidgets import QWidget
+
+if TYPE_CHECKING:
+    from app.viewmodels.library_roots import Added
 
 
 class PaletteCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +50,14 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     action: str = ""
     run: Callable[[], object] | None = None
     important: bool = False
+
+
+def added_notice(added: Added, wrong: str) -> Notice:
+    """What adding to the library did, and what is wrong with the files that were added ("" for nothing)."""
+    text = " ".join(part for part in (wrong, added.text) if part)
+    return Notice(
+        text=text, tone="warning" if wrong else "positive", action="Undo" if added.undo else "", run=added.undo
+    )
 
 
 class Page(QWidget):

@@ -183,6 +183,24 @@ def test_a_damaged_model_is_refused_before_the_working_one_goes(rooms: Rooms, qt
         loadout.generate(ASK)
 
 
+@pytest.mark.parametrize("autoload", [True, False])
+def test_a_model_that_no_loader_takes_leaves_the_working_one(rooms: Rooms, qtbot: QtBot, autoload: bool) -> None:
+    rooms.settings.update(autoload=autoload)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    session = loadout._session
+    strange = model("strange", format=ModelFormat.EXL2)
+    with pytest.raises(WeftError):
+        loadout.planner.choose_loader(strange)
+    for pick in (loadout.select, loadout.load):
+        with qtbot.waitSignal(loadout.load_failed, timeout=1000):
+            pick(strange)
+        assert loadout.state is LoadoutState.READY and loadout._session is session and loadout.model == model()
+    with qtbot.waitSignal(loadout.finished, timeout=10_000):
+        loadout.generate(ASK)
+
+
 def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
     loadout = rooms.loadout()
     entry = model()

@@ -23,6 +23,7 @@ from app.viewmodels.units import readable_bytes
 from app.views.dialogs import ConfirmDialog
 from app.views.models.page import ModelsPage
 from app.views.page import Notice
+from tests.fakes.fake_engine import Script
 from tests.qt.shell_parts import GB, Rooms, model, touch
 
 
@@ -132,6 +133,88 @@ def test_what_does_not_fit_is_said_before_the_load(page: ModelsPage) -> None:
     page.show_model("/models/other/broken.gguf")
     assert page.details._problem.isVisible()
     assert page.details._problem.text.text() == "The file is cut short."
+
+
+def test_a_context_beyond_what_was_trained_is_said_at_the_field_and_nothing_jumps(
+    page: ModelsPage, qtbot: QtBot
+) -> None:
+    page.show_model("/models/maker/small-7b.gguf")  # trained for 2048
+    details = page.details
+    form = details.form
+    assert form is not None
+    row = form.rows["n_ctx"]
+    assert row.auto is not None
+    details._scroll.ensureWidgetVisible(row)
+    qtbot.wait(20)
+    names = list(form.rows)
+    below = form.rows[names[names.index("n_ctx") + 1]]
+
+    def places() -> tuple[int, int, int]:
+        qtbot.wait(20)
+        return row.mapTo(details, QPoint()).y(), below.mapTo(details, QPoint()).y(), row.help.y()
+
+    before = places()
+    row.auto.setChecked(False)
+    row.control.setValue(2048)  # type: ignore[attr-defined]
+    assert row.advice.isHidden() and places() == before
+    row.control.setValue(4096)  # type: ignore[attr-defined]
+    assert row.advice.isVisible() and "trained for 2,048 tokens" in row.advice.text()
+    assert details._load.isEnabled()  # it is advice
+    assert abs(places()[1] - before[1]) <= 40 and places()[0] == before[0]
+    row.control.setValue(1)  # type: ignore[attr-defined]
+    assert row.problem.isVisible() and row.advice.isHidden()
+    row.reset()
+    assert row.help.isVisible() and row.advice.isHidden() and places() == before
+
+
+def test_an_option_that_makes_it_not_fit_is_said_at_that_option(page: ModelsPage, rooms: Rooms) -> None:
+    page.show_model("/models/maker/small-7b.gguf")
+    form = page.details.form
+    assert form is not None
+    assert page.details._estimate.property("banner") == "info"
+    row = form.rows["n_ctx"]
+    assert row.auto is not None
+    row.auto.setChecked(False)
+    row.control.setValue(16_000_000)  # type: ignore[attr-defined]
+    assert not form.problems()
+    assert "is free" in row.advice.text()
+    assert page.details._estimate.property("banner") == "warning"
+
+
+def test_enter_on_the_loaded_model_does_not_read_it_again(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
+    told: list[Notice] = []
+    page.notice.connect(told.append)
+    page.show_model("/models/maker/small-7b.gguf")
+    page.view.setFocus()
+    qtbot.keyClick(page.view, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: page._loadout.state is LoadoutState.READY, timeout=15_000)
+    assert len(rooms.made) == 1
+    qtbot.keyClick(page.view, Qt.Key.Key_Return)
+    page.view.doubleClicked.emit(page.view.currentIndex())
+    assert len(rooms.made) == 1 and "is loaded already" in told[-1].text
+    form = page.details.form
+    assert form is not None
+    row = form.rows["n_ctx"]
+    assert row.auto is not None
+    row.auto.setChecked(False)
+    qtbot.keyClick(page.view, Qt.Key.Key_Return)
+    assert len(rooms.made) == 2  # with other options it is
+
+
+def test_a_load_shows_its_progress_here_too(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(load_seconds=1.5)
+    details = page.details
+    page.show_model("/models/maker/small-7b.gguf")
+    assert details._bar.isHidden()
+    page.load_selected()
+    loadout = page._loadout
+    qtbot.waitUntil(
+        lambda: loadout.state is LoadoutState.LOADING and details._bar.maximum() == 1000 and details._bar.value() > 0,
+        timeout=15_000,
+    )
+    assert details._bar.isVisible() and details._cancel.isVisible() and details._phase.text()
+    qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
+    assert details._bar.isHidden() and not details._phase.text()
 
 
 def drop(page: ModelsPage, *paths: Path) -> QDropEvent:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from PySide6.QtCore import Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QGuiApplication
-from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QScrollArea, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QProgressBar, QScrollArea, QVBoxLayout, QWidget
 
 from app import backends
 from app.backends.base import Spec
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.core.memory import Machine
-from app.core.options import OptionValue, build, describe
+from app.core.options import OptionField, OptionValue, build, describe
 from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
 from app.viewmodels.fitting import breakdown, judge
+from app.viewmodels.jobs import progress_text
 from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.model_facts import ModelFacts, read_facts
 from app.viewmodels.model_table import format_title
@@ -92,8 +93,18 @@ class ModelDetails(QFrame):
         self._load = button("Load", self.load, kind="primary", icon_name="load")
         self._unload = button("Unload", self._loadout.unload, icon_name="eject")
         self._cancel = button("Cancel", self._loadout.cancel_load)
-        actions = row(self._load, self._unload, self._cancel, 1)
+        self._load.setMinimumWidth(_widest(self._load, "Reload to apply"))
+        self._bar = QProgressBar()
+        self._bar.setTextVisible(False)
+        self._bar.setFixedWidth(96)
+        self._bar.setAccessibleName("Loading")
+        self._phase = ElidedLabel()
+        self._phase.setProperty("tone", "muted")
+        actions = row(self._load, self._unload, self._cancel, self._bar, self._phase)
+        actions.setStretch(4, 1)
         self._estimate = Banner("info")
+        # Two lines, whatever they say: what is below stays where it is while options change.
+        self._estimate.text.setMinimumHeight(2 * self._estimate.text.fontMetrics().lineSpacing())
         self._loader = QuietCombo()
         self._loader.setAccessibleName("Loader")
         self._loader.currentIndexChanged.connect(self._loader_chosen)
@@ -103,6 +114,9 @@ class ModelDetails(QFrame):
         self._code.add(self._code_button)
         self._saved = label(tone="muted")
         self._restore = button("Restore defaults", self.restore, kind="link")
+        keep = self._restore.sizePolicy()
+        keep.setRetainSizeWhenHidden(True)
+        self._restore.setSizePolicy(keep)
         saved = row(self._saved, 1, self._restore)
         self._form_place: QVBoxLayout = column(spacing=0)
         self._facts = QFormLayout()
@@ -303,12 +317,12 @@ class ModelDetails(QFrame):
 
     def _show_estimate(self) -> None:
         entry, spec = self.entry, self._spec
-        self._estimate.setVisible(False)
         if entry is None or spec is None or self.form is None or entry.problem:
             for chip in self._chips:
                 chip.set("")
             if entry is not None:
                 self._chips[0].set(format_title(entry))
+            self._estimate.hide()
             return
         here = self._machine()
         values = {} if self.form.problems() else self.form.values()
@@ -318,7 +332,9 @@ class ModelDetails(QFrame):
         self._chips[1].set(readable_count(entry.parameters) if entry.parameters else "")
         self._chips[2].set(words.get(found.tone, ""), found.tone)
         self._chips[2].setToolTip(found.numbers)
+        self._estimate.setVisible(found.estimate is not None)
         if found.estimate is None:
+            self._advise("")
             return
         freed = self._loadout.memory
         lacking = shortage(found.estimate, here, freed=freed)
@@ -332,7 +348,32 @@ class ModelDetails(QFrame):
             else f"Needs about {readable_bytes(found.estimate.total)}; {free}."
         )
         self._estimate.setToolTip(breakdown(found.estimate, here))
-        self._estimate.setVisible(True)
+        self._advise(lacking)
+
+    def _advise(self, lacking: str) -> None:
+        """Say at the field what its value will bring, before anything is loaded.
+
+        Args:
+            lacking: why a load with these options does not fit; "" when it does.
+        """
+        entry, form = self.entry, self.form
+        if entry is None or form is None:
+            return
+        values, trained = form.values(), entry.shape.context
+        advice: dict[str, str] = {}
+        stretched = any("rope" in name or name in ("alpha_value", "compress_pos_emb") for name in values)
+        for name in _context_fields(form.fields.values()):
+            value = values.get(name)
+            if trained and not stretched and isinstance(value, int) and value > trained:
+                advice[name] = (
+                    f"The model was trained for {trained:,} tokens. Beyond that its answers lose their sense, "
+                    "and the memory is taken all the same."
+                )
+            if lacking and value is not None:
+                advice[name] = f"{lacking} {advice.get(name, '')}".strip()
+        if lacking and form.last_changed in values and form.last_changed not in advice:
+            advice[form.last_changed] = lacking
+        form.advise(advice)
 
     @Slot()
     def _show_actions(self) -> None:
@@ -343,20 +384,27 @@ class ModelDetails(QFrame):
         this = now.model is not None and now.model.id == entry.id
         loading = this and now.state in (LoadoutState.STARTING, LoadoutState.LOADING)
         loaded = this and now.is_loaded
-        differs = (
-            loaded
-            and self.form is not None
-            and (
-                self.form.values() != now.options
-                or (now.loader is not None and self._spec is not None and now.loader.id != self._spec.id)
-            )
-        )
-        self._load.setText("Reload to apply" if differs else "Reload" if loaded else "Load")
+        self._load.setText("Reload to apply" if self.differs else "Reload" if loaded else "Load")
         self._load.setAccessibleName(self._load.text())
         self._load.setVisible(not loading)
         self._load.setEnabled(self._spec is not None and not (self.form is not None and self.form.problems()))
         self._unload.setVisible(loaded)
         self._cancel.setVisible(loading)
+        self._bar.setVisible(loading)
+        self._phase.setText(progress_text(now.load_progress) if loading else "")
+        fraction = now.load_progress.fraction if now.load_progress is not None else None
+        self._bar.setRange(0, 0 if fraction is None else 1000)
+        if fraction is not None:
+            self._bar.setValue(round(1000 * fraction))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the model shown is loaded, with other options or another loader than the form says."""
+        now, entry = self._loadout, self.entry
+        if entry is None or self.form is None or now.model is None or now.model.id != entry.id or not now.is_loaded:
+            return False
+        other = now.loader is not None and self._spec is not None and now.loader.id != self._spec.id
+        return other or self.form.values() != now.options
 
     def _show_facts(self) -> None:
         entry = self.entry
@@ -490,8 +538,16 @@ def _suggestions(entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:
     """Context lengths begin at what the model was trained for, up to a size that most machines hold."""
     trained = min(entry.shape.context or 4096, 8192)
     fields = describe(spec.options)
-    return {
-        field.name: trained
-        for field in fields
-        if field.optional and field.unit == "tokens" and "context" in field.title.lower()
-    }
+    return dict.fromkeys(_context_fields(fields), trained)
+
+
+def _context_fields(fields: Iterable[OptionField]) -> list[str]:
+    """Names of the options that set how long the context is."""
+    return [
+        field.name for field in fields if field.optional and field.unit == "tokens" and "context" in field.title.lower()
+    ]
+
+
+def _widest(made: QWidget, text: str) -> int:
+    """Width of a button with this text, so that a shorter one leaves its neighbours where they are."""
+    return made.fontMetrics().horizontalAdvance(text) + 56

@@ -36,7 +36,7 @@ from app.views.dialogs import ConfirmDialog, reveal
 from app.views.icons import icon
 from app.views.models.details import ModelDetails
 from app.views.models.table import ModelView
-from app.views.page import Notice, Page, PaletteCommand
+from app.views.page import Notice, Page, PaletteCommand, added_notice
 from app.views.widgets import EmptyState, button, column, icon_button, label, local_paths, row, title
 
 FILTER_MS = 80
@@ -163,8 +163,8 @@ class ModelsPage(Page):
         self.field.returnPressed.connect(self._to_table)
         self.view.selectionModel().currentRowChanged.connect(self._row_changed)
         self.view.customContextMenuRequested.connect(self._context_menu)
-        self.view.doubleClicked.connect(self.load_selected)
-        self.view.load_wanted.connect(self.load_selected)
+        self.view.doubleClicked.connect(self._load_unless_loaded)
+        self.view.load_wanted.connect(self._load_unless_loaded)
         self.view.rename_wanted.connect(self.rename_selected)
         self.view.trash_wanted.connect(self.trash_selected)
         self.table.counted.connect(self._counted)
@@ -216,9 +216,7 @@ class ModelsPage(Page):
     @Slot(object, object, object)
     def _added(self, added: object, wrong: object, error: object) -> None:
         assert isinstance(added, Added)
-        tone = "warning" if wrong or error is not None else "positive"
-        text = " ".join(part for part in (str(wrong or error or ""), added.text) if part)
-        self.notice.emit(Notice(text=text, tone=tone, action="Undo" if added.undo else "", run=added.undo))
+        self.notice.emit(added_notice(added, str(wrong or error or "")))
 
     def commands(self) -> list[PaletteCommand]:
         return [
@@ -345,6 +343,15 @@ class ModelsPage(Page):
             if self.details.entry is None or self.details.entry.id != self.selected.id:
                 self.details.show_entry(self.selected)
             self.details.load()
+
+    @Slot()
+    def _load_unless_loaded(self) -> None:
+        """Enter or a double click on the row: a model that runs with these very options is not read a second time."""
+        if self.selected is not None and self._loaded_id == self.selected.id and not self.details.differs:
+            text = f"{self.selected.name} is loaded already. Reload reads it anew."
+            self.notice.emit(Notice(text=text))
+        else:
+            self.load_selected()
 
     def make_menu(self, entry: ModelEntry, parent: QWidget) -> QMenu:
         """What can be done with a model; what cannot says why."""

@@ -6,7 +6,7 @@ from PySide6.QtCore import Signal, Slot
 from PySide6.QtWidgets import QFrame, QWidget
 
 from app import backends
-from app.engine.environments import EnvironmentSpec, EnvironmentState
+from app.engine.environments import USABLE, EnvironmentSpec, EnvironmentState
 from app.viewmodels.settings import EngineList
 from app.viewmodels.units import readable_bytes
 from app.views.theme import title_font
@@ -62,7 +62,7 @@ class EngineCard(QFrame):
         removing = self._engines.is_removing(self.name)
         word, tone = ("Installing…", "plain") if installing else ("Removing…", "plain") if removing else _STATES[state]
         self._chip.set(word, tone)
-        there = state in (EnvironmentState.READY, EnvironmentState.OUTDATED)
+        there = state in USABLE
         outside = self._engines.outside(self.name) if there else ""
         size = self._engines.size(self.name)
         about = f"About {readable_bytes(self._spec.bytes)} and {self._spec.minutes} minutes to install."

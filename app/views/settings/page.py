@@ -11,12 +11,13 @@ from PySide6.QtWidgets import QCheckBox, QFileDialog, QFrame, QGridLayout, QHBox
 from app.core.errors import WeftError
 from app.core.paths import Paths
 from app.core.roots import Root, RootKind
-from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.background import Background
+from app.viewmodels.library_roots import Added, LibraryRoots, damage
 from app.viewmodels.settings import EngineList, SettingsView
 from app.viewmodels.units import short_path
 from app.views.dialogs import open_locally
 from app.views.option_fields import QuietCombo
-from app.views.page import Notice, Page, PaletteCommand
+from app.views.page import Notice, Page, PaletteCommand, added_notice
 from app.views.settings.engines import EnginesSection
 from app.views.settings.new_chats import NewChatsSection
 from app.views.widgets import Chip, ElidedLabel, button, column, icon_button, label, row, rule, title
@@ -29,7 +30,7 @@ SHORTCUTS = (
     ("Ctrl+F", "Find on the page"),
     ("Ctrl+B", "Show or hide the side bar"),
     ("Ctrl+,", "Settings"),
-    ("Ctrl+1 … Ctrl+9", "Go to a page"),
+    ("Ctrl+1 … 9", "Go to a page, in the order of the bar at the left"),
     ("F11", "Full screen"),
     ("Esc", "Stop, or close"),
     ("Enter, Shift+Enter", "Send; break the line"),
@@ -76,6 +77,8 @@ class SettingsPage(Page):
         self._roots = roots
         self._engines = engines
         self._paths = paths
+        self._looking = Background(self)
+        self._looking.done.connect(self._added)
         settings.failed.connect(self.failed)
         engines.failed.connect(self.failed)
         head = QFrame()
@@ -123,6 +126,10 @@ class SettingsPage(Page):
 
     def commands(self) -> list[PaletteCommand]:
         return []
+
+    def shutdown(self) -> None:
+        """End what runs in the background: the window is going."""
+        self._looking.close()
 
     # Sections ---------------------------------------------------------------------------------------
 
@@ -263,10 +270,15 @@ class SettingsPage(Page):
         for root in self._roots.roots():
             self._root_rows.addWidget(self._root_row(root))
 
+    def _root_title(self, root: Root) -> str:
+        if root.kind is RootKind.OWN:
+            return "Weft's LoRAs" if Path(root.path) == self._paths.adapters else "Weft's models"
+        return "File" if root.kind is RootKind.FOLDER and Path(root.path).is_file() else root.title
+
     def _root_row(self, root: Root) -> QWidget:
         holder = QWidget()
         path = Path(root.path)
-        kind = label(root.title)
+        kind = label(self._root_title(root))
         kind.setFixedWidth(152)
         where = ElidedLabel(short_path(root.path, str(Path.home())), Qt.TextElideMode.ElideMiddle)
         if not path.exists():
@@ -308,12 +320,18 @@ class SettingsPage(Page):
 
     @Slot(list)
     def _folders_chosen(self, names: Sequence[str]) -> None:
+        paths = [Path(name) for name in names]
         try:
-            added = self._roots.add([Path(name) for name in names])
+            added = self._roots.add(paths)
         except WeftError as error:
             self.failed.emit(error)
             return
-        self.notice.emit(Notice(text=added.text, tone="positive", action="Undo" if added.undo else "", run=added.undo))
+        self._looking.run(added, lambda: damage(paths))
+
+    @Slot(object, object, object)
+    def _added(self, added: object, wrong: object, error: object) -> None:
+        assert isinstance(added, Added)
+        self.notice.emit(added_notice(added, str(wrong or error or "")))
 
     @Slot(int)
     def _appearance_chosen(self, _index: int) -> None:
