@@ -6,56 +6,133 @@ huggingface_hub is imported inside functions: it is slow to import, and it reads
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 import re
-from typing import Any
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import Listing, RemoteFile, SearchHit
+from app.hub.limits import retry_delay
 from app.hub.reference import HubReference, check_file_path, parse_reference
 from app.hub.selection import is_adapter
-from app.hub.source import proxy_for, tls_context
+from app.hub.source import MAX_REDIRECTS, proxy_for, tls_context
 from app.hub.trouble import gated_error
 
 TIMEOUT = 20.0  # seconds without an answer
 MAX_FILES = 100_000
+TRIES = 4  # of a question to a hub that is busy
+LONGEST = 120.0  # seconds that somebody waits for an answer; what the hub wants longer is said instead
+LARGEST = 2**50  # bytes of a file; what claims more is no file
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_OID = re.compile(r"[0-9a-f]{40}")
+_T = TypeVar("_T")
 
 
 def configure(endpoint: str = "", proxy: str = "") -> None:
-    """Set what huggingface_hub reads at import, and how it connects. Call once, before anything else here."""
+    """Set what huggingface_hub reads at import, and how it connects. Call once, before anything else here.
+
+    Raises:
+        WeftError: BAD_INPUT for an endpoint that is no address.
+    """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
     os.environ.pop("HF_HUB_OFFLINE", None)  # whoever asks the hub something wants an answer
+    check_endpoint(endpoint or os.environ.get("HF_ENDPOINT", ""))
     import httpx2
     from huggingface_hub import constants, set_client_factory
 
     address = endpoint or constants.ENDPOINT
     chosen = proxy_for(address, proxy)
+    home = httpx2.URL(address)
+
+    def keep_token(request: httpx2.Request) -> None:
+        # Before every request, also after redirects and for the address of a list's next page, which the server names.
+        if (request.url.scheme, request.url.host, request.url.port) != (home.scheme, home.host, home.port):
+            request.headers.pop("Authorization", None)
+
+    def look(response: httpx2.Response) -> None:
+        here = response.request.url
+        there = here.join(response.headers["Location"]) if response.has_redirect_location else here
+        if here.scheme == "https" != there.scheme:
+            raise WeftError(
+                ErrorKind.HOSTILE,
+                f"The hub redirects from https to plain http ({there.host}).",
+                "Check the hub endpoint in Settings; nothing was fetched.",
+            )
+        if response.status_code == 429 or response.status_code >= 500:
+            # Before huggingface_hub does its own waiting, of which nobody would hear.
+            headers = response.headers
+            raise _Busy(response.status_code, headers.get("Retry-After", ""), headers.get("Date", ""))
 
     def client() -> httpx2.Client:
         return httpx2.Client(
             follow_redirects=True,
+            max_redirects=MAX_REDIRECTS,
             timeout=TIMEOUT,
             proxy=chosen or None,
             trust_env=False,  # the proxy is chosen above, as for the files' bytes
             verify=tls_context(),
+            event_hooks={"request": [keep_token], "response": [look]},
         )
 
     set_client_factory(client)
 
 
+def check_endpoint(endpoint: str) -> None:
+    """Refuse an endpoint that is no web address. "" is the public hub.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    try:
+        url = urlsplit(endpoint)
+        sound = not endpoint or (url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"The hub endpoint {endpoint[:200]!r} is not an address.",
+            "Write it as https://hub.example, in Settings or in HF_ENDPOINT; leave it empty for the public hub.",
+        )
+
+
+class _Busy(Exception):
+    """The hub wants to be asked later."""
+
+    def __init__(self, status: int, retry_after: str, date: str) -> None:
+        super().__init__(f"status {status}")
+        self.status, self.retry_after, self.date = status, retry_after, date
+
+
 class Hub:
-    """One hub with one token. Every method raises WeftError in words; none is retried here.
+    """One hub with one token. Every method raises WeftError in words. A busy hub is asked again a few times.
 
     Args:
         endpoint: the hub's address; "" is what the environment (HF_ENDPOINT) or the library says.
+        waiting: told in words why nothing comes, and "" when it goes on. cancelled: ends such a wait.
     """
 
-    def __init__(self, endpoint: str = "", token: str = "") -> None:
+    def __init__(
+        self,
+        endpoint: str = "",
+        token: str = "",
+        *,
+        waiting: Callable[[str], None] = lambda _: None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
         from huggingface_hub import HfApi
 
         # token False: never one that lies somewhere on this machine
         self._api = HfApi(endpoint=endpoint or None, token=token or False, library_name="weft")
+        self._waiting = waiting
+        self._cancelled = cancelled or threading.Event()
         self._has_token = bool(token)
         self.endpoint: str = self._api.endpoint
 
@@ -67,8 +144,15 @@ class Hub:
                 NETWORK; HOSTILE when a file's name would leave the target folder.
         """
         try:
-            info: Any = self._api.model_info(reference.repo, revision=reference.revision or None)
-            entries = list(self._api.list_repo_tree(reference.repo, revision=info.sha, recursive=True))
+            info: Any = self._asking(lambda: self._api.model_info(reference.repo, revision=reference.revision or None))
+            commit = str(info.sha or reference.revision or "main")
+            entries = self._asking(
+                lambda: list(
+                    itertools.islice(
+                        self._api.list_repo_tree(reference.repo, revision=commit, recursive=True), MAX_FILES + 1
+                    )
+                )
+            )
         except Exception as error:
             raise self._explained(error, reference) from error
         files: list[RemoteFile] = []
@@ -79,23 +163,13 @@ class Hub:
                 "That is no model; choose another repository.",
             )
         # What it says of itself goes into paths and addresses: it must be of the form that a person may type.
-        repo, commit = parse_reference(str(info.id)).repo, parse_reference(f"a/b@{info.sha}").revision
+        repo, commit = parse_reference(str(info.id)).repo, parse_reference(f"a/b@{commit}").revision
         for entry in entries:
             size = getattr(entry, "size", None)
             if size is None:
                 continue  # a folder
             check_file_path(entry.path)
-            lfs = getattr(entry, "lfs", None)
-            files.append(
-                RemoteFile(
-                    repo=repo,
-                    commit=commit,
-                    path=entry.path,
-                    size=size,
-                    sha256=lfs.sha256 if lfs else "",
-                    git_oid="" if lfs else str(getattr(entry, "blob_id", "")),
-                )
-            )
+            files.append(_remote_file(repo, commit, entry))
         return Listing(
             endpoint=self.endpoint,
             repo=repo,
@@ -116,8 +190,10 @@ class Hub:
             sort: downloads, likes, last_modified, created_at or trending_score. tags: all must match (`gguf`, `lora`, …).
         """
         try:
-            found: list[Any] = list(
-                self._api.list_models(search=text, sort=sort, filter=list(tags) or None, limit=limit)  # pyright: ignore[reportArgumentType]
+            found: list[Any] = self._asking(
+                lambda: list(
+                    self._api.list_models(search=text, sort=sort, filter=list(tags) or None, limit=limit)  # pyright: ignore[reportArgumentType]
+                )
             )
         except Exception as error:
             raise self._explained(error, None) from error
@@ -136,15 +212,36 @@ class Hub:
     def user(self) -> str:
         """Whose token it is. Raises WeftError PERMISSION when the hub does not know it."""
         try:
-            return str(self._api.whoami()["name"])
+            return str(self._asking(self._api.whoami)["name"])
         except Exception as error:
             raise self._explained(error, None) from error
+
+    def _asking(self, question: Callable[[], _T]) -> _T:
+        """The answer; a hub that is busy is asked again, when it says or soon."""
+        tries = 0
+        while True:
+            try:
+                return question()
+            except _Busy as busy:
+                tries += 1
+                seconds = retry_delay(tries, busy.retry_after, busy.date)
+                if tries >= TRIES or seconds > LONGEST:
+                    raise
+                words = "The hub asks to slow down" if busy.status == 429 else f"The hub has trouble ({busy.status})"
+                until = time.monotonic() + seconds
+                while (rest := until - time.monotonic()) > 0:
+                    self._waiting(f"{words}: it is asked again in {rest:.0f} s")
+                    if self._cancelled.wait(min(1.0, rest)):
+                        raise WeftError(ErrorKind.CANCELLED, "The question was given up.") from None
+                self._waiting("")
 
     # Trouble in words -------------------------------------------------------------------------------
 
     def _explained(self, error: Exception, reference: HubReference | None) -> WeftError:
         from huggingface_hub import errors
 
+        if isinstance(error, WeftError):
+            return error
         name = reference.repo if reference else "the hub"
         page = f"{self.endpoint}/{reference.repo}" if reference else self.endpoint
         response = getattr(error, "response", None)
@@ -160,19 +257,10 @@ class Hub:
             return WeftError(
                 ErrorKind.PERMISSION,
                 f"The hub refuses {name}: the token is not valid or may not read it.",
-                "Make a read token in your hub account and enter it in Settings.",
+                "Make a read token in your hub account and enter it in Settings (or set HF_TOKEN).",
             )
-        if status == 429:
-            wait = response.headers.get("Retry-After", "") if response is not None else ""
-            return WeftError(
-                ErrorKind.NETWORK,
-                "The hub asks to slow down." + (f" It says to wait {wait} seconds." if wait else ""),
-                "Try again later; a token in Settings raises the limit.",
-            )
-        if status >= 500:
-            return WeftError(
-                ErrorKind.NETWORK, f"The hub has trouble (it answered {status}).", "Try again in a few minutes."
-            )
+        if isinstance(error, _Busy):
+            return _busy_error(error)
         return _connection_error(error, self.endpoint)
 
     def _no_revision(self, reference: HubReference) -> WeftError:
@@ -201,11 +289,47 @@ class Hub:
 
     def _no_repository(self, reference: HubReference) -> WeftError:
         near = self._near(reference)
-        close = difflib.get_close_matches(reference.repo, near, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(reference.repo, list(dict.fromkeys(near)), n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}?" if close else "Check the spelling."
         if not self._has_token:
-            hint += " If it is private, enter a token in Settings."
+            hint += " If it is private, enter a token in Settings (or set HF_TOKEN)."
         return WeftError(ErrorKind.NOT_FOUND, f"There is no {reference.repo} on the hub.", hint)
+
+
+def _remote_file(repo: str, commit: str, entry: Any) -> RemoteFile:
+    """A file of the hub's tree. Raises WeftError HOSTILE when its size is none."""
+    size, lfs = entry.size, getattr(entry, "lfs", None)
+    if not isinstance(size, int) or not 0 <= size < LARGEST:
+        raise WeftError(
+            ErrorKind.HOSTILE, f"The hub gives {entry.path!r} the size {str(size)[:40]}.", "Do not use this model."
+        )
+    sha256 = str(lfs.sha256).lower() if lfs else ""
+    git_oid = "" if lfs else str(getattr(entry, "blob_id", "")).lower()
+    if sha256 and not _SHA256.fullmatch(sha256):
+        raise WeftError(
+            ErrorKind.HOSTILE, f"The hub gives {entry.path!r} a checksum that is none.", "Do not use this model."
+        )
+    # Git may use other hashes one day: a file is fetched then without being compared.
+    return RemoteFile(
+        repo=repo,
+        commit=commit,
+        path=entry.path,
+        size=size,
+        sha256=sha256,
+        git_oid=git_oid if _GIT_OID.fullmatch(git_oid) else "",
+    )
+
+
+def _busy_error(busy: _Busy) -> WeftError:
+    if busy.status != 429:
+        return WeftError(
+            ErrorKind.NETWORK, f"The hub has trouble (it answered {busy.status}).", "Try again in a few minutes."
+        )
+    seconds = retry_delay(0, busy.retry_after, busy.date)
+    wait = f" It says to wait {math.ceil(seconds / 60)} minutes." if seconds > 60 else ""
+    return WeftError(
+        ErrorKind.NETWORK, f"The hub asks to slow down.{wait}", "Try again later; a token in Settings raises the limit."
+    )
 
 
 def _connection_error(error: Exception, endpoint: str) -> WeftError:
@@ -222,6 +346,12 @@ def _connection_error(error: Exception, endpoint: str) -> WeftError:
     if "proxy" in chain.lower():
         return WeftError(
             ErrorKind.NETWORK, "The proxy could not be reached or refused.", "Check the proxy in Settings."
+        )
+    if "toomanyredirects" in chain.lower():
+        return WeftError(
+            ErrorKind.NETWORK,
+            "The hub redirects in a circle.",
+            "Check the hub endpoint in Settings, and try again later.",
         )
     if "offline" in chain.lower():
         return WeftError(

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from app.core.errors import ErrorKind, WeftError
+from app.core.unfinished import NOTE
 from app.hub.files import Listing, RemoteFile
-from app.hub.part import LONGEST_NAME
+from app.hub.part import ENDINGS, LONGEST_NAME, beside
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"|?*]')
@@ -25,7 +26,8 @@ def folder_for(listing: Listing, models: Path, adapters: Path) -> Path:
     """
     user, _, name = listing.repo.partition("/")
     if listing.revision not in _DEFAULT_BRANCHES:
-        name += "@" + re.sub(r"[^A-Za-z0-9._+-]", "-", listing.revision)
+        # git forbids ~ in names of branches, so dev/x and dev-x have folders of their own
+        name += "@" + re.sub(r"[^A-Za-z0-9._+-]", "~", listing.revision)
     return (adapters if listing.kind == "adapter" else models) / local_name(user) / local_name(name)
 
 
@@ -54,18 +56,46 @@ def local_name(name: str, *, windows: bool = os.name == "nt") -> str:
 
 
 def refuse_collisions(files: Iterable[RemoteFile], *, windows: bool = os.name == "nt") -> None:
-    """Refuse files whose names are one and the same on some systems.
+    """Refuse files whose names are one and the same on some systems, or that Weft uses itself beside them.
 
     Raises:
         WeftError: HOSTILE, naming both.
     """
     seen: dict[str, str] = {}
-    for file in files:
-        local = "/".join(local_name(piece, windows=windows) for piece in file.path.split("/"))
-        other = seen.setdefault(unicodedata.normalize("NFC", local).casefold(), file.path)
+    listed = list(files)
+    for file in listed:
+        name = _folded(file.path, windows)
+        other = seen.setdefault(name, file.path)
         if other != file.path:
+            raise _collision(file, other)
+        if name == NOTE:
             raise WeftError(
                 ErrorKind.HOSTILE,
-                f"{file.repo} holds both {other!r} and {file.path!r}, which are one file on many systems.",
-                "Choose the files that you need one by one, without one of these.",
+                f"{file.repo} holds a file {file.path!r}, in which Weft notes what it has fetched.",
+                "Choose the files that you need one by one, without this one.",
             )
+    for file in listed:
+        name = _folded(file.path, windows)
+        # a file that another needs as a folder; what lies beside a file while it is fetched
+        above = [name[:at] for at, letter in enumerate(name) if letter == "/"]
+        folder, _, last = name.rpartition("/")
+        ours = [
+            f"{folder}/{beside(Path(last), ending)}" if folder else str(beside(Path(last), ending))
+            for ending in ENDINGS
+        ]
+        for taken in (*above, *ours):
+            if taken in seen:
+                raise _collision(file, seen[taken])
+
+
+def _folded(path: str, windows: bool) -> str:
+    local = "/".join(local_name(piece, windows=windows) for piece in path.split("/"))
+    return unicodedata.normalize("NFC", local).casefold()
+
+
+def _collision(file: RemoteFile, other: str) -> WeftError:
+    return WeftError(
+        ErrorKind.HOSTILE,
+        f"{file.repo} holds both {other!r} and {file.path!r}, which are in each other's way on many systems.",
+        "Choose the files that you need one by one, without one of these.",
+    )

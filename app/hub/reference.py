@@ -13,6 +13,7 @@ _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,95})"
 _REPO = re.compile(rf"({_PART})/({_PART})")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,200}")
 _HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+_DRIVE = re.compile(r"[A-Za-z]:")
 _FORMS = "Write user/model, user/model:branch, or paste the address of a model's page."
 
 
@@ -116,7 +117,9 @@ def check_file_path(path: str) -> None:
         not path
         or path.startswith("/")
         or "\\" in path
-        or ":" in path
+        or _DRIVE.match(path) is not None
+        or len(path) > 4000
+        or any(0xD800 <= ord(character) < 0xE000 for character in path)  # half a character: no disk takes it
         or any(piece in ("", ".", "..") for piece in pieces)
         or any(ord(character) < 32 or character == "\x7f" for character in path)
     )

@@ -90,7 +90,9 @@ def repository_choice(files: Sequence[RemoteFile]) -> Choice:
     """
     usable = [file for file in files if not _left_out(file.path)]
     has_safetensors = any(file.path.endswith(".safetensors") for file in usable)
-    kept = [file for file in usable if not (has_safetensors and _is_torch_weight(file.path))]
+    # Folder by folder: a checkpoint's safetensors below do not stand for the .bin weights above.
+    twice = {_folder(file.path) for file in usable if file.path.endswith(".safetensors")}
+    kept = [file for file in usable if not (_folder(file.path) in twice and _is_torch_weight(file.path))]
     if any(_SPLIT.search(file.path) or file.path.endswith(".gguf") for file in kept) and not has_safetensors:
         wanted = [file for file in kept if file.path.endswith((*_PLAIN, ".gguf"))]
     else:
@@ -119,6 +121,14 @@ def _left_out(path: str) -> bool:
     return any(lower.startswith(part) or f"/{part}" in lower for part in _LEFT_OUT) or lower.endswith(
         (".msgpack", ".h5", ".ot", ".onnx", ".tflite", ".mlmodel", ".png", ".jpg", ".jpeg", ".gif", ".pdf", ".ipynb")
     )
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _is_weight(path: str) -> bool:
+    return path.lower().endswith((".safetensors", ".gguf")) or _is_torch_weight(path.lower())
 
 
 def _is_torch_weight(path: str) -> bool:
@@ -170,7 +180,7 @@ def usual(files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
             f"Name one, such as --file {choices[0].title}, or all with --file '*.gguf'.",
         )
     wanted = repository_choice(files).files
-    if not wanted:
+    if not any(_is_weight(file.path) for file in wanted):
         name = files[0].repo if files else "The repository"
         raise WeftError(ErrorKind.NOT_FOUND, f"{name} holds no model or adapter.", "Look at its page on the hub.")
     return wanted

@@ -21,7 +21,7 @@ def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> Weft
         return WeftError(
             ErrorKind.NOT_FOUND,
             f"{name} is no longer on the hub, or it is private.",
-            "Check its page, and the token in Settings if it is yours.",
+            "Check its page, and the token in Settings (or HF_TOKEN) if it is yours.",
         )
     if trouble.code == "RevisionNotFound":
         return WeftError(
@@ -29,7 +29,9 @@ def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> Weft
         )
     if trouble.status in (401, 403):
         return WeftError(
-            ErrorKind.PERMISSION, f"The hub refuses {file.path}: {trouble.words}", "Check the token in Settings."
+            ErrorKind.PERMISSION,
+            f"The hub refuses {file.path}: {trouble.words}",
+            "Check the token in Settings (or HF_TOKEN).",
         )
     if trouble.status in (404, 410):
         return WeftError(
@@ -39,7 +41,7 @@ def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> Weft
         return WeftError(
             ErrorKind.NETWORK,
             "The hub keeps asking to slow down.",
-            "Resume later; a token in Settings raises the limit.",
+            "Resume later; a token in Settings (or HF_TOKEN) raises the limit.",
         )
     if trouble.code == "tls":
         return WeftError(
@@ -62,7 +64,7 @@ def gated_error(name: str, page: str, words: str, *, has_token: bool) -> WeftErr
         return WeftError(
             ErrorKind.PERMISSION,
             f"{name} is gated, and no token is set.",
-            f"Accept its licence at {page}, make a read token in your hub account, and enter it in Settings.",
+            f"Accept its licence at {page}, make a read token in your hub account, and enter it in Settings (or set HF_TOKEN).",
         )
     if "reject" in words.lower() or "denied" in words.lower():
         return WeftError(

@@ -38,9 +38,10 @@ class TokenStore:
         with contextlib.suppress(Exception):  # no keyring, a locked one, a broken one: as if there were no token
             import keyring
 
-            if found := keyring.get_password(_SERVICE, hub):
+            if (found := keyring.get_password(_SERVICE, hub)) and _sound(found):
                 return found, "keyring"
-        if hub == hub_name("") and (found := os.environ.get("HF_TOKEN", "").strip()):
+        # What cannot be a token is passed over: as a header it would only end in an error that spells it out.
+        if hub == hub_name("") and (found := os.environ.get("HF_TOKEN", "").strip()) and _sound(found):
             return found, "environment"
         return "", ""
 
@@ -48,10 +49,10 @@ class TokenStore:
         """Keep a token; "" forgets it. Returns where it is kept: `session` when this machine has no keyring.
 
         Raises:
-            WeftError: BAD_INPUT for what cannot be a token.
+            WeftError: BAD_INPUT for what cannot be a token; PERMISSION when the keyring will not forget one.
         """
         token = token.strip()
-        if any(character.isspace() or not 32 < ord(character) < 127 for character in token) or len(token) > 1000:
+        if token and not _sound(token):
             raise WeftError(
                 ErrorKind.BAD_INPUT,
                 "That is not a hub token.",
@@ -70,12 +71,22 @@ class TokenStore:
             with contextlib.suppress(keyring.errors.PasswordDeleteError):
                 keyring.delete_password(_SERVICE, hub)
             return ""
-        except Exception:  # noqa: BLE001  (keyring's backends raise what they like; the session still serves, and says so)
+        except Exception as error:  # noqa: BLE001  (keyring's backends raise what they like; the session still serves, and says so)
             if not token:
-                return ""
+                if type(error).__name__ in ("NoKeyringError", "ModuleNotFoundError"):
+                    return ""  # there is none that could hold it
+                raise WeftError(
+                    ErrorKind.PERMISSION,
+                    "The system's keyring did not let go of the token.",
+                    f"Unlock the keyring and try again, or delete {_SERVICE!r} in its own program.",
+                ) from None
             with self._lock:
                 self._session[hub] = token
             return "session"
+
+
+def _sound(token: str) -> bool:
+    return 0 < len(token) <= 1000 and all(32 < ord(character) < 127 for character in token)
 
 
 def hub_name(endpoint: str) -> str:

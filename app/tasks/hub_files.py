@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from app.engine.report import HostReport
+from app.hub.asking import connect
 from app.hub.files import Listing
-from app.hub.listing import Hub, configure
 from app.hub.local_copies import find_copies
 from app.hub.reference import HubReference
 
@@ -31,9 +31,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(parameters: Parameters, report: HostReport) -> Listing:
     """The files. Raises WeftError, see `Hub.list_files`."""
-    report.progress("Asking the hub")
-    configure(parameters.endpoint, parameters.proxy)
-    listing = Hub(parameters.endpoint, parameters.token).list_files(parameters.reference)
+    hub = connect(parameters.endpoint, parameters.proxy, parameters.token, report, "Asking the hub")
+    listing = hub.list_files(parameters.reference)
     own = Path(parameters.except_in) if parameters.except_in else Path("/nowhere")
     copies = find_copies(listing.files, [Path(root) for root in parameters.roots], own)
     return msgspec.structs.replace(listing, here=copies)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from app.engine.report import HostReport
+from app.hub.asking import connect
 from app.hub.files import SearchHit
-from app.hub.listing import Hub, configure
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,8 +23,5 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(parameters: Parameters, report: HostReport) -> list[SearchHit]:
     """The repositories found, best first. Raises WeftError NETWORK or PERMISSION."""
-    report.progress("Searching the hub")
-    configure(parameters.endpoint, parameters.proxy)
-    return Hub(parameters.endpoint, parameters.token).search(
-        parameters.text, sort=parameters.sort, tags=parameters.tags, limit=parameters.limit
-    )
+    hub = connect(parameters.endpoint, parameters.proxy, parameters.token, report, "Searching the hub")
+    return hub.search(parameters.text, sort=parameters.sort, tags=parameters.tags, limit=parameters.limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from app.engine.report import HostReport
-from app.hub.listing import Hub, configure
+from app.hub.asking import connect
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,6 +18,5 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(parameters: Parameters, report: HostReport) -> str:
     """The user's name. Raises WeftError PERMISSION when the hub does not know the token."""
-    report.progress("Asking the hub")
-    configure(parameters.endpoint, parameters.proxy)
-    return Hub(parameters.endpoint, parameters.token).user()
+    hub = connect(parameters.endpoint, parameters.proxy, parameters.token, report, "Asking the hub")
+    return hub.user()

@@ -63,6 +63,7 @@ class DownloadWorker(QThread):
         self._lock = threading.Lock()
         self._client: EngineClient | None = None
         self._command = 0
+        self._came = 0  # bytes that the present child has fetched
         self._stopping = threading.Event()
 
     # From any thread
@@ -112,15 +113,14 @@ class DownloadWorker(QThread):
 
     def _fetch(self) -> DownloadResult:
         token = self._token(self.download.endpoint)
-        restarts, fetched = 0, 0
+        restarts = 0
         while True:
             client = self._make_client()
+            self._came = 0
             try:
                 return self._run_child(client, token)
             except WeftError as error:
-                came = self.latest.fetched if self.latest is not None else 0
-                restarts = 0 if came > fetched else restarts + 1
-                fetched = 0
+                restarts = 0 if self._came else restarts + 1
                 if error.kind not in (ErrorKind.CRASHED, ErrorKind.OUT_OF_MEMORY) or restarts > _RESTARTS:
                     raise
             finally:
@@ -146,6 +146,7 @@ class DownloadWorker(QThread):
                 raise error_of(event)
             if isinstance(event, protocol.News) and event.id == command:
                 self.latest = msgspec.json.decode(event.json, type=DownloadNews)
+                self._came = self.latest.fetched
                 if time.monotonic() - stored >= _STORED_EVERY:
                     stored = time.monotonic()
                     with contextlib.suppress(WeftError):  # a figure that cannot be noted is no reason to stop

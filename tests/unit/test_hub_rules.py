@@ -188,7 +188,8 @@ def test_branches_get_folders_of_their_own_and_adapters_their_library() -> None:
     models, loras = Path("/m"), Path("/l")
     place = lambda **fields: folder_for(Listing(repo="u/n", commit="c", files=(), **fields), models, loras)  # noqa: E731
     assert place(revision="main") == Path("/m/u/n")
-    assert place(revision="dev/a b") == Path("/m/u/n@dev-a-b")
+    assert place(revision="dev/a b") == Path("/m/u/n@dev~a~b")
+    assert place(revision="dev/x") != place(revision="dev-x")
     assert place(revision="main", kind="adapter") == Path("/l/u/n")
 
 
