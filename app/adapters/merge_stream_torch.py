@@ -1,0 +1,399 @@
+"""A merged model as a stream of tensors: read, changed and handed on row by row, so that memory is that of a piece.
+
+Whoever writes the stream (safetensors shards, GGUF) takes `Merge.tensors` in order, and of each either its pieces or,
+where nothing changes it, the place on disk to copy from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.adapters.merge_edits_torch import Edit, Edits, collect
+from app.adapters.merge_files import FLOATS, TORCH_NAMES, BaseFiles, StoredTensor
+from app.adapters.merge_math_torch import Change, Matrices, pieces
+from app.adapters.merge_names_torch import Block, Layout, blocks_of, meta_model, skeleton, through_transformers
+from app.adapters.tensors_torch import OpenAdapter, open_adapter
+from app.core.errors import ErrorKind, WeftError
+from app.core.merge_plan import DTYPES, MergePlan
+from app.core.module_names import place_of
+
+ELEMENTS = 512 * 1024  # of one piece: small enough for the processor's cache
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+class NeedsPeft(Exception):
+    """A stack that cannot be merged by streaming, with the reason; PEFT can."""
+
+
+class MergedTensor:
+    """One tensor of the merged model.
+
+    Attributes:
+        name, dtype, shape: as it is to be written; dtype as safetensors names it.
+        changed: adapters change it.
+        source: the base's tensor that it comes from. copied: its bytes are exactly the source's.
+    """
+
+    def __init__(
+        self, merge: Merge, name: str, dtype: str, shape: tuple[int, ...], source: StoredTensor, edits: list[list[Edit]],
+        blocks: list[Block], grown: Any = None,
+    ) -> None:  # fmt: skip
+        self._merge, self.name, self.dtype, self.shape, self.source = merge, name, dtype, shape, source
+        self._edits, self._blocks, self._grown = edits, blocks, grown
+        self.changed = any(edits) or grown is not None
+        self.copied = not self.changed and dtype == source.dtype
+
+    @property
+    def width(self) -> int:
+        return 1 if len(self.shape) < 2 else self.shape[-1]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * getattr(torch, TORCH_NAMES[self.dtype]).itemsize if self.dtype != self.source.dtype or (
+            self._grown is not None
+        ) else self.source.bytes  # fmt: skip
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * getattr(torch, TORCH_NAMES[self.dtype]).itemsize
+
+    def prepared(self) -> Prepared:
+        """Read what adapters bring for it. Made once, used for all pieces."""
+        return Prepared(self, self._merge, self._blocks, self._edits, self._grown)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes in order, little-endian, piece by piece. A piece is valid until the next is asked for."""
+        if not self.bytes:
+            return
+        prepared = self.prepared()
+        longest = max(end - start for start, end in prepared.pieces)
+        buffer = memoryview(bytearray(longest * self.row_bytes))
+        for start, end in prepared.pieces:
+            piece = buffer[: (end - start) * self.row_bytes]
+            prepared.fill(start, end, piece)
+            yield piece
+
+
+class Prepared:
+    """A tensor whose pieces can be computed, from several threads at once.
+
+    Attributes:
+        pieces: ranges of rows (of a matrix as wide as the last dimension) that cover it, in order.
+    """
+
+    def __init__(
+        self, tensor: MergedTensor, merge: Merge, blocks: list[Block], edits: list[list[Edit]], grown: Any
+    ) -> None:
+        self.tensor, self._merge, self._grown = tensor, merge, grown
+        self._dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+        self._blocks = blocks
+        self._local = threading.local()
+        self.pieces = [
+            (block.first + start, block.first + end)
+            for block in blocks
+            for start, end in pieces(block.rows, tensor.width, ELEMENTS)
+        ]
+        self._changes: list[Change | None] = []
+        for block, found in zip(blocks, edits, strict=True):
+            change = None
+            if found:
+                rows = block.start + block.rows
+                change = Change(found, merge.matrices, block.expert, rows, tensor.width, self._rows_of(block))
+            self._changes.append(None if change is None or change.nothing else change)
+
+    def _rows_of(self, block: Block) -> Callable[[int, int], Tensor]:
+        def rows(start: int, end: int) -> Tensor:
+            made = torch.empty(end - start, self.tensor.width, dtype=self._dtype)
+            self._read(block.first - block.start + start, block.first - block.start + end, made)
+            return made
+
+        return rows
+
+    def _read(self, start: int, end: int, into: Tensor) -> None:
+        """Read rows of the base in the dtype of the result; `into` (rows, width)."""
+        if self._grown is not None:
+            edit, info = self._grown
+            into.copy_(self._merge.matrices.rows(edit, info, start, end))
+            return
+        source = self.tensor.source
+        row = self.tensor.width * source.item
+        if source.dtype == self.tensor.dtype:
+            view = memoryview(into.view(torch.uint8).reshape(-1).numpy())
+            self._merge.files.read(source, start * row, view)
+            return
+        stored = getattr(torch, TORCH_NAMES[source.dtype])
+        scratch = getattr(self._local, "scratch", None)
+        if scratch is None or len(scratch) < (end - start) * row:
+            scratch = self._local.scratch = bytearray((end - start) * row)
+        view = memoryview(scratch)[: (end - start) * row]
+        self._merge.files.read(source, start * row, view)
+        into.copy_(torch.frombuffer(view, dtype=stored).reshape(into.shape))
+
+    def fill(self, start: int, end: int, buffer: memoryview) -> None:
+        """Compute the rows of one of `pieces` into a buffer of their size."""
+        made = torch.frombuffer(buffer, dtype=self._dtype).reshape(end - start, self.tensor.width)
+        self._read(start, end, made)
+        for block, change in zip(self._blocks, self._changes, strict=True):
+            low, high = max(start, block.first), min(end, block.first + block.rows)
+            if change is not None and low < high:
+                change.apply(made[low - start : high - start], block.start + low - block.first)
+
+
+class Merge:
+    """A base and a stack, ready to be written. A context manager.
+
+    Args:
+        plan: what to merge.
+        files: the base's weight files, checked to lie in its folder.
+        config: the base's config.json, cleaned. stage: a folder that transformers may read the config from.
+        quick: use names from headers where these serve; False asks transformers always.
+
+    Attributes:
+        tensors: of the merged model, in the order of the base's files.
+        config: what changes in the base's config: keys to values.
+        notes: sentences worth showing. untied: the head got a matrix of its own. peft: why only PEFT can do it.
+        adapters: opened, with their weights.
+
+    Raises:
+        WeftError: before anything is written, for all that cannot be merged.
+        NeedsPeft: when PEFT can.
+    """
+
+    def __init__(
+        self, plan: MergePlan, files: Sequence[Path], config: Mapping[str, Any], stage: str, *, quick: bool = True
+    ) -> None:
+        if plan.dtype not in DTYPES:
+            raise WeftError(ErrorKind.BAD_INPUT, f"{plan.dtype!r} is no data type of weights.", f"Choose one of {', '.join(DTYPES[1:])}.")  # fmt: skip
+        self.plan, self._base_config, self._stage = plan, config, stage
+        self.config: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.untied = False
+        active = [a for a in plan.stack.adapters if a.weight]
+        self.adapters: list[tuple[OpenAdapter, float]] = [(open_adapter(Path(a.path)), a.weight) for a in active]
+        self.matrices = Matrices([adapter for adapter, _ in self.adapters])
+        self.files = BaseFiles(files)
+        try:
+            self.notes += self.files.notes
+            self.tensors = self._plan(quick)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the base's files."""
+        self.files.close()
+
+    def __enter__(self) -> Merge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Planning -----------------------------------------------------------------------------------
+
+    def _plan(self, quick: bool) -> list[MergedTensor]:
+        stored = self._replicated(self.files.tensors)
+        layout, edits, both = self._fit(stored, quick)
+        self.notes += edits.notes
+        self._compare_copies(layout, edits)
+        edited = edits.by_parameter
+        for parameter, reason in layout.strange.items():
+            if edited.get(parameter):
+                raise NeedsPeft(f"{parameter}: {reason}")
+        made = [self._tensor(t.name, t, layout, edits) for t in stored.values()]
+        if layout.tied:
+            made += self._untie(layout, edits, stored)
+        elif both and edited.get(layout.embedding, []) != edited.get(layout.head, []):
+            self.untied = True
+            self.config["tie_word_embeddings"] = False
+        self._vocabulary(layout, edits)
+        return made
+
+    def _fit(self, stored: Mapping[str, StoredTensor], quick: bool) -> tuple[Layout, Edits, bool]:
+        family = str(self._base_config.get("model_type", ""))
+        layout = skeleton(stored, family) if quick else None
+        if layout is not None:
+            both = self._both_alike(layout, stored)
+            edits = collect(layout, self.adapters, layout.tied or both)
+            if not edits.unmatched and not edits.left_out:
+                return layout, edits, both
+        layout = self._through_transformers(stored)
+        both = self._both_alike(layout, stored)
+        return layout, collect(layout, self.adapters, layout.tied or both), both
+
+    def _through_transformers(self, stored: Mapping[str, StoredTensor]) -> Layout:
+        config = {**self._base_config, **self.config}
+        return through_transformers(stored, meta_model(self._stage, config, self.config))
+
+    def _both_alike(self, layout: Layout, stored: Mapping[str, StoredTensor]) -> bool:
+        """Whether head and embedding both lie on disk and are the same: transformers ties them then, where the config says so."""
+        if layout.tied or not layout.head or self._base_config.get("tie_word_embeddings") is False:
+            return False
+        found = [
+            next((stored[n] for n, blocks in layout.blocks.items() if [b.parameter for b in blocks] == [p]), None)
+            for p in (layout.embedding, layout.head)
+        ]
+        first, second = found
+        if first is None or second is None or first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        for start in range(0, first.bytes, 1 << 22):
+            length = min(1 << 22, first.bytes - start)
+            a, b = bytearray(length), bytearray(length)
+            self.files.read(first, start, memoryview(a))
+            self.files.read(second, start, memoryview(b))
+            if a != b:
+                return False
+        return True
+
+    def _replicated(self, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Layers repeated as the adapters' layer_replication says."""
+        wanted = {adapter.file.config.layer_replication for adapter, _ in self.adapters}
+        if not wanted or wanted == {()}:
+            return stored
+        if len(wanted) > 1:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                "The adapters of this stack repeat the base's layers differently (layer replication): they belong to different models.",
+                "Merge one of them alone.",
+            )
+        order = [layer for start, end in next(iter(wanted)) for layer in range(start, end)]
+        layers = 1 + max((p.layer for n in stored if not (p := place_of(n)).tower), default=-1)
+        if max(order) >= layers:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"The adapter repeats layer {max(order)} of its base, and this model has {layers} layers.",
+                "Choose the model that it was trained on.",
+            )
+        made: dict[str, StoredTensor] = {}
+        by_layer: dict[int, list[StoredTensor]] = {}
+        for tensor in stored.values():
+            place = place_of(tensor.name)
+            if place.layer < 0 or place.tower:
+                made[tensor.name] = tensor
+            else:
+                by_layer.setdefault(place.layer, []).append(tensor)
+        for number, layer in enumerate(order):
+            for tensor in by_layer.get(layer, ()):
+                parts = tensor.name.split(".")
+                index = next(i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 6)
+                name = ".".join([*parts[:index], str(number), *parts[index + 1 :]])
+                made[name] = tensor._replace(name=name, key=tensor.key or tensor.name)
+        for key in _LAYER_KEYS:
+            if self._base_config.get(key) == layers:
+                self.config[key] = len(order)
+        types = self._base_config.get("layer_types")
+        if isinstance(types, list) and len(types) == layers:
+            self.config["layer_types"] = [types[layer] for layer in order]
+        self.notes.append(f"Layers are repeated as the adapter says: {layers} became {len(order)}.")
+        return made
+
+    def _tensor(self, name: str, source: StoredTensor, layout: Layout, edits: Edits) -> MergedTensor:
+        blocks = layout.blocks.get(source.name) or blocks_of("", source.shape)
+        return self._made(name, source, blocks, edits)
+
+    def _made(self, name: str, source: StoredTensor, blocks: list[Block], edits: Edits) -> MergedTensor:
+        shape, grown = source.shape, None
+        if len(shape) == 1:
+            blocks = [Block(0, shape[0], blocks[0].parameter, blocks[0].expert)]
+        found = [edits.by_parameter.get(block.parameter, []) if block.parameter else [] for block in blocks]
+        found = [[e for e in one if e.expert in (-1, block.expert)] for one, block in zip(found, blocks, strict=True)]
+        if len(blocks) == 1 and blocks[0].parameter in edits.grown:
+            number, info = edits.grown[blocks[0].parameter]
+            shape, grown = info.shape, (Edit(number, 1.0, "whole"), info)
+            blocks = [blocks[0]._replace(rows=shape[0])]
+        dtype = source.dtype
+        if self.plan.dtype and dtype in FLOATS:
+            dtype = _SAFETENSORS[self.plan.dtype]
+        if (any(found) or grown) and dtype not in FLOATS:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"{source.name} is stored as {dtype}, which nothing can be merged into.",
+                "Choose the model in 16 or 32 bits.",
+            )
+        return MergedTensor(self, name, dtype, shape, source, found, blocks, grown)
+
+    def _untie(self, layout: Layout, edits: Edits, stored: Mapping[str, StoredTensor]) -> list[MergedTensor]:
+        """A head of its own, where what adapters do to the embedding is not what they do to the head."""
+        ours, heads = (
+            (edits.by_parameter.get(p, []), edits.grown.get(p)) for p in (layout.embedding, layout.head)
+        )  # fmt: skip
+        if ours == heads:
+            return []
+        source = next(
+            stored[name] for name, blocks in layout.blocks.items() if blocks[0].parameter == layout.embedding
+        )  # fmt: skip
+        self.untied = True
+        self.config["tie_word_embeddings"] = False
+        self.notes.append(
+            "The model's head and embedding were one matrix. The adapters change them differently, so that the merged model has both."
+        )
+        blocks = [Block(0, source.rows, layout.head)]
+        return [self._made(layout.head, source, blocks, edits)]
+
+    def _vocabulary(self, layout: Layout, edits: Edits) -> None:
+        sizes = {info.shape[0] for _, info in edits.grown.values()}
+        if not sizes:
+            return
+        whole = layout.tied and not self.untied or {layout.embedding, layout.head} <= set(edits.grown) or not layout.head
+        if len(sizes) > 1 or not whole:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                "The adapter brings new tokens for the model's embedding or its output head, and not for both.",
+                "Train it with both embed_tokens and lm_head in modules_to_save.",
+            )
+        self.config["vocab_size"] = sizes.pop()
+        self.notes.append(f"The vocabulary grew to {self.config['vocab_size']:,} tokens, with the adapter's.")
+
+    def _compare_copies(self, layout: Layout, edits: Edits) -> None:
+        """Keep those copies of an embedding that differ from the base's own."""
+        for parameter, copies in edits.copies.items():
+            source = next(
+                (self.files.tensors.get(n) for n, bs in layout.blocks.items() if bs[0].parameter == parameter), None
+            )
+            for copy in copies:
+                if source is not None and self._same(source, copy):
+                    continue
+                edits.by_parameter.setdefault(parameter, []).insert(0, copy)
+
+    def _same(self, source: StoredTensor, copy: Edit) -> bool:
+        stored = getattr(torch, TORCH_NAMES[source.dtype])
+        assert copy.value is not None
+        largest = worst = 0.0
+        for start, end in pieces(source.rows, source.width, ELEMENTS):
+            data = bytearray((end - start) * source.width * source.item)
+            self.files.read(source, start * source.width * source.item, memoryview(data))
+            base = torch.frombuffer(data, dtype=stored).reshape(end - start, -1).float()
+            value = self.matrices.rows(copy, copy.value, start, end)
+            worst = max(worst, float((base - value).abs().max()))
+            largest = max(largest, float(value.abs().max()))
+        return worst <= 1e-2 * largest
+
+
+class TensorHead(NamedTuple):
+    """What is known of a merged tensor before its data: the interface for writers of other formats."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: MergedTensor
+
+
+def merged_tensors(merge: Merge) -> Iterator[TensorHead]:
+    """The tensors of a merged model in order; `head.tensor.chunks()` yields their bytes."""
+    for tensor in merge.tensors:
+        yield TensorHead(tensor.name, tensor.dtype, tensor.shape, tensor)
+
