@@ -16,19 +16,10 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import NOTE, DownloadNote, Verified, read_note, write_note
 from app.hub.checksum import checksum_name, is_file
 from app.hub.files import DownloadNews, DownloadResult, RemoteFile
+from app.hub.journal import PartHeader, beside
 from app.hub.limits import RateLimit
 from app.hub.local_copies import take_copy
-from app.hub.part import (
-    Locked,
-    PartFile,
-    PartHeader,
-    arrived_bytes,
-    beside,
-    move_away,
-    remove_parts,
-    sync_folder,
-    write_error,
-)
+from app.hub.part import Locked, PartFile, arrived_bytes, move_away, remove_parts, sync_folder, write_error
 from app.hub.places import local_path, refuse_collisions
 from app.hub.positional import folder_lock
 from app.hub.source import HttpSource

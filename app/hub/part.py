@@ -6,78 +6,24 @@ after the bytes, so that whatever it claims lies in the file: a kill loses at mo
 A computer that loses its power may keep the claim and lose the bytes, so claims say in which run of the system they
 were made, and which of them the disk has confirmed: after a restart of the system only these count.
 The journal is locked while somebody fetches, so that two processes never write into one part file.
-
-Lines: `{…}` the header, the last one counts; `boot MARK` before the claims of a run; `START END` a claim, half open;
-`synced N` all claims in the journal's first N bytes are confirmed. Anything else is a torn line and means nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import re
 from pathlib import Path
 
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
-from app.hub.positional import PositionalFile, boot_mark, same_boot, try_lock
-
-LONGEST_NAME = 255  # bytes; what every file system in use takes
-ENDINGS = (".part", ".part.journal", ".damaged", ".copy.part")  # what may lie beside a file that is not complete
-_CLAIM = re.compile(rb"(\d{1,19}) (\d{1,19})")
-_SYNCED = re.compile(rb"synced (\d{1,19})")
-
-
-class PartHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What is being fetched; `continues` says when bytes of two are bytes of one file.
-
-    Attributes:
-        url: the hub's address of the file, without any signature. size: bytes.
-        etag: of the whole file, without quotes. Never spliced across a change of it.
-        sha256: hex, when the hub knows it (LFS), else "". git_oid: hex of the git blob, for plain files.
-    """
-
-    url: str
-    size: int
-    etag: str
-    sha256: str = ""
-    git_oid: str = ""
-
-    def continues(self, before: PartHeader) -> bool:
-        """Whether what arrived of `before` may be continued as this.
-
-        The same checksum is the same file, also at another commit (its README changed) or on a mirror; only another
-        ETag at the same address speaks against it. Without a checksum address and ETag must be the same, and be there.
-        """
-        if self.size != before.size:
-            return False
-        if self.url == before.url and self.etag and before.etag and self.etag != before.etag:
-            return False
-        if self.sha256 or self.git_oid:
-            return (self.sha256, self.git_oid) == (before.sha256, before.git_oid)
-        return bool(self.etag) and (self.url, self.etag, "", "") == (
-            before.url,
-            before.etag,
-            before.sha256,
-            before.git_oid,
-        )
+from app.hub.journal import ENDINGS, PartHeader, beside, merged, read_journal
+from app.hub.positional import PositionalFile, boot_mark, try_lock
 
 
 class Locked(Exception):
     """Another process is fetching this file now."""
-
-
-def beside(target: Path, ending: str) -> Path:
-    """The path of something that belongs to `target`: its name with an ending, cut where that would be too long."""
-    name = target.name + ending
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        mark = "~" + hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12] + ending
-        room = LONGEST_NAME - len(mark)
-        name = os.fsencode(target.name)[:room].decode(errors="ignore") + mark
-    return target.with_name(name)
 
 
 class PartFile:
@@ -130,7 +76,7 @@ class PartFile:
     def _read_journal(self) -> bool:
         """Take up what lies there. False when there is nothing, or it is of another file."""
         try:
-            found = _read(self.journal_path.read_bytes(), self.path.stat().st_size)
+            found = read_journal(self.journal_path.read_bytes(), self.path.stat().st_size)
         except OSError:
             return False
         if found is None or not self.header.continues(found[0]):
@@ -195,7 +141,7 @@ class PartFile:
         self._merge(start, end)
 
     def _merge(self, start: int, end: int) -> None:
-        self.spans = _merged([*self.spans, (start, end)])
+        self.spans = merged([*self.spans, (start, end)])
 
     def read(self, offset: int, count: int) -> bytes:
         """Bytes that have arrived, for hashing. Raises WeftError CORRUPT when the disk cannot give them back."""
@@ -297,49 +243,10 @@ class PartFile:
             self._journal = -1
 
 
-def _read(journal: bytes, length: int) -> tuple[PartHeader, list[tuple[int, int]]] | None:
-    """A journal's header and what it proves to lie in a part file of `length` bytes; None when it proves nothing."""
-    header: PartHeader | None = None
-    claims: list[tuple[int, int, int, str]] = []  # start, end, where in the journal the claim ends, in which run
-    confirmed, boot, position = 0, "", 0
-    for line in journal.split(b"\n"):
-        position += len(line) + 1
-        if line.startswith(b"{"):
-            with contextlib.suppress(msgspec.MsgspecError, ValueError):  # torn: it says nothing then
-                header = msgspec.json.decode(line, type=PartHeader)
-        elif line.startswith(b"boot "):
-            boot = line[5:].decode("ascii", "replace")
-        elif found := _SYNCED.fullmatch(line):
-            confirmed = max(confirmed, int(found[1]))
-        elif found := _CLAIM.fullmatch(line):
-            claims.append((int(found[1]), int(found[2]), position, boot))
-    if header is None:
-        return None
-    runs = {boot: same_boot(boot) for *_, boot in claims}
-    return header, _merged(
-        [
-            (start, end)
-            for start, end, at, run in claims
-            if start < end <= min(length, header.size) and (at <= confirmed or runs[run])
-        ]
-    )
-
-
-def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted, and those that touch made one."""
-    result: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((start, end))
-    return result
-
-
 def arrived_bytes(target: Path) -> int:
     """How much of a file lies in its part file, by its journal; 0 when there is none. Opens nothing for writing."""
     try:
-        found = _read(beside(target, ".part.journal").read_bytes(), beside(target, ".part").stat().st_size)
+        found = read_journal(beside(target, ".part.journal").read_bytes(), beside(target, ".part").stat().st_size)
     except OSError:
         return 0
     return sum(end - start for start, end in found[1]) if found is not None else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import NOTE
 from app.hub.files import Listing, RemoteFile
-from app.hub.part import ENDINGS, LONGEST_NAME, beside
+from app.hub.journal import ENDINGS, LONGEST_NAME, beside
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"|?*]')

@@ -16,8 +16,9 @@ import urllib3
 from app.core.errors import ErrorKind, WeftError
 from app.hub.checksum import PIECE, Checksum, is_file
 from app.hub.files import RemoteFile
+from app.hub.journal import PartHeader
 from app.hub.limits import RateLimit, retry_delay
-from app.hub.part import Locked, PartFile, PartHeader
+from app.hub.part import Locked, PartFile
 from app.hub.source import HttpSource, HttpTrouble, Opened, connection_trouble
 from app.hub.trouble import stopped, trouble_error
 

@@ -12,9 +12,10 @@ import pytest
 from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import DownloadNote, pending_files, read_note, write_note
 from app.hub.files import Listing, RemoteFile
+from app.hub.journal import LONGEST_NAME, PartHeader, beside
 from app.hub.limits import RateLimit, retry_delay
 from app.hub.local_copies import find_copies, take_copy
-from app.hub.part import LONGEST_NAME, PartFile, PartHeader, arrived_bytes, beside
+from app.hub.part import PartFile, arrived_bytes
 from app.hub.places import folder_for, local_name, local_path, refuse_collisions
 from app.hub.positional import PositionalFile
 from app.hub.reference import HubReference, check_file_path, parse_reference
