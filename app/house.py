@@ -262,7 +262,9 @@ class House(QObject):
         for job in self.job_store.jobs(500):  # newest first
             if job.task == INSTALL:
                 last.setdefault(environment_of(job), job.state)
-        for name in self.environments.specs():
+        for name, spec in self.environments.specs().items():
+            if spec.on_demand and name not in last:
+                continue
             if not self.jobs.is_ready(name) and last.get(name, JobState.CRASHED) is JobState.CRASHED:
                 self.jobs.install(name)
 

@@ -16,6 +16,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
 from app.engine import compiler
+from app.engine.environment_source import fetch_source
 from app.engine.environments import Environments, Layer, Stamp, discard, folder_bytes, has_nvidia
 from app.engine.package_sources import Sources, cached_wheels, local_wheels, package_sources
 from app.engine.uv_process import LogFile, UvRun, find_uv
@@ -175,8 +176,20 @@ class Installation:
                     compiler.hint(),
                 ) from error
             raise
+        if layer.source:
+            interpreter = self._environments.interpreter(self._name)
+            self._report(Progress(phase=f"Fetching {layer.title}"))
+            fetch_source(layer.source, self._folder / layer.folder, layer.keep, interpreter, self._fetch)
         if layer.probe:
             self._probe(layer.probe, f"Trying {layer.title} out")
+
+    def _fetch(self, command: list[str | Path]) -> object:
+        # pip reads its own configuration; what somebody chose for uv alone counts too.
+        variables = {"PYTHONSAFEPATH": "1"}
+        for uv, pip in (("UV_INDEX_URL", "PIP_INDEX_URL"), ("UV_DEFAULT_INDEX", "PIP_INDEX_URL")):
+            if os.environ.get(uv) and not os.environ.get(pip):
+                variables[pip] = os.environ[uv]
+        return self._run.run(command, "Fetching a package's source", variables=variables)
 
     def _options(self, layer: Layer, cuda: str) -> tuple[list[str | Path], dict[str, str]]:
         options: list[str | Path] = []

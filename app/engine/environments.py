@@ -56,11 +56,16 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         gpu: Python code that prints `gpu True` on stderr when what was installed can use a graphics card; "" where
             that does not depend on how it was built.
         probe: Python code that runs only when the layer works; "" for none.
+        source: `name==version` of a package of whose source parts are unpacked into the environment; "" for none.
+        folder: where in the environment. keep: the parts, as paths in the package.
     """
 
     name: str
     title: str
     requirements: tuple[str, ...]
+    source: str = ""
+    folder: str = ""
+    keep: tuple[str, ...] = ()
     optional: bool = False
     compiles: str = ""
     gpu: str = ""
@@ -69,7 +74,8 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def fingerprint(self) -> str:
         """Changes when a pin does."""
-        return hashlib.sha256("\0".join(self.requirements).encode()).hexdigest()[:16]
+        source = [self.source, *self.keep] if self.source else []
+        return hashlib.sha256("\0".join([*self.requirements, *source]).encode()).hexdigest()[:16]
 
 
 class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +87,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         python: oldest and newest Python for it, as `3.11`.
         extends: environments whose layers come first.
         probe: Python code that runs only when the environment works.
+        on_demand: installed when something asks for it, not by the first start.
     """
 
     name: str = ""
@@ -93,6 +100,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     layers: tuple[Layer, ...]
     extends: tuple[str, ...] = ()
     bytes_cuda: int = 0
+    on_demand: bool = False
 
 
 class Stamp(msgspec.Struct, kw_only=True):
@@ -423,15 +431,23 @@ def _override(name: str) -> Path | None:
 
 
 def _read_specs(folders: Sequence[Path]) -> dict[str, EnvironmentSpec]:
+    read = {
+        path.stem: msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentSpec)
+        for folder in folders
+        for path in sorted(folder.glob("*.toml"))
+    }
     specs: dict[str, EnvironmentSpec] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*.toml")):
-            spec = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentSpec)
-            bases = [specs[base] for base in spec.extends]
-            layers = [layer for base in bases for layer in base.layers] + list(spec.layers)
+
+    def whole(name: str) -> EnvironmentSpec:
+        if name not in specs:
+            spec = read[name]
+            bases = [whole(base) for base in spec.extends]
+            layers = {layer.name: layer for base in bases for layer in base.layers} | {layer.name: layer for layer in spec.layers}
             probe = "\n".join([*(base.probe for base in bases), spec.probe])
-            specs[path.stem] = msgspec.structs.replace(spec, name=path.stem, layers=tuple(layers), probe=probe)
-    return specs
+            specs[name] = msgspec.structs.replace(spec, name=name, layers=tuple(layers.values()), probe=probe)
+        return specs[name]
+
+    return {name: whole(name) for name in read}
 
 
 @contextlib.contextmanager

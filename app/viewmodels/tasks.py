@@ -140,7 +140,8 @@ class TaskQueue(QObject):
             raise WeftError(ErrorKind.BUSY, f"{job.title} has not ended.", "Cancel it first.")
         parameters = envelope["parameters"]
         if "resume" in parameters:
-            parameters = {**parameters, "resume": True}
+            # A task that takes a word for it goes on only where there is something to go on with.
+            parameters = {**parameters, "resume": "if_there" if isinstance(parameters["resume"], str) else True}
         return self.submit(job.task, job.title, parameters, environment=envelope["environment"], resource=job.resource)
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     interpreters = {WINDOW: python}
     if ENGINES in plan or "tests/e2e" in str(plan) or options.bench:
         interpreters[ENGINES] = engine_python(python)
-        for name in ("WEFT_PYTHON_CORE", "WEFT_PYTHON_LLAMACPP"):
+        for name in ("WEFT_PYTHON_CORE", "WEFT_PYTHON_LLAMACPP", "WEFT_PYTHON_EXPORT"):
             environment.setdefault(name, str(interpreters[ENGINES]))
     outcomes: list[Outcome] = []
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:

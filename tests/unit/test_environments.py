@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import tomllib
@@ -22,6 +23,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
 from app.engine import compiler
+from app.engine.environment_source import unpack
 from app.engine.environments import Environments, EnvironmentState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -542,9 +544,13 @@ def test_an_interpreter_of_ones_own_is_asked_for_its_files(monkeypatch: pytest.M
 def test_the_lists_and_the_extras_are_equal() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     specs = Environments(Path("nowhere")).specs()
-    assert set(specs) == {"core", "llamacpp"}
-    for name, spec in specs.items():
-        assert [r for layer in spec.layers for r in layer.requirements] == extras[name]
+    assert set(specs) == {"core", "llamacpp", "export"}
+    for name in ("core", "llamacpp"):
+        assert [r for layer in specs[name].layers for r in layer.requirements] == extras[name]
+    # What is made of both needs no extra of its own, and its source is of the very version that runs.
+    own = [layer for layer in specs["export"].layers if layer.name == "converter"]
+    assert [layer.source for layer in own] == [r for r in extras["llamacpp"] if r.startswith("llama-cpp-python")]
+    assert specs["export"].on_demand and not specs["core"].on_demand
 
 
 def test_every_pin_agrees_with_the_constraints() -> None:
@@ -585,3 +591,41 @@ def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+# Parts of a source package ----------------------------------------------------------------------
+
+
+def _archive(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    return path
+
+
+def test_only_the_wanted_parts_of_a_source_are_unpacked(tmp_path: Path) -> None:
+    members = {"p-1/a/convert.py": b"1", "p-1/a/conversion/llama.py": b"2", "p-1/a/conversionist.py": b"3", "p-1/b.py": b"4"}
+    archive = _archive(tmp_path / "p.tar.gz", members, {"p-1/a/conversion/link.py": "/etc/passwd"})
+    unpack(archive, ["a/convert.py", "a/conversion"], tmp_path / "out")
+    files = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if not p.is_dir())
+    assert files == ["conversion/llama.py", "convert.py"]
+    with pytest.raises(WeftError, match="lacks a/missing"):
+        unpack(archive, ["a/missing"], tmp_path / "other")
+
+
+@pytest.mark.attack
+def test_a_source_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    archive = _archive(tmp_path / "p.tar.gz", {"p-1/a/../../../../evil.py": b"1"})
+    with pytest.raises(WeftError) as refused:
+        unpack(archive, ["a"], tmp_path / "deep" / "er" / "out")
+    assert refused.value.kind is ErrorKind.HOSTILE
+    assert not list(tmp_path.rglob("evil.py"))
+    (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:60])
+    with pytest.raises(WeftError, match="cannot be unpacked"):
+        unpack(tmp_path / "cut.tar.gz", ["a"], tmp_path / "cut")
