@@ -199,19 +199,38 @@ class Stage:
             _link(file, self.path / file.name)
         if self.weights[0].name != SINGLES[form]:
             _link(folder / INDEXES[form], self.path / INDEXES[form])
-        for entry in sorted(folder.iterdir()):
-            if entry.name not in _TOKENIZER_FILES or not entry.is_file():
-                continue
-            if entry.name in _CLEANED:
-                found = clean(read_json(entry))
-                self.custom_code += tuple(c for c in custom_code(read_json(entry)) if c not in self.custom_code)
-                _write(self.path / entry.name, {k: v for k, v in found.items() if not k.endswith("_file")})
-            else:
-                _link(entry, self.path / entry.name)
+        found = stage_tokenizer(folder, self.path)
+        self.custom_code += tuple(code for code in found if code not in self.custom_code)
 
     def close(self) -> None:
         """Remove the links."""
         self._temporary.cleanup()
+
+
+def stage_tokenizer(folder: Path, target: Path) -> tuple[str, ...]:
+    """Put the tokenizer files of a model folder into `target`, cleaned of what runs code or names other files.
+
+    A `config.json`, which transformers asks for the tokenizer's class, is cleaned and put there when `target` has none.
+
+    Returns:
+        The Python modules that they ask to run.
+
+    Raises:
+        WeftError: CORRUPT, naming the file.
+    """
+    custom: tuple[str, ...] = ()
+    for entry in sorted(folder.iterdir()):
+        if entry.name == "config.json" and not (target / entry.name).exists():
+            _write(target / entry.name, clean(read_json(entry)))
+        if entry.name not in _TOKENIZER_FILES or not entry.is_file():
+            continue
+        if entry.name in _CLEANED:
+            value = read_json(entry)
+            custom += custom_code(value)
+            _write(target / entry.name, {k: v for k, v in clean(value).items() if not k.endswith("_file")})
+        else:
+            _link(entry, target / entry.name)
+    return custom
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -39,13 +39,22 @@ class Raised(jinja2.TemplateError):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the model wrote; for rendering it is transparent."""
+    """`{% generation %}…{% endgeneration %}` marks what the model wrote.
+
+    For rendering it is transparent, unless the variables weft_generation_open and weft_generation_close are set: they
+    are written around it then, so that training finds the answers.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks = [
+            jinja2.nodes.Output([jinja2.nodes.Name(f"weft_generation_{side}", "load")], lineno=line)
+            for side in ("open", "close")
+        ]
+        return [marks[0], *body, marks[1]]
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
