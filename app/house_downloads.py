@@ -160,7 +160,7 @@ class DownloadsHouse(QObject):
     def _finished(self, download: Download) -> None:
         self.library_changed.emit()
         what = "adapter" if download.kind == "adapter" else "model"
-        self.notice.emit(
+        self._tell(
             Notice(
                 text=f"{download.title} is downloaded and verified: it is in your {what} library.",
                 tone="positive",
@@ -172,7 +172,9 @@ class DownloadsHouse(QObject):
     def _broke(self, download: Download, error: WeftError) -> None:
         if error.kind is ErrorKind.CANCELLED:
             return
-        self.notice.emit(
+        if self._window is not None and self._window.isActiveWindow():
+            return  # its row says so, with what helps
+        self._tell(
             Notice(
                 text=f"{download.title} could not be downloaded. {error.message}",
                 tone="negative",
@@ -181,6 +183,13 @@ class DownloadsHouse(QObject):
                 important=True,
             )
         )
+
+    def _tell(self, notice: Notice) -> None:
+        """Where the person looks: in this window when it is in front, else in the main one, which tells the desktop."""
+        if self._window is not None and self._window.isActiveWindow():
+            self._window.show_notice(notice)
+        else:
+            self.notice.emit(notice)
 
     @Slot()
     def _badge(self) -> None:

@@ -55,7 +55,7 @@ class DownloadTable(QAbstractTableModel):
     def _progressed(self) -> None:
         for place, row in enumerate(self.rows):
             if row.worker is not None or row.waits:
-                self.dataChanged.emit(self.index(place, PROGRESS), self.index(place, LEFT))
+                self.dataChanged.emit(self.index(place, NAME), self.index(place, LEFT))
 
     def rowCount(self, parent: Index = QModelIndex()) -> int:
         return 0 if parent.isValid() else len(self.rows)
@@ -73,7 +73,13 @@ class DownloadTable(QAbstractTableModel):
 
     def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> object:
         row, column = self.rows[index.row()], index.column()
-        if role in (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.AccessibleTextRole):
+        if role == Qt.ItemDataRole.DisplayRole:
+            return text_of(row, column)
+        if role == Qt.ItemDataRole.AccessibleTextRole:
+            if column == NAME:  # the state is an icon, the file at work a second line
+                return ", ".join(
+                    part for part in (text_of(row, NAME), STATE_WORDS[row.state][0], file_text(row)) if part
+                )
             return text_of(row, column)
         if role == Qt.ItemDataRole.ToolTipRole:
             download = row.download
@@ -95,6 +101,14 @@ def text_of(row: Row, column: int) -> str:
         return f"{readable_bytes(row.speed.now)}/s" if row.speed.now >= 1 else "–"
     left = row.left
     return readable_seconds(left) if left is not None else "–"
+
+
+def file_text(row: Row) -> str:
+    """The file at work and how far it is, `model-00002-of-00004.safetensors · 1.2 GB of 4.9 GB`; "" where there is one alone."""
+    news = row.news
+    if news is None or news.files_total < 2 or not news.file or row.state is not DownloadState.RUNNING:
+        return ""
+    return f"{news.file.rpartition('/')[2]} · {readable_bytes(news.file_done)} of {readable_bytes(news.file_total)}"
 
 
 def progress_text(row: Row) -> str:

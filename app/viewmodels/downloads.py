@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -194,7 +195,8 @@ class Downloads(QObject):
                 self.added.emit(row.download)
                 return
         queued = [(row.download.folder, row.download.total - row.done) for row in self.active]
-        here = listing.here if copies else {}
+        own = f"{folder}{os.sep}"  # what lies there already is compared in its place
+        here = {path: place for path, place in listing.here.items() if copies and not place.startswith(own)}
         key = ("add", listing, chosen, folder, here)
         self._work.run(key, lambda: check_space(folder, chosen, queued, here))
 
@@ -477,7 +479,7 @@ def check_space(
             complete = target.stat().st_size == file.size
         except OSError:
             complete = False
-        if not complete and not (file.path in here and Path(here[file.path]).stat().st_dev == drive):
+        if not complete and not _on_drive(here.get(file.path, ""), drive):
             needed += file.size - arrived_bytes(target)
     if needed and needed + spoken + SPARE > free:
         queue = f", of which {readable_bytes(spoken)} is spoken for by the queue" if spoken else ""
@@ -486,6 +488,14 @@ def check_space(
             f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}.",
             "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
         )
+
+
+def _on_drive(place: str, drive: int) -> bool:
+    """Whether a copy is there, on that drive: then it takes no room as a link."""
+    try:
+        return bool(place) and Path(place).stat().st_dev == drive
+    except OSError:
+        return False
 
 
 def _existing(folder: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 
 import msgspec
 from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, Signal
@@ -109,17 +111,21 @@ class FileRow(msgspec.Struct, kw_only=True):
     """One line of a file list: a file, or files that are of use only together.
 
     Attributes:
-        usual: part of what "the repository" means. problem: why it is of no use as it is.
-        here: bytes of it that lie on this machine already.
+        model: a GGUF model. usual: part of what "the repository" means. problem: why it is of no use as it is.
+        here: bytes of it that lie on this machine already, and of these `in_place` where they would go.
+        sees: it comes with a projector, so that the model can see images.
     """
 
     title: str
     files: tuple[RemoteFile, ...]
     quantization: str = ""
     fitting: Fitting | None = None
+    model: bool = False
     usual: bool = False
     checked: bool = False
     here: int = 0
+    in_place: int = 0
+    sees: bool = False
     problem: str = ""
 
     @property
@@ -150,11 +156,18 @@ class FileTable(QAbstractTableModel):
         self.listing: Listing | None = None
         self.rows: list[FileRow] = []
         self.whole: Fitting | None = None
+        self._folder = ""
 
-    def set_listing(self, listing: Listing | None, file: str = "") -> None:
-        """Show a repository; `file` is checked when a link named one, else what most people want."""
+    def set_listing(self, listing: Listing | None, file: str = "", folder: Path | None = None) -> None:
+        """Show a repository.
+
+        Args:
+            file: is checked when a link named one, else what most people want. folder: where its files would go.
+        """
         self.beginResetModel()
         self.listing = listing
+        self.whole = None
+        self._folder = f"{folder}{os.sep}" if folder is not None else ""
         self.rows = self._rows(listing) if listing is not None else []
         named = [row for row in self.rows if file and any(file == part.path for part in row.files)]
         for row in named or self._proposed():
@@ -176,7 +189,8 @@ class FileTable(QAbstractTableModel):
                     files=choice.all_files,
                     quantization=choice.quantization,
                     fitting=self._judge(_entry(choice.title, choice.bytes, ModelFormat.GGUF)),
-                    usual=False,
+                    model=True,
+                    sees=choice.projector is not None,
                     problem=notes,
                 )
             )
@@ -184,16 +198,23 @@ class FileTable(QAbstractTableModel):
         for file in sorted(listing.files, key=lambda f: (f.path not in usual, -f.size, f.path)):
             if file.path not in covered:
                 rows.append(FileRow(title=file.path, files=(file,), usual=file.path in usual))
+        weights = sum(f.size for f in listing.files if f.path in usual and _is_weight(f.path))
+        if listing.kind == "model" and weights:
+            self.whole = self._judge(_entry(listing.repo, weights, ModelFormat.SAFETENSORS))
         for row in rows:
             row.here = sum(file.size for file in row.files if file.path in listing.here)
-        weights = sum(f.size for f in listing.files if f.path in usual and f.path.endswith((".safetensors", ".bin")))
-        is_model = listing.kind == "model" and weights
-        self.whole = self._judge(_entry(listing.repo, weights, ModelFormat.SAFETENSORS)) if is_model else None
+            row.in_place = sum(file.size for file in row.files if self._is_in_place(file))
+            if row.usual and _is_weight(row.title):
+                row.fitting = self.whole  # the files of one model fit together or not at all
         return rows
+
+    def _is_in_place(self, file: RemoteFile) -> bool:
+        place = self.listing.here.get(file.path, "") if self.listing is not None else ""
+        return bool(place and self._folder) and place.startswith(self._folder)
 
     def _proposed(self) -> list[FileRow]:
         """The repository's usual files; of several GGUF models the one that most people want and that fits."""
-        models = [row for row in self.rows if row.quantization or row.title.lower().endswith(".gguf")]
+        models = [row for row in self.rows if row.model]
         if not models:
             return [row for row in self.rows if row.usual]
         fitting = [
@@ -206,9 +227,10 @@ class FileTable(QAbstractTableModel):
 
     def check(self, which: str) -> None:
         """Check `usual`, `all` or `none`."""
-        models = [row for row in self.rows if row.fitting is not None]
+        usual = [row for row in self.rows if row.usual]
+        proposed = usual if any(_is_weight(row.title) for row in usual) else self._proposed()
         for row in self.rows:
-            row.checked = which == "all" or (which == "usual" and (row.usual or (row in models and len(models) == 1)))
+            row.checked = which == "all" or (which == "usual" and any(row is one for one in proposed))
         if self.rows:
             self.dataChanged.emit(self.index(0, 0), self.index(len(self.rows) - 1, 0))
         self.chosen.emit()
@@ -220,10 +242,20 @@ class FileTable(QAbstractTableModel):
         return tuple(found.values())
 
     @property
-    def here(self) -> int:
-        """Bytes of the checked files that lie on this machine already."""
-        listing = self.listing
-        return sum(file.size for file in self.files if file.path in listing.here) if listing is not None else 0
+    def elsewhere(self) -> int:
+        """Bytes of the checked files that lie on this machine already, but not where they would go."""
+        here = self.listing.here if self.listing is not None else {}
+        return sum(file.size for file in self.files if file.path in here and not self._is_in_place(file))
+
+    @property
+    def in_place(self) -> int:
+        """Bytes of the checked files that are downloaded already."""
+        return sum(file.size for file in self.files if self._is_in_place(file))
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there is anything in it to run."""
+        return any(row.model or _is_weight(row.title) for row in self.rows)
 
     # Qt's questions ---------------------------------------------------------------------------------
 
@@ -268,12 +300,7 @@ class FileTable(QAbstractTableModel):
             return readable_bytes(row.bytes)
         if column == FITS:
             return row.fitting.word if row.fitting is not None else ""
-        parts = [f"{len(row.files)} files"] if len(row.files) > 1 else []
-        if any("mmproj" in file.path.lower() for file in row.files) and len(row.files) > 1:
-            parts = [f"{len(row.files)} files, can see images"]
-        if row.here:
-            parts.append("on this machine" if row.here >= row.bytes * 0.99 else "partly on this machine")
-        return row.problem or ", ".join(parts)
+        return row.problem or ", ".join(_notes(row))
 
     def setData(self, index: Index, value: object, role: int = Qt.ItemDataRole.EditRole) -> bool:
         if role != Qt.ItemDataRole.CheckStateRole or index.column() != FILE:
@@ -282,6 +309,24 @@ class FileTable(QAbstractTableModel):
         self.dataChanged.emit(index, index)
         self.chosen.emit()
         return True
+
+
+def _notes(row: FileRow) -> list[str]:
+    """What is worth knowing of a line, the most important first: the rest may not find room."""
+    notes = []
+    if row.in_place >= row.bytes * 0.99 and row.in_place:
+        notes.append("downloaded")
+    elif row.here:
+        notes.append("on this machine" if row.here >= row.bytes * 0.99 else "partly on this machine")
+    if row.sees:
+        notes.append("sees images")
+    if len(row.files) > 1:
+        notes.append(f"{len(row.files)} files")
+    return notes
+
+
+def _is_weight(path: str) -> bool:
+    return path.lower().endswith((".safetensors", ".bin", ".pt", ".pth"))
 
 
 def _entry(name: str, size: int, kind: ModelFormat) -> ModelEntry:

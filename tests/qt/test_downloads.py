@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PySide6.QtCore import Qt
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind
 from app.core.scan import scan
 from app.store.downloads import DownloadState
 from app.viewmodels import downloads as downloads_module
-from app.viewmodels.download_table import PROGRESS, DownloadTable, text_of
+from app.viewmodels.download_table import NAME, PROGRESS, DownloadTable, file_text, text_of
 from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import random_bytes, sha256
 from tests.qt.download_parts import WAIT, Manager, manager
@@ -307,3 +308,17 @@ def test_five_hundred_rows_stay_fluid(qtbot: QtBot, hub: FakeHub, here: Manager)
         window.queue.view.viewport().repaint()
         slowest = max(slowest, time.perf_counter() - begun)
     assert slowest < 0.25  # a frame or a few on a busy machine; seconds when every row is measured
+
+
+def test_the_file_at_work_and_its_own_progress_are_shown(qtbot: QtBot, hub: FakeHub, here: Manager) -> None:
+    hub.add("user/tiny", {"config.json": b"{}", "model.safetensors": random_bytes(3 * MB)})
+    hub.total_rate = 2 * MB
+    table = DownloadTable(here.downloads)
+    download = here.add(qtbot)
+    qtbot.waitUntil(lambda: arrived(here, download) > MB, timeout=WAIT)
+    qtbot.waitUntil(lambda: "model.safetensors · " in file_text(here.downloads.rows[0]), timeout=WAIT)
+    assert "of 3.0 MB" in file_text(here.downloads.rows[0])
+    said = str(table.data(table.index(0, NAME), Qt.ItemDataRole.AccessibleTextRole))
+    assert said.startswith("user/tiny, Downloading, model.safetensors")
+    until(qtbot, here, download, DownloadState.DONE)
+    assert file_text(here.downloads.rows[0]) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QAbstractButton, QWidget
@@ -110,8 +111,11 @@ def test_a_file_list_proposes_what_people_want(qtbot: QtBot, here: Manager, wind
     assert row.quantization == "Q4_K_M" and row.fitting is not None and row.fitting.word == "RAM"
     listed(qtbot, here, window, "user/tiny")
     assert set(checked(window)) == {"config.json", "model.safetensors"}
+    assert all(row.fitting is not None for row in window.finder.files.rows if row.title == "model.safetensors")
     window.finder.files.check("all")
     assert "pytorch_model.bin" in checked(window)
+    window.finder.files.check("usual")
+    assert "pytorch_model.bin" not in checked(window)
     window.finder.files.check("none")
     assert not window.finder.fetch.isEnabled()
 
@@ -255,6 +259,55 @@ def test_files_that_are_here_are_offered(here: Manager, window: DownloadsWindow)
     assert not window.finder.copies.isHidden() and "20 kB" in window.finder.copies.text()
     assert "on this machine" in str(table.data(table.index(1, hub_tables.NOTE)))
     assert window.finder._stack.currentIndex() == finder.FILES
+
+
+def test_usual_of_several_quantizations_is_the_one_that_is_proposed(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow
+) -> None:
+    listed(qtbot, here, window, "user/tiny-GGUF")
+    window.finder.files.check("all")
+    window.finder.files.check("usual")
+    assert checked(window) == ["tiny.Q4_K_M.gguf"]
+
+
+def test_a_list_of_something_else_goes_when_a_name_is_not_found(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow
+) -> None:
+    box = window.finder
+    listed(qtbot, here, window, "user/tiny")
+    box.field.setText("user/tinny")
+    with qtbot.waitSignal(here.queries.failed, timeout=WAIT):
+        box.go()
+        assert not box.fetch.isEnabled()  # not while another list is on its way either
+    assert box._stack.currentIndex() != finder.FILES and box.files.files == ()
+    near = [made for made in box._near if made.isVisible()]
+    assert near and near[0].text() == "user/tiny" == near[0].accessibleName()
+    with qtbot.waitSignal(here.queries.listed, timeout=WAIT):
+        near[0].click()
+    assert not box.banner.isVisible() and box.fetch.isEnabled()
+
+
+def test_what_is_downloaded_says_so_and_is_not_offered_as_a_copy(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow
+) -> None:
+    listed(qtbot, here, window, "user/tiny-GGUF")
+    with qtbot.waitSignal(here.downloads.finished, timeout=WAIT):
+        qtbot.keyClick(window.finder.file_view, Qt.Key.Key_Return, Qt.KeyboardModifier.ControlModifier)
+    listing = here.listing("user/tiny-GGUF")
+    place = here.folder("user/tiny-GGUF") / "tiny.Q4_K_M.gguf"
+    window.finder._listed(msgspec.structs.replace(listing, here={"tiny.Q4_K_M.gguf": str(place)}))
+    box = window.finder
+    assert box.files.data(box.files.index(1, hub_tables.NOTE)) == "downloaded"
+    assert box.copies.isHidden() and box.fetch.text() == "Check again"
+    with qtbot.waitSignal(here.downloads.finished, timeout=WAIT):
+        box.fetch.click()
+    assert here.downloads.rows[-1].download.here == {}
+
+
+def test_an_address_of_another_place_is_not_opened(window: DownloadsWindow) -> None:
+    window.finder.field.setText("http://127.0.0.1:1/user/tiny")
+    window.finder.go()
+    assert window.finder.banner.isVisible() and not window.finder._open_page.isVisible()
 
 
 # Settings ---------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from PySide6.QtCore import QModelIndex, Qt, QUrl, Signal, Slot
-from PySide6.QtGui import QDesktopServices
-from PySide6.QtWidgets import QCheckBox, QFrame, QLineEdit, QProgressBar, QStackedWidget, QWidget
+from PySide6.QtGui import QDesktopServices, QKeySequence, QShortcut
+from PySide6.QtWidgets import QAbstractButton, QCheckBox, QFrame, QLineEdit, QProgressBar, QStackedWidget, QWidget
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
@@ -17,7 +18,7 @@ from app.viewmodels import hub_tables
 from app.viewmodels.fitting import Fitting
 from app.viewmodels.hub_queries import HubQueries
 from app.viewmodels.hub_tables import FileTable, HitRole, ResultTable
-from app.viewmodels.units import readable_bytes
+from app.viewmodels.units import readable_bytes, short_path
 from app.views.downloads.tables import FileCell, ResultCell, Table
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, Chip, ElidedLabel, EmptyState, button, column, icon_button, label, row
@@ -38,6 +39,8 @@ _SORTS = (
     ("Newest", "created_at"),
 )
 _ADDRESS = re.compile(r"https?://[^\s,]+[^\s,.;:]")
+_NEAR = re.compile(r"Did you mean ([^?]+)\?")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 EMPTY, RESULTS, FILES, NOTHING = range(4)
 
 
@@ -57,7 +60,7 @@ class Finder(QWidget):
         *,
         judge: Callable[[ModelEntry], Fitting],
         endpoint: Callable[[], str],
-        folder: Callable[[Listing], str],
+        folder: Callable[[Listing], Path],
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -66,6 +69,7 @@ class Finder(QWidget):
         self._folder = folder
         self._reference: HubReference | None = None
         self._page = ""
+        self._stale = False  # the list that is shown is not of what was asked for last
         self.results = ResultTable(self)
         self.files = FileTable(judge, self)
         self._stack = QStackedWidget()
@@ -106,6 +110,9 @@ class Finder(QWidget):
         self.field.setMaxLength(2000)
         self.field.textChanged.connect(self._typed)
         self.field.returnPressed.connect(self.go)
+        below = QShortcut(QKeySequence(Qt.Key.Key_Down), self.field)
+        below.setContext(Qt.ShortcutContext.WidgetShortcut)
+        below.activated.connect(self._go_down)
         self.kind = QuietCombo()
         self.kind.setAccessibleName("Kind of model")
         for text, tags in _KINDS:
@@ -128,7 +135,8 @@ class Finder(QWidget):
         self._open_page = button("Open page", self._open, kind="link", icon_name="open")
         self._open_settings = button("Settings", self.settings_wanted.emit, kind="link", icon_name="settings")
         self._again = button("Try again", self.go, kind="link", icon_name="reload")
-        for made in (self._open_page, self._open_settings, self._again):
+        self._near = [button("", self._ask_near, kind="link") for _ in range(2)]
+        for made in (*self._near, self._open_page, self._open_settings, self._again):
             banner.add(made)
         banner.add(icon_button("close", "Dismiss", banner.hide))
         banner.hide()
@@ -167,7 +175,7 @@ class Finder(QWidget):
         self.file_view = Table(
             "Files",
             FileCell(),
-            {hub_tables.QUANTIZATION: 112, hub_tables.SIZE: 88, hub_tables.FITS: 96, hub_tables.NOTE: 184},
+            {hub_tables.QUANTIZATION: 112, hub_tables.SIZE: 88, hub_tables.FITS: 96, hub_tables.NOTE: 248},
             (hub_tables.NOTE, hub_tables.QUANTIZATION),
         )
         self.file_view.setSelectionMode(Table.SelectionMode.SingleSelection)
@@ -175,12 +183,13 @@ class Finder(QWidget):
         self.file_view.opened.connect(self._toggle_row)
         self.copies = QCheckBox()
         self.copies.setChecked(True)
+        self.copies.toggled.connect(self._show_choice)
         self.copies.setToolTip(
             "They are compared with the hub's checksum first, and linked rather than copied where the disk can."
         )
         self._where = ElidedLabel(mode=Qt.TextElideMode.ElideMiddle)
         self._where.setProperty("tone", "muted")
-        self.fetch = button("Download", self._fetch, kind="primary", icon_name="download")
+        self.fetch = button("Download", self._fetch, kind="primary", icon_name="download", tip="Ctrl+Enter")
         foot = QFrame()
         foot.setObjectName("bar")
         links = [
@@ -195,6 +204,10 @@ class Finder(QWidget):
         below.setStretch(5, 1)
         page = QWidget()
         column(head, self.file_view, foot, spacing=0, parent=page).setStretch(1, 1)
+        for keys in ("Ctrl+Return", "Ctrl+Enter"):
+            made = QShortcut(QKeySequence(keys), page)
+            made.setContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
+            made.activated.connect(self.fetch.click)
         return page
 
     # Asking -----------------------------------------------------------------------------------------
@@ -205,10 +218,15 @@ class Finder(QWidget):
 
     def ask(self, reference: HubReference) -> None:
         """Get the file list of a repository."""
-        self._reference = reference
         text = reference.repo + (f":{reference.revision}" if reference.revision else "")
         if self.field.text() != text:
             self.field.setText(text)
+        self._list(reference)
+
+    def _list(self, reference: HubReference) -> None:
+        self._reference = reference
+        self._stale = True
+        self._show_choice()
         self.banner.hide()
         self._queries.list_files(reference)
 
@@ -276,16 +294,20 @@ class Finder(QWidget):
     @Slot(object)
     def _listed(self, listing: Listing) -> None:
         wanted = self._reference.file if self._reference is not None else ""
-        self.files.set_listing(listing, wanted)
-        branch = "" if listing.revision == "main" else f"  :{listing.revision}"
+        folder = self._folder(listing)
+        self._stale = False
+        self.files.set_listing(listing, wanted, folder)
+        branch = "" if listing.revision == "main" else f":{listing.revision}"
         self._name.setText(f"{listing.repo}{branch}")
         self._gated.setVisible(listing.gated)
         kind = "LoRA adapter" if listing.kind == "adapter" else "Model"
+        kind = kind if self.files.holds_weights else "No model in it"
         whole = self.files.whole
         fits = f" · fits: {whole.word}" if whole is not None and whole.tone != "plain" else ""
-        self._what.setText(f"{kind} · {len(listing.files)} files{fits}")
+        count = f"{len(listing.files)} file" + ("" if len(listing.files) == 1 else "s")
+        self._what.setText(f"{kind} · {count}{fits}")
         self._what.setToolTip(f"Judged by size alone.\n{whole.numbers}" if whole is not None else "")
-        self._where.setText(f"to {self._folder(listing)}")
+        self._where.setText(f"to {short_path(str(folder), str(Path.home()))}")
         self.back.setVisible(bool(self.results.hits))
         self._stack.setCurrentIndex(FILES)
         self.file_view.setFocus()
@@ -296,13 +318,23 @@ class Finder(QWidget):
     def _failed(self, kind: str, error: WeftError) -> None:
         if kind == "hub_user":
             return  # the settings' own question
+        if kind == "hub_files" and self._stack.currentIndex() == FILES:
+            # Not a list of something else under a name that is not there: Download would fetch the wrong thing.
+            self.files.set_listing(None)
+            self._stack.setCurrentIndex(RESULTS if self.results.hits else EMPTY)
         self.show_error(error)
 
     def show_error(self, error: WeftError) -> None:
         """Say what failed above the list, with the buttons that help."""
         text = f"{error.message} {error.hint}"
         found = _ADDRESS.search(text)
-        self._page = found[0] if found else ""
+        self._page = found[0] if found and error.kind is not ErrorKind.BAD_INPUT else ""
+        near = _NEAR.search(text)
+        names = list(dict.fromkeys(_NAME.findall(near[1]))) if near is not None else []
+        for place, made in enumerate(self._near):
+            made.setVisible(place < len(names))
+            made.setText(names[place] if place < len(names) else "")
+            made.setAccessibleName(made.text())
         self.banner.set_tone("warning" if error.kind in (ErrorKind.BAD_INPUT, ErrorKind.NOT_FOUND) else "negative")
         self.banner.text.setText(text)
         self._open_page.setVisible(bool(self._page))
@@ -313,12 +345,16 @@ class Finder(QWidget):
     @Slot()
     def _show_choice(self) -> None:
         files = self.files.files
-        total = sum(file.size for file in files)
-        self.fetch.setText(f"Download {readable_bytes(total)}" if files else "Download")
-        self.fetch.setEnabled(bool(files))
-        here = self.files.here
-        self.copies.setVisible(bool(here))
-        self.copies.setText(f"Use {readable_bytes(here)} that is on this machine")
+        elsewhere = self.files.elsewhere
+        rest = sum(file.size for file in files) - self.files.in_place
+        rest -= elsewhere if self.copies.isChecked() else 0
+        # What is downloaded already is compared with the hub's checksum again, and fetched only where that differs.
+        done = "Add to library" if elsewhere else "Check again" if files else "Download"
+        self.fetch.setText(f"Download {readable_bytes(rest)}" if rest > 0 else done)
+        self.fetch.setAccessibleName(self.fetch.text())
+        self.fetch.setEnabled(bool(files) and not self._stale)
+        self.copies.setVisible(bool(elsewhere))
+        self.copies.setText(f"Use {readable_bytes(elsewhere)} that is on this machine")
 
     # Choosing ---------------------------------------------------------------------------------------
 
@@ -326,9 +362,7 @@ class Finder(QWidget):
     def _open_hit(self, index: QModelIndex) -> None:
         hit: SearchHit | None = index.data(HitRole)
         if hit is not None:
-            self._reference = HubReference(repo=hit.repo)
-            self.banner.hide()
-            self._queries.list_files(self._reference)
+            self._list(HubReference(repo=hit.repo))
 
     @Slot(QModelIndex)
     def _toggle_row(self, index: QModelIndex) -> None:
@@ -336,13 +370,26 @@ class Finder(QWidget):
         state = Qt.CheckState.Unchecked if line.checked else Qt.CheckState.Checked
         self.files.setData(self.files.index(index.row(), hub_tables.FILE), state, Qt.ItemDataRole.CheckStateRole)
 
+    @Slot()
+    def _go_down(self) -> None:
+        """From the field into what it found."""
+        page = self._stack.currentIndex()
+        if page in (RESULTS, FILES):
+            (self.result_view if page == RESULTS else self.file_view).setFocus()
+
+    @Slot()
+    def _ask_near(self) -> None:
+        made = self.sender()
+        if isinstance(made, QAbstractButton):
+            self.ask(HubReference(repo=made.text()))
+
     def _back(self) -> None:
         self._stack.setCurrentIndex(RESULTS)
         self.result_view.setFocus()
 
     @Slot()
     def _fetch(self) -> None:
-        if self.files.listing is not None and self.files.files:
+        if self.files.listing is not None and self.files.files and not self._stale:
             self.wanted.emit(self.files.listing, self.files.files, self.copies.isChecked())
 
     @Slot()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QItemSelection, QModelIndex, QPoint, Qt, QUrl, Signal, Slot
+from collections import Counter
+
+from PySide6.QtCore import QItemSelection, QModelIndex, QPoint, Qt, QTimer, QUrl, Signal, Slot
 from PySide6.QtGui import QDesktopServices
 from PySide6.QtWidgets import QDoubleSpinBox, QFrame, QMenu, QProgressBar, QSpinBox, QStackedWidget, QWidget
 
@@ -76,6 +78,7 @@ class QueuePanel(QWidget):
         self._bar.setRange(0, 1000)
         self._bar.setFixedWidth(96)
         self._bar.setAccessibleName("Progress of the whole queue")
+        self.clear = button("Clear done", self._downloads.clear_done, kind="link", tip="Their files stay")
         self.rate = QDoubleSpinBox()
         self.rate.setRange(0, 10_000)
         self.rate.setDecimals(1)
@@ -106,6 +109,7 @@ class QueuePanel(QWidget):
             self.down,
             self.cancel,
             self._total,
+            self.clear,
             self._bar,
             self.at_once,
             self.rate,
@@ -116,7 +120,7 @@ class QueuePanel(QWidget):
         made.setStretch(6, 1)
         made.insertSpacing(1, 8)
         made.insertSpacing(7, 8)
-        made.insertSpacing(10, 8)
+        made.insertSpacing(11, 8)
         return head
 
     def _make_banner(self) -> Banner:
@@ -180,11 +184,20 @@ class QueuePanel(QWidget):
     def _show_failure(self) -> None:
         chosen = self.selected
         failed = chosen[0].download if len(chosen) == 1 and chosen[0].state is DownloadState.FAILED else None
+        shown = failed is not None and self.banner.isHidden()
         self.banner.setVisible(failed is not None)
         if failed is not None:
-            self.banner.text.setText(f"{failed.message} {failed.hint}".strip())
-            self._open_page.setVisible(failed.failure in (ErrorKind.PERMISSION, ErrorKind.NOT_FOUND))
+            text = f"{failed.message} {failed.hint}".strip()
+            self.banner.text.setText(text)
+            self._open_page.setVisible(failed.page in text or failed.failure == ErrorKind.NOT_FOUND)
             self._open_settings.setVisible("Settings" in failed.hint)
+        if shown:  # it takes room from the table: the download that it speaks of stays in view
+            QTimer.singleShot(0, self._keep_in_view)
+
+    @Slot()
+    def _keep_in_view(self) -> None:
+        if (index := self.view.currentIndex()).isValid():
+            self.view.scrollTo(index)
 
     @Slot()
     def _open_selected_page(self) -> None:
@@ -195,10 +208,15 @@ class QueuePanel(QWidget):
     def _show_total(self) -> None:
         queue = self._downloads
         active, fraction = queue.active, queue.fraction
+        counts = Counter(line.state for line in queue.rows)
         self._bar.setVisible(fraction is not None)
+        self.clear.setVisible(fraction is None and bool(counts[DownloadState.DONE]))
+        failed = [f"{counts[DownloadState.FAILED]} failed"] if counts[DownloadState.FAILED] else []
         if fraction is None:
-            done = sum(line.state is DownloadState.DONE for line in queue.rows)
-            self._total.setText(f"{done} done" if done else "")
+            words = ((DownloadState.PAUSED, "paused"), (DownloadState.DONE, "done"))
+            self._total.setText(
+                " · ".join([*failed, *(f"{counts[state]} {word}" for state, word in words if counts[state])])
+            )
             return
         self._bar.setValue(round(fraction * 1000))
         total = sum(line.download.total for line in active)
@@ -210,7 +228,7 @@ class QueuePanel(QWidget):
             parts.append(f"{readable_bytes(queue.speed)}/s")
         if queue.left is not None:
             parts.append(f"{readable_seconds(queue.left)} left")
-        self._total.setText(" · ".join(parts))
+        self._total.setText(" · ".join(parts + failed))
 
     # What is done -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from PySide6.QtWidgets import (
 
 from app.store.downloads import DownloadState
 from app.viewmodels import download_table, hub_tables
-from app.viewmodels.download_table import STATE_WORDS, DownloadRole
+from app.viewmodels.download_table import STATE_WORDS, DownloadRole, file_text
 from app.viewmodels.downloads import Row
 from app.viewmodels.hub_tables import FileRow
 from app.views.icons import icon
@@ -85,6 +85,8 @@ class FileCell(_Cell):
 
     def role(self, index: Index) -> str:
         row: FileRow = index.data(hub_tables.RowRole)
+        if index.column() == hub_tables.NOTE and row.here and not row.problem:
+            return "positive"
         if index.column() == hub_tables.FITS and row.fitting is not None and row.fitting.tone != "plain":
             return row.fitting.tone
         if index.column() == hub_tables.NOTE and row.problem:
@@ -131,7 +133,7 @@ class QueueCell(_Cell):
         if index.column() == download_table.NAME:
             _, mark, tone = STATE_WORDS[row.state]
             icon(mark, tone).paint(painter, QRect(inner.x(), inner.y() + (inner.height() - 18) // 2, 18, 18))
-            return inner.adjusted(28, 0, 0, 0)
+            return self._second_line(painter, option, row, inner.adjusted(28, 0, 0, 0))
         if index.column() == download_table.PROGRESS and row.state is not DownloadState.DONE:
             track = QRectF(inner.x(), inner.bottom() - 14, inner.width(), 4)
             painter.setPen(Qt.PenStyle.NoPen)
@@ -142,6 +144,19 @@ class QueueCell(_Cell):
                 painter.drawRoundedRect(QRectF(track.x(), track.y(), max(4.0, track.width() * row.fraction), 4), 2, 2)
             return inner.adjusted(0, 0, 0, -14)
         return inner
+
+    def _second_line(self, painter: QPainter, option: QStyleOptionViewItem, row: Row, inner: QRect) -> QRect:
+        """The file at work, below the name; returns the name's own room."""
+        text = file_text(row)
+        if not text:
+            return inner
+        half = inner.height() // 2
+        selected = bool(option.state & QStyle.StateFlag.State_Selected)  # type: ignore[attr-defined]
+        painter.setPen(theme().color("on_selection" if selected else "muted"))
+        below = inner.adjusted(0, half - 1, 0, -5)
+        text = painter.fontMetrics().elidedText(text, Qt.TextElideMode.ElideMiddle, below.width())
+        painter.drawText(below, Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter, text)
+        return inner.adjusted(0, 5, 0, 1 - half)
 
 
 class Table(QTableView):

@@ -17,7 +17,7 @@ from app.store.downloads import Download
 from app.viewmodels.downloads import Downloads
 from app.viewmodels.fitting import Fitting
 from app.viewmodels.hub_queries import HubQueries
-from app.viewmodels.units import readable_bytes, short_path
+from app.viewmodels.units import readable_bytes
 from app.views.dialogs import ConfirmDialog, open_locally
 from app.views.downloads.finder import Finder
 from app.views.downloads.queue import QueuePanel
@@ -61,7 +61,7 @@ class DownloadsWindow(QMainWindow):
         self._endpoint = endpoint
         self._state = state
         self.dialog: QDialog | None = None
-        self.finder = Finder(queries, judge=judge, endpoint=endpoint, folder=self._folder_text)
+        self.finder = Finder(queries, judge=judge, endpoint=endpoint, folder=downloads.folder)
         self.queue = QueuePanel(downloads)
         self._splitter = QSplitter(Qt.Orientation.Vertical)
         self._splitter.addWidget(self.finder)
@@ -170,9 +170,6 @@ class DownloadsWindow(QMainWindow):
     @Slot()
     def _dialog_closed(self) -> None:
         self.dialog = None
-
-    def _folder_text(self, listing: Listing) -> str:
-        return short_path(str(self._downloads.folder(listing)), str(Path.home()))
 
     # State ------------------------------------------------------------------------------------------
 
