@@ -14,6 +14,7 @@ from app.core.archives import CHUNK, Guard, Member, damaged, hostile
 
 _BLOCK = 512
 _MAX_HEADER = 64 * 1024  # bytes of a pax header or long name
+_MAX_PADDING = 1 << 20  # bytes of zeros behind the end
 _XZ_MEMORY = 128 << 20  # bytes that unpacking xz may take
 _PACKED = 64 * 1024
 
@@ -35,6 +36,7 @@ def tar_members(path: Path, read: Read, guard: Guard) -> Iterator[Member]:
         if not any(header):
             empty += 1
             if empty == 2:
+                _rest(path, read)
                 return
             continue
         empty = 0
@@ -55,6 +57,15 @@ def tar_members(path: Path, read: Read, guard: Guard) -> Iterator[Member]:
         if place:
             yield Member(place, size, folder, body.chunks)
         body.skip()
+
+
+def _rest(path: Path, read: Read) -> None:
+    """Read to the very end, where packed archives have their checksum; nothing but zeros belongs there."""
+    left = _MAX_PADDING
+    while piece := read(CHUNK):
+        left -= len(piece)
+        if left < 0 or piece.count(0) != len(piece):
+            raise damaged(path, "something stands behind its end")
 
 
 _PLAIN = frozenset({"0", "\0", "7", "5"})

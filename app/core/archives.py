@@ -229,7 +229,7 @@ def _write(
     told: tuple[Callable[[int, int], None], int],
     cancelled: Callable[[], bool],
 ) -> int:
-    written = 0
+    written: list[Path] = []
     for member in members:
         target = stage / member.name
         if member.folder:
@@ -244,7 +244,9 @@ def _write(
                     raise WeftError(ErrorKind.CANCELLED, "Unpacking was cancelled.")
                 out.write(chunk)
                 told[0](file.tell(), told[1])
-            out.flush()
+        written.append(target)
+    # Only what is kept is worth the wait for the disk: an attack of thousands of small files is refused before.
+    for target in written:
+        with target.open("rb+") as out:
             os.fsync(out.fileno())
-        written += 1
-    return written
+    return len(written)
