@@ -35,8 +35,9 @@ class Fault:
 
     kinds: `cut` (close after `after` bytes of the body), `stall` (wait `seconds` after `after` bytes, then close),
     `ignore_range` (answer 200 with the whole file), `corrupt` (same size, one byte flipped), `change` (the file is another one
-    from now on, with another ETag), `status` (answer `code`, with `retry_after`), `loop` (redirect to itself),
-    `downgrade` (redirect to plain http on another port).
+    from now on, with another ETag), `other_etag` (so for this one answer), `status` (answer `code`, with `retry_after`),
+    `loop` (redirect to itself), `portal` (answer 200 with a log-in page, as networks of hotels do), `api_status` (as `status`,
+    for questions: the path is the address's, such as `/api/models*`), `next_page` (the list's next page lies at `url`).
     """
 
     kind: str
@@ -46,7 +47,12 @@ class Fault:
     seconds: float = 30.0
     code: int = 503
     retry_after: str = ""
+    url: str = ""
     skip: int = 0  # let this many matching requests pass first
+
+
+_OF_QUESTIONS = ("api_status", "next_page")
+_OTHER = bytes(byte ^ 1 for byte in range(256))
 
 
 @dataclasses.dataclass
@@ -120,11 +126,12 @@ class FakeHub:
         """Body bytes sent for files that match."""
         return sum(request.sent for request in self.transfers(path))
 
-    def take_fault(self, path: str) -> Fault | None:
-        """The fault to apply to this transfer, if any."""
+    def take_fault(self, path: str, *kinds: str) -> Fault | None:
+        """The fault to apply to this transfer, if any; `kinds` to those of these kinds alone."""
         with self._lock:
             for fault in self._faults:
-                if not fnmatch.fnmatch(path, fault.path):
+                asked = fault.kind in kinds if kinds else fault.kind not in _OF_QUESTIONS
+                if not asked or not fnmatch.fnmatch(path, fault.path):
                     continue
                 if fault.skip:
                     fault.skip -= 1
@@ -210,6 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub._lock:
             self.hub.requests.append(self.record)
         path = split.path
+        if fault := self.hub.take_fault(path, "api_status"):
+            return self._error(
+                fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
+            )
         if self.record.host == self.hub.store_host or path.startswith("/blob-store/"):
             return self._store(path)
         if path == "/api/whoami-v2":
@@ -287,6 +298,8 @@ class _Handler(BaseHTTPRequestHandler):
         if start + size < len(found):
             rest = "&".join(f"{k}={quote(v)}" for k, vs in query.items() if k != "cursor" for v in vs)
             headers["Link"] = f'<{self.hub.endpoint}/api/models?{rest}&cursor={start + size}>; rel="next"'
+        if fault := self.hub.take_fault("/api/models", "next_page"):
+            headers["Link"] = f'<{fault.url}>; rel="next"'
         return self._json([r.info(next(iter(r.revisions), "main")) for r in found[start : start + size]], headers)
 
     def _info(self, name: str, revision: str | None) -> None:
@@ -350,23 +363,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "EntryNotFound", f"Entry not found: {path}")
         file, commit = files[path], repo.commit(revision) or ""
         headers = {"X-Repo-Commit": commit}
-        fault = self.hub.take_fault(path) if self.command == "GET" else None
+        fault = self.hub.take_fault(path, *(("loop",) if self.command == "HEAD" else ()))
         if fault and fault.kind == "status":
             return self._error(
                 fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
             )
         if fault and fault.kind == "loop":
             return self._redirect(self.path, headers)
-        if fault and fault.kind == "downgrade":
-            return self._redirect(f"http://downgraded.invalid/{path}", headers)
-        if fault and fault.kind == "change":
-            files[path] = file = make_file(path, bytes(b ^ 1 for b in _read(file)), file.lfs)
-            fault = None
         if fault:
             self.hub.misbehave(dataclasses.replace(fault, times=1, skip=0))  # for the transfer itself
         store = f"/blob-store/{quote(name, safe='')}/{commit}/{quote(path)}"
         if not file.lfs:
-            return self._transfer(file, path, headers) if self.command == "GET" else self._head(file, headers)
+            return self._transfer(file, path, headers, files) if self.command == "GET" else self._head(file, headers)
         headers |= {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.etag}"'}
         return self._redirect(f"http://{self.hub.store_host}{store}", headers)
 
@@ -379,14 +387,25 @@ class _Handler(BaseHTTPRequestHandler):
         file = files.get(unquote(file_path)) if files else None
         if file is None:
             return self._error(404, "", "No such blob")
-        return self._transfer(file, unquote(file_path), {}) if self.command == "GET" else self._head(file, {})
+        return self._transfer(file, unquote(file_path), {}, files) if self.command == "GET" else self._head(file, {})
 
-    def _transfer(self, file: HubFile, path: str, headers: dict[str, str]) -> None:
+    def _transfer(
+        self, file: HubFile, path: str, headers: dict[str, str], files: dict[str, HubFile] | None = None
+    ) -> None:
         fault = self.hub.take_fault(path)
         if fault and fault.kind == "status":
             return self._error(
                 fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
             )
+        if fault and fault.kind in ("change", "other_etag"):
+            file = make_file(path, _read(file).translate(_OTHER), file.lfs)
+            if fault.kind == "change" and files is not None:
+                files[path] = file
+        if fault and fault.kind == "portal":
+            page = b"<html>Please log in</html>"
+            self._start(200, {"Content-Type": "text/html", "Content-Length": str(len(page))})
+            self.wfile.write(page)
+            return None
         start, stop, status = 0, file.size, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         unchanged = self.headers.get("If-Range", f'"{file.etag}"') == f'"{file.etag}"'

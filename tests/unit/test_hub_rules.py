@@ -15,7 +15,7 @@ from app.hub.files import Listing, RemoteFile
 from app.hub.journal import LONGEST_NAME, PartHeader, beside
 from app.hub.limits import RateLimit, retry_delay
 from app.hub.local_copies import find_copies, take_copy
-from app.hub.part import PartFile, arrived_bytes
+from app.hub.part import PartFile, arrived_bytes, remove_parts
 from app.hub.places import folder_for, local_name, local_path, refuse_collisions
 from app.hub.positional import PositionalFile
 from app.hub.reference import HubReference, check_file_path, parse_reference
@@ -113,11 +113,19 @@ def test_a_mirror_s_own_addresses_are_read() -> None:
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("path", ["/x", "../x", "a/../x", "a//b", "a/./b", "C:/x", "a\\b", "a\0b", "a\nb", ""])
+@pytest.mark.parametrize(
+    "path",
+    ["/x", "../x", "a/../x", "a//b", "a/./b", "C:/x", "c:x", "a\\b", "a\0b", "a\nb", "", "\ud800", "x/" * 3000 + "x"],
+)
 def test_file_paths_that_could_leave_the_folder_are_refused(path: str) -> None:
     with pytest.raises(WeftError) as caught:
         check_file_path(path)
     assert caught.value.kind is ErrorKind.HOSTILE
+
+
+def test_a_time_in_a_file_s_name_is_no_drive() -> None:
+    check_file_path("evals/results_2024-05-16T12:34:56.json")
+    assert local_path(Path("m"), "C/a:b", windows=True) == Path("m/C/a_b")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,13 @@ def test_a_repository_is_fetched_without_what_it_has_twice() -> None:
     }
     old = {file.path for file in repository_choice(files("config.json", "pytorch_model.bin")).files}
     assert old == {"config.json", "pytorch_model.bin"}
+    below = files(
+        "config.json", "pytorch_model.bin", "checkpoint-5/model.safetensors", "checkpoint-5/pytorch_model.bin"
+    )
+    kept = {file.path for file in repository_choice(below).files}
+    assert kept == {"config.json", "pytorch_model.bin", "checkpoint-5/model.safetensors"}
+    with pytest.raises(WeftError, match="no model or adapter"):
+        usual(files("README.md", "config.json"))
 
 
 def test_files_are_picked_by_path_name_pattern_and_quantization() -> None:
@@ -213,6 +228,14 @@ def test_names_that_are_one_file_on_many_systems_are_refused_together() -> None:
         refuse_collisions(files(pair[0]))
     with pytest.raises(WeftError):
         refuse_collisions(files("a?.txt", "a*.txt"), windows=True)
+    for pair in (("a", "a/b"), ("Data", "data/x/y"), ("m.gguf", "m.gguf.part.journal"), ("d/m.gguf", "d/M.gguf.PART")):
+        for order in (pair, pair[::-1]):
+            with pytest.raises(WeftError) as caught:
+                refuse_collisions(files(*order))
+            assert caught.value.kind is ErrorKind.HOSTILE
+    with pytest.raises(WeftError, match="notes what it has fetched"):
+        refuse_collisions(files(".weft-download.json"))
+    refuse_collisions(files("m.part", "m.gguf", "a/b", "ab"))
 
 
 @pytest.mark.fault
@@ -276,6 +299,59 @@ def test_a_torn_journal_claims_only_what_it_can_prove(tmp_path: Path) -> None:
     other.close()
 
 
+@pytest.mark.fault
+def test_after_a_power_failure_only_what_the_disk_confirmed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claims reached the disk and the bytes did not: zeros lie there, and nothing says so."""
+    from app.hub import positional
+
+    header = PartHeader(url="u", size=3000, etag="e")
+    part = PartFile(tmp_path / "f", header)
+    part.write(0, b"x" * 1000)
+    part.claim(0, 1000)
+    part.sync()
+    part.write(1000, b"x" * 1500)
+    part.claim(1000, 2500)
+    part.close()
+    again = PartFile(tmp_path / "f", header)  # killed, not without power: all of it counts
+    assert again.spans == [(0, 2500)] and arrived_bytes(tmp_path / "f") == 2500
+    again.close()
+    real = positional.boot_mark()
+    for mark in ("00000000-another-run", f"{time.time() - time.monotonic() + 100:.0f}"):
+        monkeypatch.setattr(positional, "boot_mark", lambda mark=mark: mark)
+        assert arrived_bytes(tmp_path / "f") == 1000
+    after = PartFile(tmp_path / "f", header)
+    assert after.spans == [(0, 1000)]
+    after.claim(1000, 1200)
+    after.close()
+    monkeypatch.setattr(positional, "boot_mark", lambda: real)
+    assert after.spans == [(0, 1200)]
+
+
+def test_a_run_of_the_system_is_told_by_when_it_began_where_it_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.hub import positional
+
+    assert positional.same_boot(positional.boot_mark())
+    monkeypatch.setattr(positional, "boot_mark", lambda: "1000000")
+    assert positional.same_boot("1000002")
+    assert not any(positional.same_boot(mark) for mark in ("1000030", "999000", "", "nonsense", "nan"))
+
+
+@pytest.mark.fault
+def test_parts_that_somebody_fetches_now_are_not_removed(tmp_path: Path) -> None:
+    part = PartFile(tmp_path / "f", PartHeader(url="u", size=10, etag="e"))
+    part.write(0, b"0123456789")
+    part.claim(0, 10)
+    (tmp_path / "f.copy.part").write_bytes(b"left by a kill")
+    assert not remove_parts(tmp_path / "f")
+    part.finish()
+    assert (tmp_path / "f").read_bytes() == b"0123456789"
+    PartFile(tmp_path / "f", PartHeader(url="v", size=10, etag="e")).close()
+    assert remove_parts(tmp_path / "f") and remove_parts(tmp_path / "f")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
 def test_two_processes_cannot_hold_one_part_file(tmp_path: Path) -> None:
     from app.hub.part import Locked
 
@@ -316,7 +392,7 @@ def test_retry_after_is_obeyed_in_both_forms_and_against_the_server_s_clock() ->
     assert 60 <= retry_delay(1, "60") <= 61
     date, later = "Wed, 01 Jan 2020 00:00:00 GMT", "Wed, 01 Jan 2020 00:01:00 GMT"
     assert 60 <= retry_delay(1, later, date) <= 61  # however wrong this computer's clock is
-    assert retry_delay(1, "nonsense") < 1
+    assert all(retry_delay(1, nonsense) < 1 for nonsense in ("nonsense", "²", "-5", "9" * 5000, "Wed, 99 Foo"))
     assert retry_delay(1, "999999999") <= 3600
     assert retry_delay(20) <= 60
     assert len({retry_delay(3) for _ in range(20)}) > 10  # jitter

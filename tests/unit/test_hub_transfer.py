@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import ErrorKind, WeftError
+from app.hub.journal import PartHeader
 from app.hub.part import arrived_bytes
 from app.hub.source import HttpSource, HttpTrouble, Located, proxy_for
 from app.hub.transfer import Transfer
@@ -150,26 +151,107 @@ def stop_after(hub: FakeHub, target: Path, file: object, count: int) -> None:
     Transfer(HttpSource(hub.endpoint), file, target, progress=Stopping(), cancelled=cancelled).run()  # type: ignore[arg-type]
 
 
-def test_a_store_whose_etag_changes_between_parts_starts_over(hub: FakeHub, tmp_path: Path) -> None:
-    before, after = random_bytes(40 * 2**20), random_bytes(40 * 2**20)
-    hub.add("user/tiny", {FILE: before})
-    file = remote(hub, checksum=False)
-    source = HttpSource(hub.endpoint)
-    whole = hub.repos["user/tiny"].revisions["main"]
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_store_whose_etag_changes_between_parts_starts_over(hub: FakeHub, tmp_path: Path, checksum: bool) -> None:
+    data = random_bytes(9 * MB)
+    hub.add("user/tiny", {FILE: data})
+    file = remote(hub, commit="main", checksum=checksum)
+    hub.misbehave(Fault("cut", path=FILE, after=3 * MB), Fault("change", path=FILE))
+    if checksum:  # the list names what the file was: it may not become another one
+        with pytest.raises(WeftError, match="another file on the hub"):
+            fetch(hub, tmp_path / FILE, file)
+        assert FILE not in names(tmp_path)
+        return
+    after = fetch(hub, tmp_path / FILE, file).read_bytes()
+    assert after == data.translate(bytes(byte ^ 1 for byte in range(256))) != data  # the new one, whole
+    assert hub.fetched() >= 12 * MB  # what had come of the old one was thrown away
 
-    class Changing(Told):
-        def arrived(self, count: int) -> None:
-            super().arrived(count)
-            if self.came > 10 * MB and whole[FILE].source is before:
-                hub.add("user/tiny", {FILE: after})
-                source._located.clear()
 
-    hub.rate = 20 * MB
-    try:
-        got = Transfer(source, file, tmp_path / FILE, progress=Changing()).run().read_bytes()
-    finally:
+@pytest.mark.parametrize("checksum", [True, False])
+def test_connections_that_open_at_once_never_mix_two_versions(hub: FakeHub, tmp_path: Path, checksum: bool) -> None:
+    """One of the first answers, when no ETag is known yet, is of another version."""
+    data = random_bytes(100 * 2**20)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("other_etag", path=FILE, skip=1))
+    assert fetch(hub, tmp_path / FILE, remote(hub, checksum=checksum)).read_bytes() == data
+    assert not (tmp_path / f"{FILE}.damaged").exists()
+
+
+def test_a_log_in_page_costs_nothing_of_what_has_arrived(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(9 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(
+        Fault("portal", path=FILE), Fault("cut", path=FILE, after=6 * MB), Fault("portal", path=FILE, times=3)
+    )
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert hub.fetched() < 10 * MB
+
+
+def test_what_has_arrived_serves_at_another_commit_and_on_a_mirror(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(9 * MB)
+    hub.add("user/tiny", {FILE: data, "README.md": b"one"})
+    hub.rate = 9 * MB
+    with pytest.raises(WeftError):
+        stop_after(hub, tmp_path / FILE, remote(hub), 4 * MB)
+    kept = arrived_bytes(tmp_path / FILE)
+    assert kept >= 3 * MB
+    first = remote(hub).commit
+    with FakeHub() as mirror:
+        mirror.add("user/tiny", {FILE: data, "README.md": b"two"})
+        assert remote(mirror).commit != first
+        assert fetch(mirror, tmp_path / FILE).read_bytes() == data
+        assert mirror.fetched() == 9 * MB - kept
+
+
+def test_what_arrived_without_checksum_and_etag_is_not_continued() -> None:
+    named = PartHeader(url="u", size=9, etag="e")
+    assert named.continues(named)
+    for other in (
+        PartHeader(url="u", size=9, etag="f"),
+        PartHeader(url="v", size=9, etag="e"),
+        PartHeader(url="u", size=8, etag="e"),
+        PartHeader(url="u", size=9, etag=""),
+        PartHeader(url="u", size=9, etag="e", sha256="a"),
+    ):
+        assert not other.continues(named) and not named.continues(other)
+    nothing = PartHeader(url="u", size=9, etag="")
+    assert not nothing.continues(nothing)
+    summed = PartHeader(url="u", size=9, etag="e", sha256="a")
+    assert PartHeader(url="v", size=9, etag="f", sha256="a").continues(summed)
+    assert not PartHeader(url="u", size=9, etag="f", sha256="a").continues(summed)
+
+
+def test_a_retry_after_that_is_a_date_is_obeyed(hub: FakeHub, tmp_path: Path) -> None:
+    from email.utils import formatdate
+
+    hub.add("user/tiny", {FILE: random_bytes(MB)})
+    hub.misbehave(Fault("status", path=FILE, code=503, retry_after=formatdate(time.time() + 3, usegmt=True)))
+    started = time.monotonic()
+    fetch(hub, tmp_path / FILE)
+    assert 1.9 <= time.monotonic() - started < 5
+
+
+def test_somebody_s_own_file_is_moved_away_and_not_overwritten(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {FILE: random_bytes(MB)})
+    for number in range(2):
+        (tmp_path / FILE).write_bytes(b"mine %d" % number)
+        source = HttpSource(hub.endpoint)
+        transfer = Transfer(source, remote(hub), tmp_path / FILE, keep_old=True)
+        transfer.run()
         source.close()
-    assert got in (before, after)  # one or the other, whole
+        assert transfer.old is not None and transfer.old.read_bytes() == b"mine %d" % number
+        assert sha256(tmp_path / FILE) == remote(hub).sha256
+
+
+@pytest.mark.attack
+def test_headers_that_are_nonsense_end_in_words(hub: FakeHub) -> None:
+    source = HttpSource("https://hub.example", "hf_two\nlines")
+    with pytest.raises(WeftError) as caught:
+        source._request("GET", f"{hub.endpoint}/x", {}, True)
+    assert "hf_" not in str(caught.value) and caught.value.__cause__ is None
+    for target in ("http://[::1", "https://hub.example:99999/x", "https://hub.example:no/"):
+        with pytest.raises(WeftError, match="not a web address"):
+            source._next("https://hub.example/a", target, True)
 
 
 def test_503_is_tried_again_and_then_said(hub: FakeHub, tmp_path: Path) -> None:
@@ -202,6 +284,15 @@ def test_redirects_in_a_circle_end_in_words(hub: FakeHub, tmp_path: Path) -> Non
         fetch(hub, tmp_path / "notes.txt", remote(hub, "notes.txt"))
     assert caught.value.hint
     assert len(hub.requests) < 20
+    hub._faults.clear()
+    hub.requests.clear()
+    located = HttpSource(hub.endpoint)
+    located.locate(remote(hub, "notes.txt"))
+    hub.misbehave(Fault("loop", times=1000))
+    with pytest.raises(HttpTrouble, match="in a circle"):  # also when it begins after the address was known
+        located.open(remote(hub, "notes.txt"), 0, 5)
+    assert len(hub.requests) < 20
+    located.close()
 
 
 @pytest.mark.attack
@@ -263,7 +354,9 @@ def test_a_hub_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert caught.value.kind is ErrorKind.NETWORK and "resume" in caught.value.hint
 
 
-def test_a_wrong_certificate_is_said_and_not_tried_again(tmp_path: Path, hub: FakeHub) -> None:
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[tuple[FakeHub, Path]]:
+    """A hub behind https on this machine's own address, and its certificate."""
     import shutil
     import ssl
     import subprocess
@@ -271,41 +364,38 @@ def test_a_wrong_certificate_is_said_and_not_tried_again(tmp_path: Path, hub: Fa
     if shutil.which("openssl") is None:
         pytest.skip("no openssl program here to make a certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-keyout",
-            key,
-            "-out",
-            certificate,
-            "-days",
-            "2",
-            "-subj",
-            "/CN=nobody",
-        ],
-        check=True,
-        capture_output=True,
-    )
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nobody -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(["openssl", *words.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    with FakeHub() as made:
+        made._server.socket = context.wrap_socket(made._server.socket, server_side=True, do_handshake_on_connect=False)
+        made.endpoint = f"https://127.0.0.1:{made.port}"
+        yield made, certificate
+
+
+def test_a_wrong_certificate_is_said_and_not_tried_again(tmp_path: Path, secure: tuple[FakeHub, Path]) -> None:
+    hub, _ = secure
     hub.add("user/tiny", {FILE: b"abc"})
-    file = remote(hub)
-    with FakeHub() as secure:
-        secure._server.socket = context.wrap_socket(
-            secure._server.socket, server_side=True, do_handshake_on_connect=False
-        )
-        started = time.monotonic()
-        source = HttpSource(f"https://127.0.0.1:{secure.port}", timeout=3)
-        with pytest.raises(WeftError, match="certificate") as caught:
-            Transfer(source, file, tmp_path / FILE).run()
-        assert caught.value.kind is ErrorKind.NETWORK and "date" in caught.value.hint
-        assert time.monotonic() - started < 10
-        source.close()
+    started = time.monotonic()
+    with pytest.raises(WeftError, match="certificate") as caught:
+        fetch(hub, tmp_path / FILE, timeout=3)
+    assert caught.value.kind is ErrorKind.NETWORK and "date" in caught.value.hint
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.attack
+def test_https_serves_and_its_redirect_to_plain_http_ends_the_download(
+    tmp_path: Path, secure: tuple[FakeHub, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, certificate = secure
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    hub.add("user/tiny", {FILE: b"abc", "plain.txt": b"served by the hub itself"})
+    fetch(hub, tmp_path / "plain.txt", remote(hub, "plain.txt"), timeout=3)
+    with pytest.raises(WeftError, match="plain http") as caught:  # its store is at http://
+        fetch(hub, tmp_path / FILE, timeout=3)
+    assert caught.value.kind is ErrorKind.HOSTILE
+    assert not hub.transfers() and not (tmp_path / FILE).exists()
 
 
 def test_a_proxy_that_is_not_there_is_said(tmp_path: Path, hub: FakeHub) -> None:
