@@ -95,11 +95,13 @@ def encode(
     *,
     progress: Callable[[int], None] = lambda rows: None,
     cancelled: Cancelled = lambda: False,
+    allow_empty: bool = False,
 ) -> Encoded:
     """Read all rows and make tokens of them.
 
     Args:
         tokenizer: transformers'. progress: is told the number of rows read so far.
+        allow_empty: no error when nothing usable is left.
 
     Raises:
         WeftError: BAD_INPUT when nothing usable is left (the first reasons are in the message), or when preference rows
@@ -119,7 +121,7 @@ def encode(
     report.template = _template_words(tokenizer, config) if encoder.templated else ""
     report.notes = encoder.notes()
     _finish(report, encoder.examples, encoder.pairs)
-    if not encoder.examples and not encoder.pairs:
+    if not encoder.examples and not encoder.pairs and not allow_empty:
         raise nothing_left(report)
     if encoder.examples and encoder.pairs:
         raise WeftError(
