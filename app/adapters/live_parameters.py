@@ -64,15 +64,30 @@ class Written:
 
     def write(self, weights: Mapping[str, float]) -> None:
         """W′ = W + Σ wᵢDᵢ, summed in float32 and rounded once; the base's own bits where nothing is on."""
-        active = [(weights[key], found) for key, found in self.changes.items() if weights.get(key)]
-        if not active:
+        if any(weights.get(key) for key in self.changes):
+            self._put(self._sum(weights, self._wide(self._base)))
+        else:
             self.restore()
-            return
-        total = self._base.to(torch.promote_types(self._base.dtype, torch.float32), copy=True)
-        for weight, changes in active:
-            for change in changes:
-                change.add_to(total, weight)
-        self._put(total)
+
+    def value(self, weights: Mapping[str, float]) -> Tensor:
+        """W′, in the base's dtype; the base's own where nothing is on."""
+        if not any(weights.get(key) for key in self.changes):
+            return self._base
+        return self._sum(weights, self._wide(self._base)).to(self._base.dtype)
+
+    def difference(self, weights: Mapping[str, float]) -> Tensor:
+        """Σ wᵢDᵢ in float32 or wider."""
+        return self._sum(weights, torch.zeros_like(self._wide(self._base)))
+
+    def _wide(self, value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+    def _sum(self, weights: Mapping[str, float], total: Tensor) -> Tensor:
+        for key, changes in self.changes.items():
+            if weight := weights.get(key):
+                for change in changes:
+                    change.add_to(total, weight)
+        return total
 
     @torch.no_grad()
     def _put(self, total: Tensor) -> None:

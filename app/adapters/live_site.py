@@ -5,7 +5,8 @@ those adapters that bring a whole matrix Mᵢ of their own:
 
     y = (base(x) − bias) ⊙ f + bias + ((x Aᵀ) ⊙ w) Bᵀ + Σ wᵢ x Mᵢᵀ
 
-The weights w are held once for all modules that have the same ranks, so that changing them touches no module.
+The weights w are held once for all modules that have the same ranks, so that changing them touches no module. Where rows of a
+batch have weights of their own, w and f are (rows, 1, …), and nothing else changes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from app.adapters.live_rows import by_rows
 
 
 class Part(NamedTuple):
@@ -86,13 +89,15 @@ class Site:
         if self._installed:
             self.module.forward = self._run
 
-    def install(self) -> None:
-        """Let the module answer for the stack."""
-        if not self._installed and self._run is not None:
+    def install(self, batch: int = 0) -> None:
+        """Let the module answer for the stack; for `batch` rows with weights of their own."""
+        if self._run is None:
+            return
+        if not self._installed:
             self._own = "forward" in self.module.__dict__
             self._previous = self.module.forward
-            self.module.forward = self._run
             self._installed = True
+        self.module.forward = by_rows(self._run, batch) if batch and self.kind != "embedding" else self._run
 
     def remove(self) -> None:
         """Let the module be the base's again."""
@@ -191,7 +196,9 @@ class Site:
             for weight, matrix in whole:
                 y = y + (linear(z, matrix.T if transposed else matrix) * weight.value).to(y.dtype)
             if rows is not None:
-                y = y.index_add(-1, rows[0], linear(z, rows[1].value[:-1].to(dtype)).to(y.dtype))
+                found = rows[1].value[..., :-1, :].to(dtype)
+                more = linear(z, found) if found.dim() == 2 else z @ found.transpose(1, 2)
+                y = y.index_add(-1, rows[0], more.to(y.dtype))
             return y
 
         return full
@@ -218,7 +225,11 @@ class Site:
                 more.append(functional.linear(embedding(tokens, columns) * low[2].value, low[1]))
             more += [embedding(tokens, matrix) * weight.value for weight, matrix in whole]
             if rows is not None and lookup is not None:
-                more.append(embedding(lookup[tokens], rows[1].value))
+                places, found = lookup[tokens], rows[1].value
+                if found.dim() == 2:
+                    more.append(embedding(places, found))
+                else:
+                    more.append(found[torch.arange(len(found), device=found.device)[:, None], places])
             if not more:
                 return y
             total = sum(more[1:], more[0]).to(y.dtype)

@@ -5,7 +5,7 @@ What a stack means, and why this is not PEFT's live switching: docs/adapter_arit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from app.adapters.live_names import Names
 from app.adapters.live_parameters import Written
 from app.adapters.live_parts import Parts, read_parts
+from app.adapters.live_rows import RowPatch, agree, cannot, patches
 from app.adapters.live_site import Held, Shared, Site
 from app.adapters.tensors_torch import OpenAdapter
 
@@ -41,6 +42,7 @@ class LiveStack:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rows: list[tuple[Held, Tensor]] = []
         self._order: list[str] = []
+        self._patches: list[RowPatch] = []
         self._changed = False  # adapters came or went since the sites were built
 
     # What comes and goes ------------------------------------------------------------------------
@@ -100,14 +102,12 @@ class LiveStack:
         Returns:
             Whether what the KV cache holds is no longer what this stack would have put there.
         """
+        self._end_rows()
         before = {k: w for k, w in self.weights.items() if w and self._deep[k]}
         self.weights = {key: float(weights.get(key, 0.0)) for key in self.weights}
         after = {k: w for k, w in self.weights.items() if w and self._deep[k]}
-        # Sums are made in the order of the keys: the order in which adapters were added changes not even a bit.
-        order = sorted(self.weights)
-        if self._changed:
-            self._build(order)
-        self._set_weights()
+        self._build_if_changed()
+        self._set_weights(torch.tensor([self.weights[key] for key in self._order], dtype=torch.float32))
         for written in self._written.values():
             written.write(self.weights)
         on = any(self.weights.values())
@@ -115,12 +115,42 @@ class LiveStack:
             site.install() if on else site.remove()
         return before != after
 
+    def apply_rows(self, rows: Sequence[Mapping[str, float]]) -> str:
+        """Let each row of the passes that follow have weights of its own, until `apply`. `weights` stay what they are.
+
+        Args:
+            rows: one set of weights a row; adapters not named are off.
+
+        Returns:
+            Why these rows cannot be computed together, in a sentence; then nothing changed. "" when they can.
+        """
+        for (name, _), written in self._written.items():
+            if written.changes and not agree(written, rows) and (reason := cannot(name, written)):
+                return reason
+        for name, site in self._sites.items():
+            if ".experts." in name and any(row.get(key) for row in rows for key in site.parts):
+                return "Experts take one stack at a time, so the rows were answered one after the other."
+        self._end_rows()
+        self._build_if_changed()
+        values = [[float(row.get(key, 0.0)) for key in self._order] for row in rows]
+        self._set_weights(torch.tensor(values, dtype=torch.float32).reshape(len(rows), len(self._order)))
+        for site in self._sites.values():
+            site.install(len(rows))
+        self._patches = [RowPatch(module, wrap) for module, wrap in patches(list(self._written.values()), rows)]
+        return ""
+
+    def _end_rows(self) -> None:
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._patches = []
+
     def replaced(self, key: str) -> bool:
         """Whether an adapter is on and changes what the KV cache holds: then discarding it invalidates that."""
         return bool(self.weights.get(key)) and self._deep[key]
 
     def close(self) -> None:
         """Give the model back as it was."""
+        self._end_rows()
         for site in self._sites.values():
             site.remove()
         for written in self._written.values():
@@ -128,6 +158,11 @@ class LiveStack:
         self._sites.clear()
         self._written.clear()
         self.weights.clear()
+
+    def _build_if_changed(self) -> None:
+        if self._changed:
+            # Sums are made in the order of the keys: the order in which adapters were added changes not even a bit.
+            self._build(sorted(self.weights))
 
     def _build(self, order: list[str]) -> None:
         self._layouts, self._singles, self._gains, self._rows = {}, {}, {}, []
@@ -141,17 +176,21 @@ class LiveStack:
         self._tables = {key: torch.cat([t for _, t in found], dim=1).T for key, found in self._gains.items()}
         self._order, self._changed = order, False
 
-    def _set_weights(self) -> None:
-        values = torch.tensor([self.weights[key] for key in self._order], dtype=torch.float32)
+    def _set_weights(self, values: Tensor) -> None:
+        """Weights (adapters,), or (rows, adapters)."""
+        rows = values.dim() == 2
         for held, index in self._layouts.values():
-            held.value = values[index].to(held.value)
+            found = values[..., index]
+            held.value = (found[:, None] if rows else found).to(held.value)
         for held, number in self._singles.values():
-            held.value = values[number].to(held.value)
-        for (device, dtype), found in self._gains.items():
-            table = self._tables[device, dtype]
-            factors = torch.addmv(torch.ones((), device=device), table, values.to(device)).to(dtype)
-            for (held, _), factor in zip(found, factors.split([t.shape[1] for _, t in found]), strict=True):
-                held.value = factor
+            found = values[..., number]
+            held.value = (found[:, None, None] if rows else found).to(held.value)
+        for (device, dtype), sharing in self._gains.items():
+            table, here = self._tables[device, dtype], values.to(device)
+            one = torch.ones((), device=device)
+            factors = (torch.addmm(one, here, table.T) if rows else torch.addmv(one, table, here)).to(dtype)
+            for (held, _), factor in zip(sharing, factors.split([t.shape[1] for _, t in sharing], dim=-1), strict=True):
+                held.value = factor[:, None] if rows else factor
         for held, table in self._rows:
             held.value = torch.tensordot(values.to(table.device), table, dims=1)
 

@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +21,16 @@ from app.core.library import ModelFormat
 from app.core.options import build
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack
-from app.engine.protocol import FinishReason, Generate, Generated, Load, Loaded, Score, Scored
+from app.engine.protocol import Generate, GenerateBatch, Generated, GeneratedBatch, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import hf_files
 from app.generation.hf_options import Options, estimate
 from app.generation.hf_prompt import Prompts
-from app.generation.stop import StopScanner
+from app.generation.in_turn import answer_in_turn, request_of
 
 if TYPE_CHECKING:
     from app.adapters.hf_stack import ModelStack
+    from app.generation.hf_answer import Answer, Asked
     from app.generation.hf_decode import Decoder
 
 SPEC = Spec(
@@ -154,17 +157,36 @@ class Backend(base.Backend):
         for note in self._set_stack(adapters, report):
             report.log("warning", note)
 
-    def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
-        """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
+    def _model_stack(self) -> ModelStack:
         from app.adapters.hf_stack import ModelStack
 
-        _, decoder = self._ready()
         self._stack = self._stack or ModelStack(self._model)
-        stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "modules"))
+        return self._stack
+
+    def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
+        """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
+        _, decoder = self._ready()
+        stale, notes = self._model_stack().set(
+            adapters, lambda phase, done, of: report.progress(phase, done, of, "modules")
+        )
         if stale:
             decoder.reset()
         self.stack = adapters
         return notes
+
+    @contextmanager
+    def _rows(self, request: GenerateBatch, report: Report) -> Iterator[tuple[str, Callable[[list[int]], None]]]:
+        """Give rows their stacks for the block. Yields why that cannot be ("" when it can), and what selects rows."""
+        if all(row.adapters == self.stack for row in request.rows):
+            yield "", lambda _: None
+            return
+        with self._model_stack().rows(
+            [row.adapters for row in request.rows],
+            lambda phase, done, of: report.progress(phase, done, of, "modules"),
+        ) as rows:
+            for note in rows.notes:
+                report.log("warning", note)
+            yield rows.reason, rows.select
 
     def unload(self) -> None:
         if self._prompts is not None:
@@ -188,102 +210,70 @@ class Backend(base.Backend):
     # Generating ---------------------------------------------------------------------------------
 
     def generate(self, request: Generate, report: Report) -> Generated:
-        prompts, decoder = self._ready()
+        _, decoder = self._ready()
+        asked = self._asked(request, report)
+        answer = self._answer(asked, report)
+        started = time.perf_counter()
+        reused = decoder.begin(asked.tokens)
+        logits = decoder.read(
+            asked.tokens,
+            lambda done, total: report.progress("Reading the prompt", done, total, "tokens"),
+            lambda: report.cancelled,
+        )
+        read = time.perf_counter() - started
+        self._finish(answer, logits, report)
+        return answer.result(reused, read)
+
+    def _asked(self, request: Generate, report: Report) -> Asked:
+        """A request made ready."""
+        from app.generation.hf_answer import Asked
+
+        prompts, _ = self._ready()
         if request.images:
             raise WeftError(
                 ErrorKind.UNSUPPORTED, "This loader does not look at images yet.", "Remove the images from the message."
             )
-        sampling = request.sampling
-        seed = sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(4)) % (2**32 - 1)
+        seed = request.sampling.seed if request.sampling.seed is not None else _any_seed()
         prompt, tokens, dropped = prompts.tokens(request, self._context)
         if prompts.template.note and prompts.template.note != self._told:
             self._told = prompts.template.note
             report.log("info", self._told)
-        constraint = prompts.constraint(sampling, self._model.config.get_text_config(decoder=True).vocab_size)
-        started = time.perf_counter()
-        reused = decoder.begin(tokens)
-        logits = decoder.read(
-            tokens,
-            lambda done, total: report.progress("Reading the prompt", done, total, "tokens"),
-            lambda: report.cancelled,
-        )
-        prompt_seconds = time.perf_counter() - started
-        if logits is None:
-            return Generated(
-                finish_reason="cancelled",
-                tokens=0,
-                prompt_tokens=len(tokens),
-                reused_tokens=reused,
-                prompt_seconds=prompt_seconds,
-                dropped_messages=dropped,
-                seed=seed,
-            )
-        reason, count, seconds = self._answer(request, prompt, tokens, logits, seed, constraint, report)
-        return Generated(
-            finish_reason=reason,
-            tokens=count,
-            prompt_tokens=len(tokens),
-            reused_tokens=reused,
-            prompt_seconds=prompt_seconds,
-            seconds=seconds,
-            dropped_messages=dropped,
-            seed=seed,
-        )
+        return Asked(request, prompt, tokens, dropped, seed)
 
-    def _answer(
-        self, request: Generate, prompt: str, tokens: list[int], logits: Any, seed: int, constraint: Any, report: Report
-    ) -> tuple[FinishReason, int, float]:
-        """Decode until something ends it. Returns why, how many tokens, and the seconds after the first."""
-        from app.generation.hf_sampling import Sampler
-        from app.generation.hf_text import TokenText
+    def _answer(self, asked: Asked, report: Report, row: int = 0) -> Answer:
+        from app.generation.hf_answer import Answer
 
+        prompts, _ = self._ready()
+        width: int = self._model.config.get_text_config(decoder=True).vocab_size
+        constraint = prompts.constraint(asked.request.sampling, width)
+        return Answer(asked, prompts, self._context, constraint, report.tokens, row)
+
+    def _finish(self, answer: Answer, logits: Any, report: Report) -> None:
+        """Decode until something ends the answer. `logits` None: the prompt was not read to its end."""
         prompts, decoder = self._ready()
-        sampling = request.sampling
-        sampler = Sampler(sampling, seed, tokens, prompts.dry_breakers, constraint)
-        text = TokenText(prompts.tokenizer, tokens)
-        scanner = StopScanner((*sampling.stop_strings(), *prompts.plain_ends(request)))
-        room = self._context - len(tokens)
-        budget = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-        reason: FinishReason = "length"
-        count = unsaid = 0
-        answer: list[int] = []
-        said: list[str] = []
-        first = time.perf_counter()
-        while count < budget:
+        if logits is None:
+            answer.end("cancelled")
+            return
+        while answer.open:
             if report.cancelled:
-                reason = "cancelled"
-                break
-            token = sampler.choose(logits)
-            if count == 0:
-                first = time.perf_counter()
-            if token in prompts.ends:
-                reason = "stop"
-                break
-            sampler.accept(token)
-            answer.append(token)
-            count += 1
-            unsaid += 1
-            shown, stopped = scanner.feed(text.feed(token))
-            if shown:
-                said.append(shown)
-                report.tokens(shown, unsaid)
-                unsaid = 0
-            if stopped or (constraint is not None and constraint.finished):
-                reason = "stop"
-                break
-            if count < budget:
+                answer.end("cancelled")
+            elif (token := answer.choose(logits)) >= 0:
                 logits = decoder.step(token)
-        seconds = time.perf_counter() - first
-        rest = ""
-        if not scanner.matched:
-            rest, _ = scanner.feed(text.flush())
-            rest += scanner.flush()
-        if rest or unsaid:
-            report.tokens(rest, unsaid)
-        # What was said can be found again in the next prompt only if its text is all that its tokens are.
-        hidden = scanner.matched or not set(answer).isdisjoint(prompts.tokenizer.all_special_ids)
-        prompts.said = ("", []) if hidden else (prompt + "".join(said) + rest, tokens + answer)
-        return reason, count, seconds
+        prompts.said = answer.said()
+
+    def generate_batch(self, request: GenerateBatch, report: Report) -> GeneratedBatch:
+        _, decoder = self._ready()
+        if not decoder.croppable:
+            return answer_in_turn(self, request, report, "This model keeps a state that rows cannot share.")
+        seed = _any_seed()
+        asked = [self._asked(request_of(request, row, seed), report) for row in request.rows]
+        answers = [self._answer(one, report, number) for number, one in enumerate(asked)]
+        from app.generation.hf_batch import answer_together
+
+        with self._rows(request, report) as (reason, select):
+            if not reason:
+                return GeneratedBatch(rows=tuple(answer_together(decoder, answers, report, select)))
+        return answer_in_turn(self, request, report, reason)
 
     # Scoring ------------------------------------------------------------------------------------
 
@@ -330,6 +320,10 @@ class Backend(base.Backend):
         if not torch.cuda.is_available():
             return 0
         return sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def _any_seed() -> int:
+    return int.from_bytes(os.urandom(4)) % (2**32 - 1)
 
 
 def _go_offline() -> None:

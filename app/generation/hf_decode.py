@@ -31,26 +31,29 @@ class Decoder:
 
     Attributes:
         forwarded: tokens sent through the model so far, over all generations.
+        device: where input tokens go. chunk: tokens of a prompt that are read in one pass.
+        takes_positions: the model can be told the positions of its input.
         croppable: whether the cache can go back to an earlier token. Recurrent states cannot; then a prompt is read
             again unless the old one is its beginning.
     """
 
     def __init__(self, model: Any, device: torch.device, slow_weights: bool = False) -> None:
         self._model: Any = model
-        self._device = device
+        self.device = device
         whole = slow_weights or device.type != "cpu"
         parameters = 0 if whole else sum(p.numel() for p in model.parameters())
-        self._chunk = LARGEST_CHUNK if whole else prompt_chunk(parameters, LARGEST_CHUNK)
+        self.chunk = LARGEST_CHUNK if whole else prompt_chunk(parameters, LARGEST_CHUNK)
         self._cache: DynamicCache | None = None
         self._tokens: list[int] = []  # what the cache holds
         names = inspect.signature(model.forward).parameters
         self._cache_name = "cache_params" if "cache_params" in names else "past_key_values"
         self._keep_last = "logits_to_keep" in names
+        self.takes_positions = "position_ids" in names
         self._cancelled: Callable[[], bool] = lambda: False
         self._hooks = [layer.register_forward_pre_hook(self._look) for layer in _layers(model)]
         self.forwarded = 0
         self.croppable = True
-        self._new_cache()  # tells whether it is
+        self.new_cache()  # tells whether it is
 
     @property
     def cached(self) -> list[int]:
@@ -122,21 +125,43 @@ class Decoder:
 
     def _forward(self, tokens: list[int], rows: int = 1) -> torch.Tensor:
         if self._cache is None:
-            self._cache = self._new_cache()
-        arguments: dict[str, Any] = {"logits_to_keep": rows} if self._keep_last else {}
-        arguments[self._cache_name] = self._cache
+            self._cache = self.new_cache()
         held = len(self._tokens)
         try:
-            with torch.inference_mode():
-                output = self._model(
-                    input_ids=torch.tensor([tokens], dtype=torch.long, device=self._device), use_cache=True, **arguments
-                )
+            logits = self._pass(torch.tensor([tokens], dtype=torch.long, device=self.device), self._cache, rows)
         except BaseException:
             self._undo(held)
             raise
         self._tokens += tokens
         self.forwarded += len(tokens)
-        return output.logits[0, -rows:]
+        return logits[0]
+
+    def _pass(self, ids: torch.Tensor, cache: DynamicCache, last: int, **more: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, last, vocabulary] of the last tokens; the cache takes them all in."""
+        arguments: dict[str, Any] = {"logits_to_keep": last} if self._keep_last else {}
+        arguments[self._cache_name] = cache
+        with torch.inference_mode():
+            output = self._model(input_ids=ids, use_cache=True, **arguments, **more)
+        return output.logits[:, -last:]
+
+    def watched_pass(
+        self, ids: torch.Tensor, cache: DynamicCache, cancelled: Callable[[], bool], **more: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A pass over several rows with a cache of their own, beside the one that is kept here.
+
+        Args:
+            ids: [rows, tokens]. cancelled: asked in each layer. more: attention mask, positions.
+
+        Returns:
+            Logits [rows, vocabulary] after the last tokens; None when cancelled: then the cache is good for nothing.
+        """
+        self._cancelled = cancelled
+        try:
+            return self._pass(ids, cache, 1, **more)[:, -1]
+        except _CancelledError:
+            return None
+        finally:
+            self._cancelled = lambda: False
 
     def _undo(self, held: int) -> None:
         """After a pass that broke off: some layers took its tokens, others did not."""
@@ -157,7 +182,8 @@ class Decoder:
             self._cache.crop(-surplus)
             del self._tokens[size:]
 
-    def _new_cache(self) -> DynamicCache:
+    def new_cache(self) -> DynamicCache:
+        """An empty cache that fits the model."""
         cache = DynamicCache(config=self._model.config)
         # A sliding layer forgets what falls out of its window and cannot go back. Kept whole, its mask still hides what
         # is outside the window: the answers are the same, and the next turn need not read the history again.
@@ -168,9 +194,9 @@ class Decoder:
     def _chunk_at(self, at: int, total: int) -> int:
         """How many tokens to read in the next pass."""
         if self._cache is None:
-            self._cache = self._new_cache()
+            self._cache = self.new_cache()
         if self.croppable:
-            return self._chunk
+            return self.chunk
         # Recurrent layers are sure to take a whole text at once, or one token more, but not several more.
         return total if at == 0 else 1
 

@@ -52,9 +52,10 @@ class RowReport:
         self._report.on_adjust(callback)
 
 
-def request_of(batch: GenerateBatch, row: BatchRow) -> Generate:
-    """What a row would be asked alone."""
-    sampling = batch.sampling if row.seed is None else msgspec.structs.replace(batch.sampling, seed=row.seed)
+def request_of(batch: GenerateBatch, row: BatchRow, seed: int | None = None) -> Generate:
+    """What a row would be asked alone. `seed`: where neither the row nor the sampling has one."""
+    wanted = next((number for number in (row.seed, batch.sampling.seed, seed) if number is not None), None)
+    sampling = batch.sampling if wanted is None else msgspec.structs.replace(batch.sampling, seed=wanted)
     return Generate(
         messages=row.messages,
         prompt=row.prompt,
@@ -78,6 +79,7 @@ def answer_in_turn(backend: Any, batch: GenerateBatch, report: Report, note: str
     numbers = sorted(range(len(batch.rows)), key=lambda n: _first_of(batch.rows, n, present))
     done = dict.fromkeys(numbers, NOTHING)
     told: set[str] = set()
+    seed: int | None = None  # the first that was drawn by chance: rows differ in nothing but their stack
     try:
         for place, number in enumerate(numbers, 1):
             if report.cancelled:
@@ -86,7 +88,8 @@ def answer_in_turn(backend: Any, batch: GenerateBatch, report: Report, note: str
             one = RowReport(report, number, place, len(numbers), told)
             if row.adapters != backend.stack:
                 backend.set_adapters(row.adapters, one)
-            done[number] = backend.generate(request_of(batch, row), one)
+            done[number] = backend.generate(request_of(batch, row, seed), one)
+            seed = done[number].seed if row.seed is None else seed
     finally:
         if backend.stack != present or backend.baked != baked:
             backend.set_adapters(present, RowReport(report, 0, 1, 1, told), baked=baked)

@@ -72,7 +72,7 @@ def _wrap(core: Tokenizer) -> transformers.PreTrainedTokenizerFast:
 
 
 def config(family: str, vocabulary: int, context: int, **changes: Any) -> Any:
-    """A small config of a family: llama, qwen2, mistral (sliding window), gemma2 (both kinds of layer), gpt2, phi, mamba."""
+    """A small config of a family: llama, mixtral, qwen2, mistral (sliding window), gemma2 (both kinds of layer), gpt2, phi, mamba."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 64,
@@ -89,6 +89,9 @@ def config(family: str, vocabulary: int, context: int, **changes: Any) -> Any:
     }
     if family == "llama":
         return transformers.LlamaConfig(**{**common, **changes})
+    if family == "mixtral":
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+        return transformers.MixtralConfig(**{**common, **experts, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, "tie_word_embeddings": True, **changes})
     if family == "mistral":

@@ -120,7 +120,9 @@ class Sequential:
     def generate(self, request: protocol.Generate, report: Any) -> protocol.Generated:
         self.calls.append((request.prompt, request.sampling.seed))
         report.tokens("text", 1)
-        return protocol.Generated(finish_reason="stop", tokens=1, prompt_tokens=1, seconds=math.inf)
+        return protocol.Generated(
+            finish_reason="stop", tokens=1, prompt_tokens=1, seconds=math.inf, seed=request.sampling.seed or 0
+        )
 
 
 class Report:
