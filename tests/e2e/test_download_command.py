@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from app.core.ggml import TYPES
+from app.core.gguf_header import read_gguf_header
 from app.core.paths import default_paths, resources
 from app.hub.part import arrived_bytes
 from tests.e2e.command_line import ROOT, weft, weft_json
@@ -19,6 +23,27 @@ from tests.fakes.hub import FakeHub
 from tests.fakes.hub_kit import random_bytes, sha256
 
 STARTER = resources() / "starter" / "weft-starter-f16.gguf"
+_QUANTIZE = """
+import sys
+import llama_cpp
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+parameters.nthread = 1
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), parameters))
+"""
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The starter model as people download models: quantized to Q4_K_M by llama.cpp, in the engine's own interpreter."""
+    python = os.environ.get("WEFT_PYTHON_LLAMACPP")
+    if not python:
+        pytest.skip("WEFT_PYTHON_LLAMACPP names no interpreter with llama-cpp-python")
+    path = tmp_path_factory.mktemp("quantized") / "starter.gguf"
+    subprocess.run([python, "-c", _QUANTIZE, str(STARTER), str(path)], check=True, capture_output=True, timeout=120)
+    kinds = Counter(TYPES[tensor.type].name for tensor in read_gguf_header(path).tensors if len(tensor.shape) > 1)
+    assert set(kinds) == {"Q4_K", "Q6_K"} and kinds["Q4_K"] > kinds["Q6_K"], kinds
+    return path
 
 
 @pytest.fixture
@@ -136,13 +161,13 @@ def test_the_token_of_the_environment_serves_and_never_leaves_the_hub(
             assert token.encode() not in path.read_bytes(), path
 
 
-def test_a_downloaded_model_loads_and_chats(hub: FakeHub) -> None:
-    hub.add("user/tiny-llama", {"tiny.q4_k_m.gguf": STARTER, "README.md": b"# Tiny"})
+def test_a_downloaded_model_loads_and_chats(hub: FakeHub, quantized: Path) -> None:
+    hub.add("user/tiny-llama", {"tiny.q4_k_m.gguf": quantized, "README.md": b"# Tiny"})
     result = weft_json("download", "user/tiny-llama:main", "--file", "tiny.q4_k_m.gguf")
-    assert sha256(Path(result["files"][0]["path"])) == sha256(STARTER)
-    names = [entry["name"] for entry in weft_json("models")]
-    name = next(name for name in names if name.startswith("user/"))
-    answer = weft_json("chat", name, "-p", "How do I add a LoRA?", "--temperature", "0")
+    assert sha256(Path(result["files"][0]["path"])) == sha256(quantized)
+    models = [entry for entry in weft_json("models") if entry["name"].startswith("user/")]
+    assert [entry["quantization"] for entry in models] == ["Q4_K_M"]  # by its header, not by its name
+    answer = weft_json("chat", models[0]["name"], "-p", "How do I add a LoRA?", "--temperature", "0")
     assert "lora" in answer["text"].lower()
 
 
