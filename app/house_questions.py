@@ -61,6 +61,9 @@ class HouseQuestions(QObject):
 
     @Slot(object)
     def crashed(self, crash: Crash) -> None:
+        if crash.lost and crash.again and self._window.current == "chat":
+            return  # told once, in the answer that broke off, with a way on and the log
+
         def build() -> QDialog:
             from app.views.dialogs import CrashDialog
 

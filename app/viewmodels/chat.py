@@ -77,6 +77,7 @@ class ChatController(QObject):
         self._timer.timeout.connect(self._save)
         self._save_failed = False
         loadout.changed.connect(self.activity_changed)
+        loadout.begun.connect(self._begun)
         loadout.tokens.connect(self._tokens)
         loadout.finished.connect(self._finished)
         loadout.failed.connect(self._failed)
@@ -161,6 +162,15 @@ class ChatController(QObject):
         self.opened.emit()
         self.path_changed.emit()
         self.activity_changed.emit()
+
+    def interrupted(self) -> int:
+        """The chat used last, when the window was ended in the middle of an answer there; else 0."""
+        newest = max(self._store.conversations(), key=lambda found: found.modified, default=None)
+        if newest is None or not newest.leaf:
+            return 0
+        last = self._store.message(newest.leaf)
+        told = last.statistics is not None and last.statistics.finish_reason in ("crashed", "failed")
+        return newest.id if last.role == "assistant" and not last.complete and not told else 0
 
     def new(self) -> None:
         """Begin a new chat; it is stored with its first message."""
@@ -400,7 +410,9 @@ class ChatController(QObject):
         assert self._conversation is not None
         try:
             with self._store.together():
-                self._store.update(answer.id, complete=False)
+                # How it ended before no longer holds; if the window is killed now, nothing else would say so.
+                before = answer.statistics and msgspec.structs.replace(answer.statistics, finish_reason="")
+                self._store.update(answer.id, complete=False, statistics=before)
                 self._remember_model(self._conversation)
             self._conversation = self._store.get(self._conversation.id)
         except WeftError as error:  # it is being written all the same; what comes is saved when there is room
@@ -500,6 +512,11 @@ class ChatController(QObject):
             self.path_changed.emit()
 
     # Answers --------------------------------------------------------------------------------------
+
+    @Slot(int)
+    def _begun(self, id: int) -> None:
+        if self._generation is not None and id == self._generation.id:
+            self._generation.begun()
 
     @Slot(int, str, int)
     def _tokens(self, id: int, text: str, count: int) -> None:

@@ -40,6 +40,11 @@ class Generation:
         self._thinking_since = 0.0
         self.reasoning_seconds = statistics.reasoning_seconds if statistics else 0.0
 
+    def begun(self) -> None:
+        """The engine has it: loading the model, or waiting for it, is not part of the answer's time."""
+        if not self._first:
+            self._started = time.perf_counter()
+
     def take(self, text: str, count: int) -> None:
         """The next batch has come."""
         now = time.perf_counter()

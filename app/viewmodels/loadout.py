@@ -41,6 +41,7 @@ class Loadout(QObject):
 
     Signals:
         changed: any property below changed.
+        begun(id): the engine has the request now.
         tokens(id, text, count), progress(id, core.jobs.Progress), finished(id, Generated), failed(id, WeftError): of one request.
         row_tokens(id, row, text, count), and finished(id, GeneratedBatch): of a batch.
         notice(text): a sentence worth a toast.
@@ -53,6 +54,7 @@ class Loadout(QObject):
     tokens = Signal(int, str, int)
     row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
+    begun = Signal(int)
     finished = Signal(int, object)
     failed = Signal(int, object)
     notice = Signal(str)
@@ -446,6 +448,7 @@ class Loadout(QObject):
             self._fail_later(ours, error)
             return
         self._requests.begin(engine_id, ours)
+        self.begun.emit(ours)
         if self.state is LoadoutState.READY:
             self._set(LoadoutState.BUSY)
 
@@ -600,6 +603,8 @@ class Loadout(QObject):
             except WeftError as stopped:
                 error = stopped
         lost = self._requests.take_lost(error, queued=True)
+        for why in lost.values():
+            why.log = log  # type: ignore[attr-defined]  # so that whoever shows it can offer it
         self._drop_engine("The engine ended.")
         self.error = error if counted else None
         # One that we ended because it did not hear a Cancel is no crash: the next message loads the model again.
@@ -611,7 +616,7 @@ class Loadout(QObject):
         elif error.kind is ErrorKind.ENVIRONMENT:
             self.load_failed.emit(error)
         else:
-            self.crashed.emit(Crash(error=error, log=str(log or ""), again=self._policy.allowed))
+            self.crashed.emit(Crash(error=error, log=str(log or ""), again=self._policy.allowed, lost=len(lost)))
 
     @Slot(object)
     def _session_gone(self, session: EngineSession) -> None:

@@ -53,8 +53,9 @@ class CodeQuestion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Crash(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine died by itself. `again` is false after too many crashes."""
+    """The engine died by itself. `again` is false after too many crashes; `lost` counts the requests that it took along."""
 
     error: WeftError
     log: str
     again: bool
+    lost: int = 0

@@ -61,9 +61,16 @@ class ModelTable(QAbstractTableModel):
     Args:
         fitting: where a model fits, for the rows in sight only.
         loaded: id of the model that is loaded, or "".
+
+    Attributes:
+        can_rename: names can be edited in place.
+
+    Signals:
+        counted(shown, in all). renamed(ModelEntry, what was typed).
     """
 
-    counted = Signal(int, int)  # shown, in all
+    counted = Signal(int, int)
+    renamed = Signal(object, str)
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class ModelTable(QAbstractTableModel):
         self._text = ""
         self._sort = (NAME, False)
         self.total = 0
+        self.can_rename = False
 
     # What it shows ----------------------------------------------------------------------------------
 
@@ -172,6 +180,8 @@ class ModelTable(QAbstractTableModel):
         column = index.column()
         if role == Qt.ItemDataRole.DisplayRole:
             return self._text_of(entry, column)
+        if role == Qt.ItemDataRole.EditRole:
+            return entry.name
         if role == EntryRole:
             return entry
         if role == Qt.ItemDataRole.TextAlignmentRole:
@@ -186,6 +196,18 @@ class ModelTable(QAbstractTableModel):
         if role == Qt.ItemDataRole.AccessibleTextRole:
             return f"{COLUMNS[column][0]}: {self._text_of(entry, column)}"
         return None
+
+    def flags(self, index: Index) -> Qt.ItemFlag:
+        editable = self.can_rename and index.column() == NAME
+        return super().flags(index) | (Qt.ItemFlag.ItemIsEditable if editable else Qt.ItemFlag.NoItemFlags)
+
+    def setData(self, index: Index, value: object, role: int = Qt.ItemDataRole.EditRole) -> bool:
+        """A name was typed: `renamed` tells, and whoever hears it changes it."""
+        entry = self.entry(index.row())
+        if role != Qt.ItemDataRole.EditRole or entry is None or not self.can_rename:
+            return False
+        self.renamed.emit(entry, " ".join(str(value).split()))
+        return True
 
     def sort(self, column: int, order: Qt.SortOrder = Qt.SortOrder.AscendingOrder) -> None:
         wanted = (column, order == Qt.SortOrder.DescendingOrder)

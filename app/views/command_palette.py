@@ -20,7 +20,7 @@ from PySide6.QtWidgets import (
 from app.views.icons import icon
 from app.views.page import PaletteCommand
 from app.views.theme import theme
-from app.views.widgets import column, label
+from app.views.widgets import column, cut_corners, label
 
 AT_MOST = 200
 
@@ -147,6 +147,7 @@ class CommandPalette(QDialog):
         width = min(640, parent.width() - 64)
         height = min(440, parent.height() - 120)
         self.setFixedSize(width, height)
+        cut_corners(self)
         self.move(
             parent.mapToGlobal(parent.rect().topLeft()).x() + (parent.width() - width) // 2,
             parent.mapToGlobal(parent.rect().topLeft()).y() + 72,

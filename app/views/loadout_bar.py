@@ -197,8 +197,7 @@ class LoadoutBar(QWidget):
         self.note.setToolTip("\n".join(notes))
         self.note.setAccessibleDescription(" ".join(notes))
         self.load.setVisible(model is not None and now.state in (LoadoutState.EMPTY, LoadoutState.FAILED))
-        self.load.setText("Load again" if now.state is LoadoutState.FAILED else "Load")
-        self.load.setAccessibleName(self.load.text())
+        self.chip.setToolTip(str(now.error) if now.state is LoadoutState.FAILED and now.error is not None else "")
         self.cancel.setVisible(loading)
         self.end.setVisible(now.state is LoadoutState.UNRESPONSIVE)
         self.options.setVisible(model is not None)
@@ -218,7 +217,8 @@ class LoadoutBar(QWidget):
             case LoadoutState.UNRESPONSIVE:
                 return "The engine has not answered for a while. It may recover.", ("Not answering", "warning")
             case LoadoutState.FAILED:
-                return (now.error.message if now.error is not None else "", ("Not loaded", "negative"))
+                # Why is told where it happened: in a dialog, or in the answer that broke off.
+                return "", ("Not loaded", "negative")
             case _:
                 return ("Not loaded" if now.model is not None else "", ("", "plain"))
 

@@ -67,7 +67,7 @@ class MainWindow(QMainWindow):
         body = QWidget()
         row(self.rail, self._right, spacing=0, parent=body)
         self.setCentralWidget(body)
-        self.toasts = Toasts(body)
+        self.toasts = Toasts(body, self.rail.width)
         self._add_actions()
         self._restore()
         body.installEventFilter(self)

@@ -21,7 +21,7 @@ from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole, Model
 from app.viewmodels.units import readable_bytes, readable_count
 from app.views.icons import icon
 from app.views.theme import theme
-from app.views.widgets import button, column, label
+from app.views.widgets import button, column, cut_corners, label
 
 ROW = 48
 
@@ -133,6 +133,7 @@ class ModelPicker(QDialog):
         width = min(520, window.width() - 32)
         height = min(480, window.height() - 120)
         self.setFixedSize(width, height)
+        cut_corners(self)
         self.move(anchor.mapToGlobal(QPoint(0, anchor.height() + 4)))
         self.show()
         self.field.setFocus()

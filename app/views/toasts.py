@@ -1,6 +1,8 @@
-"""Toasts: short messages at the upper right that go away by themselves, newest below."""
+"""Toasts: short messages at the lower left, beside the rail, that go away by themselves, newest below."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from PySide6.QtCore import QEvent, QObject, QTimer, Slot
 from PySide6.QtWidgets import QFrame, QWidget
@@ -11,7 +13,6 @@ from app.views.widgets import IconLabel, button, icon_button, label, row
 SHOWN_MS = 6000
 ACTION_MS = 10_000  # with a button: time to read, decide and reach it
 AT_MOST = 4
-TOP = 64
 
 
 class Toast(QFrame):
@@ -52,11 +53,16 @@ class Toast(QFrame):
 
 
 class Toasts(QObject):
-    """Stacks toasts at the upper right of a widget."""
+    """Stacks toasts at the lower left of a widget.
 
-    def __init__(self, parent: QWidget) -> None:
+    Args:
+        left: how wide what stands at the left is, which they do not cover.
+    """
+
+    def __init__(self, parent: QWidget, left: Callable[[], int] = lambda: 0) -> None:
         super().__init__(parent)
         self._host = parent
+        self._left = left
         self._shown: list[Toast] = []
         parent.installEventFilter(self)
 
@@ -87,9 +93,9 @@ class Toasts(QObject):
         return False
 
     def _place(self) -> None:
-        # Below the page's header: the lower right belongs to what is being typed.
-        top = TOP
-        for toast in self._shown:
+        # Not at the right: there are details with their buttons, and below them what is being typed.
+        bottom = self._host.height() - 16
+        for toast in reversed(self._shown):
             toast.adjustSize()
-            toast.move(self._host.width() - toast.width() - 16, top)
-            top += toast.height() + 8
+            toast.move(self._left() + 16, bottom - toast.height())
+            bottom -= toast.height() + 8

@@ -6,8 +6,8 @@ import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PySide6.QtCore import QRect, QSize, Qt, Signal
-from PySide6.QtGui import QAction, QFontMetrics, QPainter, QPaintEvent, QPalette, QResizeEvent
+from PySide6.QtCore import QRect, QRectF, QSize, Qt, Signal
+from PySide6.QtGui import QAction, QFontMetrics, QPainter, QPainterPath, QPaintEvent, QPalette, QRegion, QResizeEvent
 from PySide6.QtWidgets import (
     QFrame,
     QHBoxLayout,
@@ -24,6 +24,7 @@ from app.views.icons import icon, pixmap
 from app.views.theme import set_property, theme, title_font
 
 GRID = 8
+POPUP_RADIUS = 8  # as in the style sheet
 
 
 def button(
@@ -296,6 +297,13 @@ class Chip(QLabel):
         self.setText(text)
         set_property(self, "chip", tone)
         self.setVisible(bool(text))
+
+
+def cut_corners(popup: QWidget) -> None:
+    """Take the corners off a popup of fixed size, for screens without a compositor: there they would be black."""
+    path = QPainterPath()
+    path.addRoundedRect(QRectF(popup.rect()), POPUP_RADIUS, POPUP_RADIUS)
+    popup.setMask(QRegion(path.toFillPolygon().toPolygon()))
 
 
 def local_paths(urls: Sequence[object]) -> list[Path]:

@@ -20,6 +20,7 @@ class FakeLoadout(QObject):
     tokens = Signal(int, str, int)
     row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)
+    begun = Signal(int)
     finished = Signal(int, object)
     failed = Signal(int, object)
 

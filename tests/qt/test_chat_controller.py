@@ -393,3 +393,34 @@ def test_the_line_under_an_answer_names_the_adapters_that_gave_it(room: Room) ->
     room.loadout.answer("Aye")
     statistics = room.controller.path[-1].statistics
     assert statistics is not None and statistics.stack == "pirate 0.7"
+
+
+def test_the_chat_that_a_kill_interrupted_is_known_at_the_next_start(room: Room, qtbot: QtBot) -> None:
+    assert room.controller.interrupted() == 0
+    room.controller.send("one")
+    assert room.again().interrupted() == room.controller.conversation_id  # as if the window were gone now
+    room.loadout.answer("done")
+    assert room.again().interrupted() == 0
+    room.controller.send("two")
+    room.loadout.say("some")
+    room.loadout.fail(WeftError(ErrorKind.CRASHED, "The engine crashed.", "Send again."))
+    assert room.again().interrupted() == 0  # that was told, and the window was closed by somebody
+    room.controller.continue_(room.controller.path[-1].id)
+    room.loadout.say("more")
+    room.controller._save()
+    assert room.again().interrupted() == room.controller.conversation_id
+    room.loadout.finish()
+    room.controller.new()
+    room.controller.send("a newer chat")
+    room.loadout.answer("done")
+    assert room.again().interrupted() == 0
+
+
+def test_the_first_token_is_counted_from_when_the_engine_has_the_request(room: Room, qtbot: QtBot) -> None:
+    room.controller.send("one")
+    qtbot.wait(400)  # the model is being loaded
+    room.loadout.begun.emit(room.loadout.last)
+    qtbot.wait(50)
+    room.loadout.answer("done")
+    statistics = room.controller.path[-1].statistics
+    assert statistics is not None and 0.04 < statistics.seconds_to_first_token < 0.35

@@ -141,8 +141,14 @@ def test_a_crash_shows_what_to_do_and_keeps_the_text(desk: Desk) -> None:
     assert "received" in view.view.toPlainText()  # type: ignore[attr-defined]
     assert "what was received is kept" in view.footer.statistics  # type: ignore[attr-defined]
     assert "Send again" in view.banner.text.text()  # type: ignore[attr-defined]
+    assert not [made for made in view.banner.findChildren(QAbstractButton) if made.text() == "Open log"]  # type: ignore[attr-defined]
     view._retry()  # type: ignore[attr-defined]
     assert desk.loadout.requests[-1].continue_last
+    again = WeftError(ErrorKind.CRASHED, "The engine crashed.", "Send again.")
+    again.log = Path("/logs/engine.log")  # type: ignore[attr-defined]
+    desk.loadout.fail(again)
+    buttons = {made.text() for made in desk.view().banner.findChildren(QAbstractButton)}  # type: ignore[attr-defined]
+    assert buttons == {"Try again", "Open log"}
 
 
 def test_drafts_survive_switching_and_restarting(desk: Desk) -> None:
@@ -324,6 +330,29 @@ def test_find_walks_through_matches_as_they_are_shown(desk: Desk) -> None:
     assert not desk.page.find_bar.isVisible()
 
 
+def test_a_match_is_never_below_the_bar_that_found_it(desk: Desk) -> None:
+    for i in range(8):
+        desk.ask(f"question {i}", "needle at its beginning\n\n" + "filler\n\n" * 20)
+    desk.page.resize(900, 260)  # a quarter of what is in view is less than the bar takes
+    desk.page.find_in_page()
+    desk.page.find_bar.field.setText("needle")
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return)
+    desk.qtbot.waitUntil(lambda: not desk.page.finder.working and desk.page.finder.count == 8)
+    transcript = desk.page.transcript
+    bottom = desk.page.find_bar.geometry().bottom()
+    for step in (-1, -1, -1, 1, 1):
+        desk.page.finder.step(step)
+        desk.settle()
+        at = desk.page.controller.path[2 * desk.page.finder.at - 1].id
+        view = transcript.view_of(at)
+        assert view is not None
+        top = view.mapTo(transcript.viewport(), view.view.geometry().topLeft()).y()
+        if transcript.verticalScrollBar().value() > 0:
+            assert top >= bottom, (step, top, bottom)
+    assert desk.page.finding.close()
+    assert transcript.covered == 0
+
+
 def test_it_follows_the_answer_until_the_user_scrolls_up(desk: Desk) -> None:
     desk.ask("q", "line\n\n" * 80)
     desk.page.send("more")
@@ -402,6 +431,46 @@ def test_sampling_presets_and_reset(desk: Desk) -> None:
     assert desk.loadout.requests[0].messages[0].content == "Be brief."
     panel._reset_all()
     assert desk.page.controller.sampling == {} and desk.page.controller.system == ""
+
+
+def test_a_preset_is_named_in_its_place(desk: Desk) -> None:
+    desk.page.toggle_panel()
+    panel = desk.page.panel
+    panel.form.rows["temperature"].control.setValue(0.3)  # type: ignore[attr-defined]
+    panel._ask_save()
+    assert panel.name.isVisible() and panel.preset.isHidden() and panel.name.hasFocus()
+    desk.qtbot.keyClicks(panel.name, "Mine")
+    desk.qtbot.keyClick(panel.name, Qt.Key.Key_Return)
+    assert panel.preset.isVisible() and panel.preset.currentText() == "Mine"
+    panel._ask_rename()
+    assert panel.name.text() == "Mine"
+    panel.name.setText("Ours")
+    desk.qtbot.keyClick(panel.name, Qt.Key.Key_Escape)
+    assert panel.preset.currentText() == "Mine"
+    panel._ask_rename()
+    panel.name.setText("Ours")
+    desk.page.composer.edit.setFocus()  # gone elsewhere
+    assert panel.preset.isVisible() and panel.preset.currentText() == "Mine"
+    panel._ask_rename()
+    panel.name.setText("Ours")
+    desk.qtbot.keyClick(panel.name, Qt.Key.Key_Return)
+    assert panel.preset.currentText() == "Ours"
+    panel._ask_save()
+    desk.qtbot.keyClick(panel.name, Qt.Key.Key_Return)  # no name, no preset
+    assert panel.preset.currentText() == "Ours" and not desk.failures
+
+
+def test_a_chat_that_was_interrupted_by_a_kill_is_open_at_the_next_start(desk: Desk) -> None:
+    desk.ask("an older one", "answered")
+    desk.page.new_chat()
+    desk.page.send("the question")
+    desk.loadout.say("half an ans")
+    desk.page.controller._save()
+    fresh = desk.open_page()  # the window was killed, and starts again
+    assert [fresh.controller.text(m.id) for m in fresh.controller.path] == ["the question", "half an ans"]
+    desk.loadout.finish()
+    assert desk.open_page().controller.conversation is None
+    fresh.shutdown()
 
 
 def test_export_and_import_run_beside_the_window(desk: Desk) -> None:

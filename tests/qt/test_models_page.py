@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
-from PySide6.QtWidgets import QApplication, QLabel
+from PySide6.QtWidgets import QApplication, QLabel, QLineEdit
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import WeftError
@@ -279,6 +279,34 @@ def test_rename_shows_finds_and_survives_a_scan(page: ModelsPage, rooms: Rooms) 
     assert "maker/small-7b" in names(page)
 
 
+def test_a_name_is_edited_in_its_place(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
+    page.show_model("/models/maker/small-7b.gguf")
+    page.view.setFocus()
+
+    def edit() -> QLineEdit:
+        qtbot.keyClick(page.view, Qt.Key.Key_F2)
+        editor = page.view.findChild(QLineEdit)
+        assert isinstance(editor, QLineEdit) and editor.isVisible() and editor.accessibleName()
+        return editor
+
+    editor = edit()
+    assert editor.text() == "maker/small-7b"
+    editor.setText("  My   favourite ")
+    qtbot.keyClick(editor, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: "My favourite" in names(page), timeout=2000)
+    assert page.selected is not None and page.selected.name == "My favourite"
+    editor = edit()
+    editor.setText("something else")
+    qtbot.keyClick(editor, Qt.Key.Key_Escape)
+    qtbot.wait(20)
+    assert "My favourite" in names(page)
+    editor = edit()
+    editor.clear()
+    qtbot.keyClick(editor, Qt.Key.Key_Return)
+    qtbot.waitUntil(lambda: "maker/small-7b" in names(page), timeout=2000)
+    assert rooms.made == []  # Enter in the editor is not Enter on the row
+
+
 def test_trash_and_undo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bin_ = tmp_path / "share" / "Trash" / "files"
     bin_.mkdir(parents=True)
@@ -344,7 +372,7 @@ def test_menu_reasons(page: ModelsPage, rooms: Rooms) -> None:
     assert not actions["Move to trash"].isEnabled()
     assert "another program" in actions["Move to trash"].toolTip()
     assert not actions["Load"].isEnabled()
-    assert {"Show in file manager", "Copy path", "Rename…"} <= actions.keys()
+    assert {"Show in file manager", "Copy path", "Rename"} <= actions.keys()
     menu.close()
 
 

@@ -23,6 +23,7 @@ from app.house import House
 from app.rail import RAIL
 from app.viewmodels import machine_watch
 from app.viewmodels.jobs import INSTALL
+from app.viewmodels.loadout import Crash
 from app.viewmodels.machine_watch import MachineWatch
 from app.views import theme
 from app.views.command_palette import CommandPalette, match
@@ -30,6 +31,7 @@ from app.views.dialogs import ConfirmDialog, CrashDialog, ErrorDialog, read_tail
 from app.views.main_window import MainWindow
 from app.views.model_picker import ModelPicker
 from app.views.page import Notice, Page, PageSpec, PaletteCommand
+from tests.qt.shell_parts import model
 
 
 class Sheet(Page):
@@ -145,6 +147,12 @@ def test_toasts_stack_act_and_go(window: MainWindow, qtbot: QtBot) -> None:
     bottoms = [toast.geometry().bottom() for toast in window.toasts.shown]
     assert bottoms == sorted(bottoms)
     assert max(bottoms) < window.height()
+    for toast in window.toasts.shown:  # beside the rail, and not over what stands at the right
+        assert toast.geometry().left() >= window.rail.width()
+        assert toast.geometry().right() < window.width() // 2 + 160
+    before = max(bottoms)
+    window.resize(window.width(), window.height() + 40)
+    assert max(toast.geometry().bottom() for toast in window.toasts.shown) == before + 40
 
 
 def test_important_notice_reaches_the_desktop_when_in_the_background(
@@ -313,6 +321,60 @@ def test_picker_filters_and_picks(house: House, qtbot: QtBot) -> None:
     assert house.loadout.model.name == "starter (GGUF)"
 
 
+def test_popups_have_no_black_corners_where_nothing_composes(house: House) -> None:
+    house._open_picker()
+    house.window.show_palette()
+    for kind in (ModelPicker, CommandPalette):
+        popup = house.window.findChild(kind)
+        assert popup is not None
+        for corner in (popup.rect().topLeft(), popup.rect().bottomRight()):
+            assert not popup.mask().contains(corner)
+        assert popup.mask().contains(popup.rect().center())
+        popup.close()
+
+
+def test_a_crash_is_told_once(house: House) -> None:
+    error = WeftError(ErrorKind.CRASHED, "The engine crashed.", "Send again.")
+    house.window.show_page("chat")
+    house.loadout.crashed.emit(Crash(error=error, log="", again=True, lost=1))
+    assert house.window.dialog is None  # the answer that broke off says it, with its way on
+    for crash, page in (
+        (Crash(error=error, log="", again=True), "chat"),
+        (Crash(error=error, log="", again=True, lost=1), "models"),
+        (Crash(error=error, log="", again=False, lost=1), "chat"),
+    ):
+        house.window.show_page(page)
+        house.loadout.crashed.emit(crash)
+        assert isinstance(house.window.dialog, CrashDialog), crash
+        house.window.dialog.reject()
+
+
+def test_settings_name_every_folder_differently_and_look_at_what_is_added(
+    house: House, qtbot: QtBot, tmp_path: Path
+) -> None:
+    lone = tmp_path / "lone.gguf"
+    lone.write_bytes(b"GGUF no more")
+    house.window.show_page("settings")
+    page = house.window.page("settings")
+    page._folders_chosen([str(lone)])  # type: ignore[attr-defined]
+    qtbot.waitUntil(lambda: bool(house.window.toasts.shown), timeout=5000)
+    notice = house.window.toasts.shown[-1].notice
+    assert notice.tone == "warning" and "lone.gguf" in notice.text and notice.action == "Undo"
+    titles = [page._root_title(root) for root in house.roots.roots()]  # type: ignore[attr-defined]
+    assert titles[-1] == "File" and len(titles) == len(set(titles)), titles
+
+
+def test_a_damaged_last_model_gives_way_to_the_starter(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(house.loadout, "load", lambda entry: loaded.append(entry.name))
+    broken = model("broken", problem="The file is cut short.")
+    monkeypatch.setattr(house.library, "model", lambda _id: broken)
+    house.settings.update(last_model=broken.id)
+    house._load_first_model()
+    assert loaded == ["starter"]
+    assert "cut short" in house.window.toasts.shown[-1].notice.text
+
+
 def test_unexpected_exception_is_told_with_its_trace(house: House, qtbot: QtBot) -> None:
     house.questions.unexpected("ValueError: boom", "Traceback …\nValueError: boom")
     assert isinstance(house.window.dialog, ErrorDialog)
@@ -328,7 +390,7 @@ def test_first_start_prepares_every_engine_and_a_cancelled_one_stays_cancelled(
     wanted: list[str] = []
     monkeypatch.setattr(house.jobs, "install", wanted.append)
     house._prepare_engines()
-    assert wanted == list(house.environments.specs())
+    assert wanted == [name for name, spec in house.environments.specs().items() if not spec.on_demand]
     wanted.clear()
     jobs = house.job_store
     job = jobs.create(INSTALL, "Install core", parameters='{"name": "core"}')

@@ -25,6 +25,7 @@ from app.views.chat.message_editor import MessageEditor
 from app.views.chat.message_footer import MessageFooter, describe_statistics
 from app.views.chat.reasoning_fold import ReasoningFold
 from app.views.chat.style import GRID, INSET, ChatStyle
+from app.views.dialogs import open_locally
 from app.views.icons import icon
 from app.views.widgets import Banner, button
 
@@ -186,6 +187,9 @@ class MessageView(QWidget):
             retry = button("Try again", kind="", parent=self._banner)
             retry.clicked.connect(self._retry)
             self._banner.add(retry)
+            log = getattr(error, "log", None)
+            if log is not None:
+                self._banner.add(button("Open log", lambda: open_locally(log), kind="link", parent=self._banner))
             self._banner.show()
         self._banner.text.setText(str(error))
         self._banner.setAccessibleName(str(error))

@@ -89,6 +89,8 @@ class ChatPage(Page):
         self._opened()
         self._path_changed()
         self._activity_changed()
+        if interrupted := self._read(self.controller.interrupted, 0):
+            self.open(interrupted)
 
     # Building ---------------------------------------------------------------------------------------
 

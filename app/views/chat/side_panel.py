@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from PySide6.QtCore import QPoint, Qt, QTimer, Signal, Slot
-from PySide6.QtWidgets import QComboBox, QFrame, QInputDialog, QMenu, QPlainTextEdit, QScrollArea, QWidget
+from PySide6.QtCore import QEvent, QObject, QPoint, Qt, QTimer, Signal, Slot
+from PySide6.QtGui import QKeyEvent
+from PySide6.QtWidgets import QComboBox, QFrame, QLineEdit, QMenu, QPlainTextEdit, QScrollArea, QWidget
 
 from app.core.errors import WeftError
 from app.core.options import OptionValue
@@ -39,6 +40,7 @@ class SidePanel(QFrame):
         super().__init__(parent)
         self.setObjectName("panel")
         self._presets = presets
+        self._take_name: Callable[[str], None] | None = None
         self._form: OptionsForm | None = None
         self._served: Collection[str] | None = None
         self._served_reason = ""
@@ -69,8 +71,15 @@ class SidePanel(QFrame):
             margins=(16, 4, 16, 16),
             parent=self._body,
         )
-        presets_row = row(self.preset, more, spacing=4)
+        self.name = QLineEdit()  # in the list's place, while a preset gets its name
+        self.name.setAccessibleName("Name of the preset")
+        self.name.setPlaceholderText("Name of the preset")
+        self.name.setMaxLength(100)
+        self.name.installEventFilter(self)
+        self.name.hide()
+        presets_row = row(self.preset, self.name, more, spacing=4)
         presets_row.setStretch(0, 1)
+        presets_row.setStretch(1, 1)
         self._layout.addLayout(presets_row)
         self._layout.addStretch(1)
         scroll = QScrollArea()
@@ -208,21 +217,40 @@ class SidePanel(QFrame):
 
     @Slot()
     def _ask_save(self) -> None:
-        self._ask("Save preset", "", self.save_preset)
+        self._ask("", self.save_preset)
 
     @Slot()
     def _ask_rename(self) -> None:
         old = self.preset.currentText()
-        self._ask("Rename preset", old, lambda new: self.rename_preset(old, new))
+        self._ask(old, lambda new: self.rename_preset(old, new))
 
-    def _ask(self, heading: str, text: str, take: object) -> None:
-        dialog = QInputDialog(self)
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.setWindowTitle(heading)
-        dialog.setLabelText("Name of the preset")
-        dialog.setTextValue(text)
-        dialog.textValueSelected.connect(take)
-        dialog.open()
+    def _ask(self, text: str, take: Callable[[str], None]) -> None:
+        """Have a name typed in the list's place: Enter takes it, Esc or going elsewhere does not."""
+        self._take_name = take
+        self.name.setText(text)
+        self.preset.hide()
+        self.name.show()
+        self.name.setFocus()
+        self.name.selectAll()
+
+    def _asked(self, taken: bool) -> None:
+        take, self._take_name = self._take_name, None
+        name = " ".join(self.name.text().split())
+        self.name.hide()
+        self.preset.show()
+        if take is not None and taken and name:
+            take(name)
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
+        if watched is self.name and self._take_name is not None:
+            if isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
+                if event.key() in (Qt.Key.Key_Return, Qt.Key.Key_Enter, Qt.Key.Key_Escape):
+                    self._asked(event.key() != Qt.Key.Key_Escape)
+                    self.preset.setFocus()
+                    return True
+            elif event.type() == QEvent.Type.FocusOut and self.window().isActiveWindow():
+                self._asked(False)
+        return super().eventFilter(watched, event)
 
     def save_preset(self, name: str) -> None:
         """Keep the present values under this name."""

@@ -67,6 +67,7 @@ class Transcript(QAbstractScrollArea):
         self._tops: list[int] = []
         self._views: dict[int, MessageView] = {}  # by message id, the most recently used last
         self._follow = True
+        self.covered = 0  # pixels at the top that something lies over, so that nobody looks for anything there
         self._enabled = True
         self._arranging = False
         self._pending = QTimer(self)
@@ -357,9 +358,9 @@ class Transcript(QAbstractScrollArea):
         for _ in range(3):  # heights around it become known on the way
             top = self._tops[index] + offset
             extent = height or min(self._heights[index], tall // 2)
-            if top < bar.value() + GRID or top + extent > bar.value() + tall - GRID:
+            if top < bar.value() + self.covered + GRID or top + extent > bar.value() + tall - GRID:
                 self._follow = False
-                bar.setValue(max(0, top - tall // 4))
+                bar.setValue(max(0, top - max(tall // 4, self.covered + GRID)))
         self._arrange()
 
     def neighbour(self, message: int, step: int) -> int:

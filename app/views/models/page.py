@@ -11,7 +11,6 @@ from PySide6.QtWidgets import (
     QCheckBox,
     QFileDialog,
     QFrame,
-    QInputDialog,
     QLineEdit,
     QMenu,
     QSplitter,
@@ -167,6 +166,8 @@ class ModelsPage(Page):
         self.view.load_wanted.connect(self._load_unless_loaded)
         self.view.rename_wanted.connect(self.rename_selected)
         self.view.trash_wanted.connect(self.trash_selected)
+        self.table.can_rename = True
+        self.table.renamed.connect(self._renamed)
         self.table.counted.connect(self._counted)
         self.table.modelReset.connect(self._keep_selection)
         self.table.dataChanged.connect(self._refresh_details)
@@ -369,7 +370,7 @@ class ModelsPage(Page):
         menu.addSeparator()
         menu.addAction(icon("folder"), "Show in file manager", lambda: reveal(Path(entry.path)))
         menu.addAction(icon("copy"), "Copy path", lambda: QGuiApplication.clipboard().setText(entry.path))
-        rename = menu.addAction(icon("edit"), "Rename…", self.rename_selected)
+        rename = menu.addAction(icon("edit"), "Rename", self.rename_selected)
         rename.setShortcut("F2")
         rename.setToolTip("Changes the name in the list, not the file's")
         menu.addSeparator()
@@ -392,18 +393,16 @@ class ModelsPage(Page):
 
     @Slot()
     def rename_selected(self) -> None:
-        """Ask for another name to show; the file keeps its own."""
-        entry = self.selected
-        if entry is None:
+        """Edit the name that is shown, in its place; the file keeps its own. Empty goes back to that."""
+        if self.selected is None:
             return
-        dialog = QInputDialog(self.window())
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.setWindowTitle("Rename")
-        dialog.setLabelText("Name in Weft (the file keeps its own; empty goes back to it):")
-        dialog.setTextValue(entry.name)
-        dialog.resize(480, dialog.sizeHint().height())
-        dialog.textValueSelected.connect(lambda text: self.rename(entry, text))
-        dialog.open()
+        self.view.rename(self.view.currentIndex().row())
+
+    @Slot(object, str)
+    def _renamed(self, entry: ModelEntry, name: str) -> None:
+        if name != entry.name:
+            # Later: the table is still closing its editor, and is about to be read again.
+            QTimer.singleShot(0, self, lambda: self.rename(entry, name))
 
     def rename(self, entry: ModelEntry, name: str) -> None:
         """Show a model under another name from now on."""

@@ -7,6 +7,7 @@ from PySide6.QtGui import QBrush, QKeyEvent, QPainter, QPen, QResizeEvent
 from PySide6.QtWidgets import (
     QAbstractItemView,
     QHeaderView,
+    QLineEdit,
     QStyle,
     QStyledItemDelegate,
     QStyleOptionViewItem,
@@ -90,6 +91,15 @@ class RowDelegate(QStyledItemDelegate):
             return inner.adjusted(16, 0, 0, 0)
         return inner
 
+    def createEditor(
+        self, parent: QWidget, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
+    ) -> QWidget:
+        editor = QLineEdit(parent)
+        editor.setAccessibleName("Name in Weft")
+        editor.setPlaceholderText("Empty: the name of the file")
+        editor.setMaxLength(200)
+        return editor
+
     def _focus_ring(
         self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex, box: QRect
     ) -> None:
@@ -154,11 +164,18 @@ class ModelView(QTableView):
         for column in _WIDTHS:
             self.setColumnHidden(column, column not in shown)
 
+    def rename(self, row: int) -> None:
+        """Edit a name in place. Enter takes it, Esc does not; the file keeps its own."""
+        self.edit(self.model().index(row, model_table.NAME))
+
     def resizeEvent(self, event: QResizeEvent) -> None:
         self._fit_columns()
         super().resizeEvent(event)
 
     def keyPressEvent(self, event: QKeyEvent) -> None:
+        if self.state() == QAbstractItemView.State.EditingState:  # Enter takes the name that was typed, and no more
+            super().keyPressEvent(event)
+            return
         wanted = {
             Qt.Key.Key_Return: self.load_wanted,
             Qt.Key.Key_Enter: self.load_wanted,
