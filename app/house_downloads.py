@@ -174,10 +174,11 @@ class DownloadsHouse(QObject):
             return
         if self._window is not None and self._window.isActiveWindow():
             return  # its row says so, with what helps
+        what = "still waits, and goes on trying." if download.state.active else "could not be downloaded."
         self._tell(
             Notice(
-                text=f"{download.title} could not be downloaded. {error.message}",
-                tone="negative",
+                text=f"{download.title} {what} {error.message}",
+                tone="warning" if download.state.active else "negative",
                 action="Show",
                 run=self.show_window,
                 important=True,

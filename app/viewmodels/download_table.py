@@ -116,7 +116,8 @@ def progress_text(row: Row) -> str:
     download, news = row.download, row.news
     size = f"{readable_bytes(row.done)} of {readable_bytes(download.total)}"
     if row.state is DownloadState.DONE:
-        return f"{readable_bytes(download.total)}, verified, {readable_when(download.ended).lower()}"
+        kept = f" · {download.message}" if download.message else ""
+        return f"{readable_bytes(download.total)}, verified, {readable_when(download.ended).lower()}{kept}"
     if row.state is DownloadState.FAILED:
         return download.message
     if row.wanted is not None or row.forget is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,22 +13,19 @@ from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import DownloadNews, DownloadResult, Listing, RemoteFile
-from app.hub.part import arrived_bytes, remove_parts
-from app.hub.places import folder_for, local_path, refuse_collisions
-from app.hub.selection import gguf_choices
+from app.hub.places import folder_for, refuse_collisions
 from app.store.downloads import Download, DownloadState, DownloadStore
 from app.viewmodels.background import Background
+from app.viewmodels.download_files import check_space, remove_leftovers, title_of
 from app.viewmodels.settings import SettingsView
 from app.viewmodels.transfer_rates import Speed, shares
-from app.viewmodels.units import readable_bytes
 
 if TYPE_CHECKING:
     from app.workers.download_worker import DownloadWorker
 
 TICK_MS = 500
 CLOSE_MS = 5000
-SPARE = 64 * 1024 * 1024
-# Seconds until a download that the network ended is tried again, without anybody saying so.
+# Seconds until a download that the network ended is tried again, without anybody saying so; the last for ever.
 TRY_AGAIN = (15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -84,7 +80,8 @@ class Downloads(QObject):
     Signals:
         changed: rows came, went, or changed their state. progressed: figures are newer.
         added(Download); refused(WeftError): the answer to `add`.
-        finished(Download): complete and verified. broke(Download, WeftError): it failed. idle: nothing runs or waits any more.
+        finished(Download): complete and verified. broke(Download, WeftError): it failed, or is still waiting for the
+        network after many tries. idle: nothing runs or waits any more.
     """
 
     changed = Signal()
@@ -367,7 +364,8 @@ class Downloads(QObject):
         row.download = msgspec.structs.replace(row.download, done=done)
         if isinstance(result, DownloadResult):
             row.forget = None
-            self._set(row, state=DownloadState.DONE, done=row.download.total, ended=time.time())
+            kept = " ".join(f"Your own file is now {Path(place).name}." for place in result.kept)
+            self._set(row, state=DownloadState.DONE, done=row.download.total, ended=time.time(), message=kept)
             self.finished.emit(row.download)
         elif row.forget is not None:
             self._forget(row, row.forget)
@@ -391,10 +389,12 @@ class Downloads(QObject):
     def _trouble(self, row: Row, error: WeftError, came: int) -> None:
         if came:
             row.tries = 0
-        if error.kind is ErrorKind.NETWORK and row.tries < len(TRY_AGAIN):
-            row.not_before = time.monotonic() + TRY_AGAIN[row.tries]
+        if error.kind is ErrorKind.NETWORK:
+            row.not_before = time.monotonic() + TRY_AGAIN[min(row.tries, len(TRY_AGAIN) - 1)]
             row.tries += 1
             self._set(row, state=DownloadState.QUEUED, message=error.message, hint=error.hint)
+            if row.tries == len(TRY_AGAIN):  # once: somebody may want to look; it goes on trying all night
+                self.broke.emit(row.download, error)
             return
         self._fail(row, error)
 
@@ -439,91 +439,3 @@ class Downloads(QObject):
             self._fill()
         if name in ("download_rate", "downloads_at_once"):
             self.changed.emit()
-
-
-def title_of(listing: Listing, files: Sequence[RemoteFile]) -> str:
-    """`user/model`, with the branch and the quantization where these were chosen."""
-    name = listing.repo if listing.revision in ("", "main") else f"{listing.repo}:{listing.revision}"
-    chosen = {file.path for file in files}
-    picked = [choice for choice in gguf_choices(listing.files) if {file.path for file in choice.files} <= chosen]
-    if len(picked) == 1:
-        return f"{name} {picked[0].quantization or picked[0].title}"
-    return f"{name} {files[0].path}" if len(files) == 1 and len(listing.files) > 1 else name
-
-
-def check_space(
-    folder: Path, files: Sequence[RemoteFile], queued: Sequence[tuple[str, int]], here: dict[str, str]
-) -> None:
-    """Refuse what the drive cannot hold beside all that is queued for it. May wait for a slow drive.
-
-    Args:
-        queued: folder and bytes still to come of each download that runs or waits.
-
-    Raises:
-        WeftError: DISK_FULL with the numbers; PERMISSION when the drive is not there.
-    """
-    place = _existing(folder)
-    try:
-        drive, free = place.stat().st_dev, shutil.disk_usage(place).free
-        spoken = sum(rest for other, rest in queued if _existing(Path(other)).stat().st_dev == drive)
-    except OSError as error:
-        raise WeftError(
-            ErrorKind.PERMISSION,
-            f"{folder} cannot be reached: {error.strerror}.",
-            "Connect its drive, or choose another folder for downloads in Settings.",
-        ) from error
-    needed = 0
-    for file in files:
-        target = local_path(folder, file.path)
-        try:
-            complete = target.stat().st_size == file.size
-        except OSError:
-            complete = False
-        if not complete and not _on_drive(here.get(file.path, ""), drive):
-            needed += file.size - arrived_bytes(target)
-    if needed and needed + spoken + SPARE > free:
-        queue = f", of which {readable_bytes(spoken)} is spoken for by the queue" if spoken else ""
-        raise WeftError(
-            ErrorKind.DISK_FULL,
-            f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}.",
-            "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
-        )
-
-
-def _on_drive(place: str, drive: int) -> bool:
-    """Whether a copy is there, on that drive: then it takes no room as a link."""
-    try:
-        return bool(place) and Path(place).stat().st_dev == drive
-    except OSError:
-        return False
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
-def remove_leftovers(download: Download) -> None:
-    """Delete the parts of an abandoned download, the note that it is pending, and folders that are empty then."""
-    from app.core.unfinished import NOTE, read_note, write_note
-
-    folder = Path(download.folder)
-    for file in download.files:
-        remove_parts(local_path(folder, file.path))
-    note = read_note(folder)
-    if note is not None:
-        gone = {file.path for file in download.files}
-        rest = tuple(path for path in note.pending if path not in gone)
-        try:
-            if rest or note.verified:
-                write_note(folder, msgspec.structs.replace(note, pending=rest))
-            else:
-                (folder / NOTE).unlink(missing_ok=True)
-        except OSError as error:
-            raise WeftError(
-                ErrorKind.PERMISSION, f"{folder} could not be tidied: {error.strerror}.", "Look into that folder."
-            ) from error
-    for place in sorted({local_path(folder, file.path).parent for file in download.files} | {folder}, reverse=True):
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()

@@ -16,6 +16,7 @@ from pytestqt.qtbot import QtBot
 from app.core.errors import ErrorKind
 from app.core.scan import scan
 from app.store.downloads import DownloadState
+from app.viewmodels import download_files
 from app.viewmodels import downloads as downloads_module
 from app.viewmodels.download_table import NAME, PROGRESS, DownloadTable, file_text, text_of
 from tests.fakes.hub import FakeHub, Fault
@@ -220,8 +221,8 @@ def test_a_full_drive_is_said_before_anything_is_fetched(
     hub.total_rate = MB
     hub.add("user/tiny", {"model.gguf": random_bytes(4 * MB)})
     hub.add("user/more", {"more.gguf": random_bytes(4 * MB)})
-    usage = type("Usage", (), {"free": downloads_module.SPARE + 6 * MB})()
-    monkeypatch.setattr(downloads_module.shutil, "disk_usage", lambda _: usage)
+    usage = type("Usage", (), {"free": download_files.SPARE + 6 * MB})()
+    monkeypatch.setattr(download_files.shutil, "disk_usage", lambda _: usage)
     here.add(qtbot)
     listing = here.listing("user/more")
     with qtbot.waitSignal(here.downloads.refused, timeout=WAIT) as got:
@@ -255,14 +256,20 @@ def test_a_gated_repository_says_which_of_the_three_it_is(qtbot: QtBot, hub: Fak
 def test_a_line_that_is_dead_is_tried_again_by_itself(
     qtbot: QtBot, hub: FakeHub, here: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads_module, "TRY_AGAIN", (1.0, 1.0, 1.0))
+    monkeypatch.setattr(downloads_module, "TRY_AGAIN", (0.5, 0.5))
     hub.add("user/tiny", {"model.txt": random_bytes(MB)})
-    hub.misbehave(Fault("loop", times=6))
+    hub.misbehave(Fault("loop", times=60))
+    told: list[object] = []
+    here.downloads.broke.connect(lambda download, error: told.append(download.state))
     download = here.add(qtbot)
     row = here.downloads.row(download)
     assert row is not None
     qtbot.waitUntil(lambda: row.waits > 0, timeout=WAIT)
     assert "Tries again" in text_of(row, PROGRESS)
+    qtbot.waitUntil(lambda: row.tries > 2, timeout=WAIT)  # it never gives up: a line may be dead all night
+    assert told == [DownloadState.QUEUED]
+    with hub._lock:
+        hub._faults.clear()
     until(qtbot, here, download, DownloadState.DONE)
 
 

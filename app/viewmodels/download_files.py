@@ -1,0 +1,115 @@
+"""A download's title and its files on the disk: is there room, and what goes when it is abandoned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.unfinished import NOTE, read_note, write_note
+from app.hub.files import Listing, RemoteFile
+from app.hub.part import arrived_bytes, remove_parts
+from app.hub.places import local_path
+from app.hub.positional import folder_lock
+from app.hub.selection import gguf_choices
+from app.store.downloads import Download
+from app.viewmodels.units import readable_bytes
+
+SPARE = 64 * 1024 * 1024
+
+
+def title_of(listing: Listing, files: Sequence[RemoteFile]) -> str:
+    """`user/model`, with the branch and the quantization where these were chosen."""
+    name = listing.repo if listing.revision in ("", "main") else f"{listing.repo}:{listing.revision}"
+    chosen = {file.path for file in files}
+    picked = [choice for choice in gguf_choices(listing.files) if {file.path for file in choice.files} <= chosen]
+    if len(picked) == 1:
+        return f"{name} {picked[0].quantization or picked[0].title}"
+    return f"{name} {files[0].path}" if len(files) == 1 and len(listing.files) > 1 else name
+
+
+def check_space(
+    folder: Path, files: Sequence[RemoteFile], queued: Sequence[tuple[str, int]], here: dict[str, str]
+) -> None:
+    """Refuse what the drive cannot hold beside all that is queued for it. May wait for a slow drive.
+
+    Args:
+        queued: folder and bytes still to come of each download that runs or waits.
+
+    Raises:
+        WeftError: DISK_FULL with the numbers; PERMISSION when the drive is not there.
+    """
+    place = _existing(folder)
+    try:
+        drive, free = place.stat().st_dev, shutil.disk_usage(place).free
+        spoken = sum(rest for other, rest in queued if _existing(Path(other)).stat().st_dev == drive)
+    except OSError as error:
+        raise WeftError(
+            ErrorKind.PERMISSION,
+            f"{folder} cannot be reached: {error.strerror}.",
+            "Connect its drive, or choose another folder for downloads in Settings.",
+        ) from error
+    needed = 0
+    for file in files:
+        target = local_path(folder, file.path)
+        try:
+            complete = target.stat().st_size == file.size
+        except OSError:
+            complete = False
+        if not complete and not _on_drive(here.get(file.path, ""), drive):
+            needed += file.size - arrived_bytes(target)
+    if needed and needed + spoken + SPARE > free:
+        queue = f", of which {readable_bytes(spoken)} is spoken for by the queue" if spoken else ""
+        raise WeftError(
+            ErrorKind.DISK_FULL,
+            f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}.",
+            "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
+        )
+
+
+def _on_drive(place: str, drive: int) -> bool:
+    """Whether a copy is there, on that drive: then it takes no room as a link."""
+    try:
+        return bool(place) and Path(place).stat().st_dev == drive
+    except OSError:
+        return False
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def remove_leftovers(download: Download) -> None:
+    """Delete the parts of an abandoned download, the note that it is pending, and folders that are empty then."""
+    folder = Path(download.folder)
+    if not folder.is_dir():
+        return
+    # What another download fetches at this moment is left to it.
+    gone = {file.path for file in download.files if remove_parts(local_path(folder, file.path))}
+    try:
+        with folder_lock(folder):
+            _forget_pending(folder, gone)
+        places = {local_path(folder, file.path).parent for file in download.files} | {folder}
+        for place in [*sorted(places, reverse=True), folder.parent]:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+    except OSError as error:
+        raise WeftError(
+            ErrorKind.PERMISSION, f"{folder} could not be tidied: {error.strerror}.", "Look into that folder."
+        ) from error
+
+
+def _forget_pending(folder: Path, gone: set[str]) -> None:
+    note = read_note(folder)
+    if note is None:
+        return
+    rest = tuple(path for path in note.pending if path not in gone)
+    if rest or note.verified:
+        write_note(folder, msgspec.structs.replace(note, pending=rest))
+    else:
+        (folder / NOTE).unlink(missing_ok=True)
