@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from app import __version__, cli_check, cli_combine, cli_download
+from app import __version__, cli_check, cli_combine, cli_download, cli_merge, cli_train
 from app.backends import specs
 from app.backends.base import Capability, Spec
 from app.cli_library import find_model, find_stack, require_adapters
@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     download = cli_download.add_command(commands)
     cli_check.add_parser(commands)
+    cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
+    cli_merge.add_parser(commands)
     for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser

@@ -250,9 +250,7 @@ class _Collector:
         rows = grown[1].shape[0]
         return (size[0], rows) if kind == "embedding" else (rows, size[1])
 
-    def _grow(
-        self, module: AdaptedModule, parameter: str, name: str, info: TensorInfo, shape: tuple[int, ...]
-    ) -> None:
+    def _grow(self, module: AdaptedModule, parameter: str, name: str, info: TensorInfo, shape: tuple[int, ...]) -> None:
         """More rows than the base has: an adapter that came with new tokens. Its matrix takes the base's place."""
         vocabulary = parameter in (self.layout.embedding, self.layout.head)
         more = len(info.shape) == 2 and len(shape) == 2 and info.shape[1] == shape[1] and info.shape[0] > shape[0]

@@ -142,7 +142,9 @@ class BaseFiles:
             import torch
 
             count = len(into)
-            torch.frombuffer(into, dtype=torch.uint8).copy_(self._loaded[tensor.key or tensor.name][start : start + count])
+            torch.frombuffer(into, dtype=torch.uint8).copy_(
+                self._loaded[tensor.key or tensor.name][start : start + count]
+            )
             return
         done, offset = 0, tensor.offset + start
         try:

@@ -348,7 +348,8 @@ class Merge:
         sizes = {info.shape[0] for _, info in edits.grown.values()}
         if not sizes:
             return
-        whole = layout.tied and not self.untied or {layout.embedding, layout.head} <= set(edits.grown) or not layout.head
+        both = {layout.embedding, layout.head} <= set(edits.grown)
+        whole = both or not layout.head or (layout.tied and not self.untied)
         if len(sizes) > 1 or not whole:
             raise WeftError(
                 ErrorKind.UNSUPPORTED,
@@ -396,4 +397,3 @@ def merged_tensors(merge: Merge) -> Iterator[TensorHead]:
     """The tensors of a merged model in order; `head.tensor.chunks()` yields their bytes."""
     for tensor in merge.tensors:
         yield TensorHead(tensor.name, tensor.dtype, tensor.shape, tensor)
-

@@ -111,5 +111,3 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
         if not torch.equal(mine.view(torch.uint8) if mine.dim() else mine, tensor.view(torch.uint8) if tensor.dim() else tensor):  # fmt: skip
             worst = (mine.float() - tensor.float()).abs().max()
             raise AssertionError(f"{what}: {name} differs by {worst}")
-
-

@@ -1,0 +1,252 @@
+"""Where a merge is made: a hidden folder beside its target, with a journal of the tensors that are complete.
+
+A merge that was killed goes on from there. Nothing bears the target's name before all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from app.core.errors import ErrorKind, WeftError
+
+PREFIX = ".weft-merge-"
+_STATE, _JOURNAL, _LOCK, _MODEL = "state", "journal", "lock", "model"
+
+
+def boot_id() -> str:
+    """What tells whether the machine has been started anew since; "" where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+class Staging:
+    """The hidden folder of one merge. A context manager that holds its lock.
+
+    Args:
+        target: the folder that is made.
+
+    Attributes:
+        folder: its content, which becomes the target.
+
+    Raises:
+        WeftError: BUSY when another merge to the same target runs; PERMISSION where nothing may be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        name = hashlib.sha256(os.fsencode(target.absolute())).hexdigest()[:16]
+        self.root = target.absolute().parent / f"{PREFIX}{name}"
+        self.folder = self.root / _MODEL
+        self._journal = -1
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise write_error(self.root, error) from error
+        if not _locked(self._lock):
+            os.close(self._lock)
+            raise WeftError(
+                ErrorKind.BUSY, f"Another merge is making {target} already.", "Wait for it, or choose another name."
+            )
+
+    def finished(self, fingerprint: str) -> bool:
+        """Whether an earlier run was killed between giving its result the final name and tidying up."""
+        return self._state()[0] == fingerprint and not self.folder.exists() and (self.target / "config.json").is_file()
+
+    def begin(self, fingerprint: str) -> frozenset[int]:
+        """Go on with what an earlier run has left, or start anew.
+
+        Returns:
+            Numbers of the tensors that are complete already.
+        """
+        known, boot = self._state()
+        done: frozenset[int] = frozenset()
+        try:
+            if known == fingerprint and self.folder.is_dir():
+                done = self._complete(same_boot=bool(boot) and boot == boot_id())
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                (self.root / _JOURNAL).unlink(missing_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            # Whatever is not certain to be on the disk is done again, and so does not stand in the new journal.
+            lines = "".join(f"{number}\n" for number in sorted(done)) + (f"s{len(done)}\n" if done else "")
+            write_atomically(self.root / _JOURNAL, lines.encode())
+            write_atomically(self.root / _STATE, f"{fingerprint}\n{boot_id()}\n".encode())
+            self._journal = os.open(self.root / _JOURNAL, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise write_error(self.root, error) from error
+        return done
+
+    def _state(self) -> tuple[str, str]:
+        try:
+            lines = (self.root / _STATE).read_text("ascii").split("\n")
+        except (OSError, ValueError):
+            return "", ""
+        return (lines[0], lines[1]) if len(lines) > 2 else ("", "")
+
+    def _complete(self, *, same_boot: bool) -> frozenset[int]:
+        """What the journal says. After a crash of the machine, only what it had been told to put on the disk counts."""
+        try:
+            lines = (self.root / _JOURNAL).read_text("ascii").split("\n")[:-1]
+        except (OSError, ValueError):
+            return frozenset()
+        numbers: list[int] = []
+        synced = 0
+        for line in lines:
+            if line.isdecimal():
+                numbers.append(int(line))
+            elif line[:1] == "s" and line[1:].isdecimal():
+                synced = int(line[1:])
+        return frozenset(numbers if same_boot else numbers[:synced])
+
+    def note(self, number: int) -> None:
+        """Note that a tensor is complete."""
+        os.write(self._journal, f"{number}\n".encode())
+
+    def note_synced(self, count: int) -> None:
+        """Note that the first `count` tensors of the journal are on the disk."""
+        os.write(self._journal, f"s{count}\n".encode())
+        os.fsync(self._journal)
+
+    def allocated(self) -> int:
+        """Bytes that its files take on the disk already."""
+        try:
+            return sum(_taken(path) for path in self.folder.iterdir())
+        except OSError:
+            return 0
+
+    def publish(self) -> None:
+        """Give the folder its final name; all of it is on the disk first."""
+        try:
+            for path in self.folder.iterdir():
+                sync_file(path)
+            sync_folder(self.folder)
+            if self.target.is_dir() and not any(self.target.iterdir()):
+                self.target.rmdir()
+            if self.target.exists():
+                raise WeftError(
+                    ErrorKind.BAD_INPUT,
+                    f"{self.target} has appeared in the meantime.",
+                    "Merge again under another name.",
+                )
+            self.folder.rename(self.target)
+            sync_folder(self.target.absolute().parent)
+        except OSError as error:
+            raise write_error(self.target, error) from error
+
+    def discard(self) -> None:
+        """Remove what was made."""
+        self._close_journal()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_journal()
+        os.close(self._lock)
+
+
+def _taken(path: Path) -> int:
+    found = path.stat()
+    return found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError:  # Windows
+        msvcrt = importlib.import_module("msvcrt")
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file, at once or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse what does not fit on the drive.
+
+    Raises:
+        WeftError: DISK_FULL, with both numbers.
+    """
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise WeftError(
+            ErrorKind.DISK_FULL,
+            f"{what} takes {needed / 1e9:,.2f} GB on the drive of {existing}, and {free / 1e9:,.2f} GB are free.",
+            f"Free {(needed - free) / 1e9:,.2f} GB there, or choose a folder on another drive.",
+        )
+
+
+def write_error(path: Path, error: OSError) -> WeftError:
+    """The operating system's refusal to write, in words."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WeftError(
+            ErrorKind.DISK_FULL,
+            f"The drive of {path.parent} became full.",
+            "Free some space there, or choose a folder on another drive; then merge again.",
+        )
+    return WeftError(
+        ErrorKind.PERMISSION,
+        f"{path} cannot be written: {error.strerror or error}.",
+        "Choose a folder that you may write to.",
+    )
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A hash that is the same exactly when a merge would make the same bytes."""
+    return hashlib.sha256("\n".join(repr(part) for part in parts).encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""`weft merge`: a stack of adapters merged into its base, as a new model folder."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import msgspec
+
+from app.cli_library import find_model, find_stack
+from app.cli_task import run_task
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelFormat
+from app.core.merge_plan import DTYPES, MergePlan, MergeResult
+from app.terminal import readable_bytes
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}  # fmt: skip
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Put `merge` among the commands."""
+    command = commands.add_parser("merge", help="merge adapters into a model, as a new model folder")
+    command.set_defaults(run=_run)
+    command.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a folder of safetensors")
+    command.add_argument(
+        "--adapter", action="append", required=True, metavar="A[=WEIGHT]", help="an adapter by path or library name (may be repeated)"
+    )  # fmt: skip
+    command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the merged model")
+    command.add_argument("--dtype", choices=DTYPES[1:], default="", help="of the result; the base's own by default")
+    command.add_argument(
+        "--shard-size", default="0", metavar="SIZE", help="largest weight file, such as 5GB; the base's division by default"
+    )  # fmt: skip
+    command.add_argument("--license", default="", help="for the model card, where the base names none")
+    command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    model = find_model(parsed.model, "transformers")
+    if model.format is ModelFormat.GGUF:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{model.name} is a GGUF file; adapters are merged into folders of safetensors.",
+            "Merge into the model that it was made from, or see `weft export`.",
+        )
+    plan = MergePlan(
+        model=model.path,
+        stack=find_stack(parsed.adapter),
+        target=str(parsed.to.expanduser().absolute()),
+        dtype=parsed.dtype,
+        shard_size=parse_size(parsed.shard_size),
+        base_name=model.name,
+        license=parsed.license,
+    )
+    made = msgspec.convert(run_task("core", "merge", plan), MergeResult)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if parsed.json:
+        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        return 0
+    again = f", {readable_bytes(made.resumed)} of it by an earlier run" if made.resumed else ""
+    how = "" if made.method == "streaming" else f" (by {made.method})"
+    print(
+        f"{made.folder}: {readable_bytes(made.bytes)}{again}, {made.changed} of {made.tensors} tensors changed{how}, "
+        f"in {made.seconds:.1f} s."
+    )
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise WeftError(ErrorKind.BAD_INPUT, f"{text!r} is no size.", "Write it like 5GB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

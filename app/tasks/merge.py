@@ -1,0 +1,267 @@
+"""Merge a stack of adapters into its base: one new model folder, written piece by piece.
+
+Killed at any moment it leaves nothing under the target's name, and goes on from the last complete tensor when it is run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app.adapters.hf_stack import signature
+from app.core.errors import ErrorKind, WeftError
+from app.core.merge_plan import MergeAdjustment, MergePlan, MergeResult
+from app.engine.reporting import Report
+from app.generation.hf_files import INDEXES, SINGLES, Stage, read_json
+
+Parameters = MergePlan
+VERSION = 1  # of what a merge's bytes depend on, beside its plan
+_MARGIN = 16 * 1024 * 1024  # bytes for headers, the index and the journal
+
+
+def run(parameters: MergePlan, report: Report) -> MergeResult:
+    """Merge.
+
+    Raises:
+        WeftError: BAD_INPUT, UNSUPPORTED, NOT_FOUND, CORRUPT, HOSTILE before anything is written; DISK_FULL, PERMISSION, CANCELLED.
+    """
+    import torch
+
+    from app.adapters.merge_write_torch import Control
+
+    torch.set_num_threads(1)  # pieces go to threads of our own
+    control = Control()
+    report.on_cancel(control.stop)
+    report.on_adjust(lambda text: control.pause(msgspec.json.decode(text, type=MergeAdjustment).paused))
+    return _Run(parameters, report, control).run()
+
+
+class _Run:
+    def __init__(self, plan: MergePlan, report: Report, control: Any) -> None:
+        self.plan, self.report, self.control = plan, report, control
+        self.started = time.monotonic()
+
+    def run(self) -> MergeResult:
+        from app.adapters.merge_stream_torch import NeedsPeft
+
+        check_plan(self.plan)
+        self.report.progress("Reading the model and the adapters")
+        stage = stage_of(Path(self.plan.model))
+        try:
+            try:
+                return self._stream(stage)
+            except NeedsPeft as reason:
+                return self._with_peft(stage, str(reason))
+        finally:
+            stage.close()
+
+    def _stream(self, stage: Stage) -> MergeResult:
+        from app.adapters.merge_folder import side_files, write_side_files
+        from app.adapters.merge_shards import divide, index_of
+        from app.adapters.merge_staging import Staging, require_space, write_atomically, write_error
+        from app.adapters.merge_stream_torch import Merge
+        from app.adapters.merge_write_torch import Writer
+
+        plan, target = self.plan, Path(self.plan.target)
+        with Merge(plan, stage.weights, stage.config, str(stage.path)) as merge:
+            tensors = merge.tensors
+            shards = divide(tensors, [t.source.file.name for t in tensors], plan.shard_size)
+            total = sum(t.bytes for t in tensors)
+            beside = sum(path.stat().st_size for path in side_files(Path(plan.model)))
+            mark = self._mark(merge)
+            with Staging(target) as staging:
+                if staging.finished(mark):
+                    staging.discard()
+                    return self._result(merge, total, 0, ["An earlier run had completed it."])
+                check_target(target)
+                done = staging.begin(mark)
+                try:
+                    files = sum(shard.size for shard in shards)
+                    require_space(staging.root, files + beside + _MARGIN - staging.allocated(), "The merged model")
+                    writer = Writer(merge, shards, staging, done, self.control, lambda now: self._progress(now, total))
+                    writer.run(threads())
+                    if len(shards) > 1:
+                        write_atomically(staging.folder / INDEXES["safetensors"], index_of(shards, tensors))
+                    notes = merge.notes + write_side_files(
+                        plan, stage.original, merge.config, staging.folder, merge.notes
+                    )
+                    self.report.progress("Waiting for the disk", total, total, "bytes")
+                    staging.publish()
+                except OSError as error:
+                    staging.discard()
+                    raise write_error(staging.folder, error) from error
+                except BaseException:
+                    # Only a death leaves a staging folder to go on from: what was refused or cancelled gives its space back.
+                    staging.discard()
+                    raise
+                staging.discard()
+        return self._result(merge, total, writer.resumed, notes)
+
+    def _result(self, merge: Any, total: int, resumed: int, notes: list[str]) -> MergeResult:
+        return MergeResult(
+            folder=self.plan.target,
+            bytes=total,
+            tensors=len(merge.tensors),
+            changed=sum(t.changed for t in merge.tensors),
+            copied=sum(t.bytes for t in merge.tensors if t.copied),
+            resumed=resumed,
+            notes=notes,
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _progress(self, now: int, total: int) -> None:
+        self.report.progress("Paused" if self.control.paused else "Merging", now, total, "bytes")
+
+    def _mark(self, merge: Any) -> str:
+        """What the bytes depend on: a staging folder with another mark is begun anew."""
+        import torch
+
+        from app.adapters.merge_staging import fingerprint
+
+        plan = self.plan
+        base = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted({t.source.file for t in merge.tensors})
+        ]
+        stack = [(a.path, a.weight, signature(Path(a.path))) for a in plan.stack.adapters if a.weight]
+        shapes = [(t.name, t.dtype, t.shape) for t in merge.tensors]
+        return fingerprint([VERSION, torch.__version__, plan.model, plan.dtype, plan.shard_size, base, stack, shapes])
+
+    def _with_peft(self, stage: Stage, reason: str) -> MergeResult:
+        from app.adapters.merge_folder import write_side_files
+        from app.adapters.merge_peft_torch import merge_with_peft
+        from app.adapters.merge_staging import Staging, require_space, write_error
+
+        plan = self.plan
+        note = f"Merged by PEFT with the whole model in memory, since streaming could not: {reason}."
+        self.report.log("warning", note)
+        size = sum(path.stat().st_size for path in stage.weights)
+        with Staging(Path(plan.target)) as staging:
+            check_target(Path(plan.target))
+            staging.begin("peft")
+            try:
+                require_space(staging.root, size * (2 if plan.dtype == "float32" else 1) + _MARGIN, "The merged model")
+                self.report.progress("Merging with PEFT, the whole model in memory")
+                count = merge_with_peft(plan, str(stage.path), staging.folder, self.control.check)
+                config = read_json(staging.folder / "config.json")
+                for part in staging.folder.iterdir():
+                    if part.suffix == ".json" and not part.name.endswith(".index.json"):
+                        part.unlink()
+                kept = {
+                    key: config[key]
+                    for key in ("tie_word_embeddings", "num_hidden_layers", "layer_types")
+                    if key in config
+                }
+                notes = [note, *write_side_files(plan, stage.original, kept, staging.folder, [note])]
+                written = sum(p.stat().st_size for p in staging.folder.glob("*.safetensors"))
+                staging.publish()
+            except OSError as error:
+                staging.discard()
+                raise write_error(staging.folder, error) from error
+            except BaseException:
+                staging.discard()
+                raise
+            staging.discard()
+        return MergeResult(
+            folder=plan.target, bytes=written, tensors=count, changed=count, method="peft", notes=notes,
+            seconds=time.monotonic() - self.started,
+        )  # fmt: skip
+
+
+def threads() -> int:
+    """How many pieces are worked on at once."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    wanted = os.environ.get("WEFT_MERGE_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(8, usable))
+
+
+def stage_of(folder: Path) -> Stage:
+    """The base's folder, its files checked.
+
+    Raises:
+        WeftError: NOT_FOUND, HOSTILE, CORRUPT; UNSUPPORTED for quantized bases, with the 16-bit base to fetch instead.
+    """
+    if not folder.is_dir():
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no model folder {folder}.", "Check the path; GGUF files take adapters through `weft export`.")  # fmt: skip
+    form = "safetensors" if any((folder / t["safetensors"]).is_file() for t in (SINGLES, INDEXES)) else "bin"
+    refuse_quantized(folder)
+    return Stage(folder, form)
+
+
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a base whose weights are packed, and say what to fetch instead.
+
+    Raises:
+        WeftError: UNSUPPORTED.
+    """
+    from app.core.quantization import from_config
+
+    config = read_json(folder / "config.json")
+    tables = [
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("quantize_config.json", "quant_config.json")
+    ]
+    found = from_config(config, *tables)
+    if found is None:
+        return
+    base = likely_base(folder, config)
+    hint = "Merge into the 16-bit model that it was made from"
+    raise WeftError(
+        ErrorKind.UNSUPPORTED,
+        f"{folder.name} is quantized ({found.format.value} {found.label}): a merge into it would be rounded away.",
+        f"{hint}, {base}: get it with `weft download {base}`." if base else f"{hint}.",
+    )
+
+
+def likely_base(folder: Path, config: dict[str, Any]) -> str:
+    """The hub's name of the 16-bit model that a quantized one was made from, as far as its files tell; "" else."""
+    import re
+
+    from app.core.unfinished import read_note
+
+    note = read_note(folder)
+    for name in (config.get("_name_or_path"), note.repo if note is not None else "", folder.name):
+        if isinstance(name, str) and (match := re.fullmatch(r"([\w.-]+/)?([\w.-]+)", name)):
+            tail = re.sub(
+                r"[-_.](unsloth-)?(bnb[-_]?[48]bit|[248]bits?|gptq|awq|exl[23]|hqq|int[48]|w[48]a16|fp8|eetq)([-_.].*)?$",
+                "", match[2], flags=re.IGNORECASE,
+            )  # fmt: skip
+            if tail != match[2] or (match[1] and name == config.get("_name_or_path")):
+                return (match[1] or "") + tail
+    return ""
+
+
+def check_plan(plan: MergePlan) -> None:
+    """Refuse what cannot be a merge.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    for adapter in plan.stack.adapters:
+        if not math.isfinite(adapter.weight):
+            raise WeftError(ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number.")  # fmt: skip
+    if not any(a.weight for a in plan.stack.adapters):
+        raise WeftError(ErrorKind.BAD_INPUT, "No adapter is on: there is nothing to merge.", "Add one with a weight other than 0.")  # fmt: skip
+    if plan.shard_size < 0:
+        raise WeftError(ErrorKind.BAD_INPUT, "A negative shard size means nothing.", "Give a size in bytes, or 0.")
+    model, target = Path(plan.model), Path(plan.target)
+    with contextlib.suppress(OSError):
+        if target.resolve() == model.resolve() or model.resolve() in target.resolve().parents:
+            raise WeftError(
+                ErrorKind.BAD_INPUT, f"{target} lies in the base's own folder.", "Choose a folder of its own."
+            )
+
+
+def check_target(target: Path) -> None:
+    """Refuse a target that holds something.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or remove it first.")
