@@ -25,9 +25,24 @@ class Constraint:
     def __init__(self, tokenizer: Any, sampling: Sampling) -> None:
         from llguidance import LLMatcher
 
+        self._ends = {int(tokenizer.eos_token), *tokenizer.eos_tokens}
         self._matcher = LLMatcher(tokenizer, _grammar(sampling), log_level=0)
         self._check()
         self._stopped = False
+        if not self._takes_text():
+            raise WeftError(
+                ErrorKind.BAD_INPUT,
+                "The grammar allows no text at all, so every answer would be empty.",
+                'Give its root something to say, such as: root ::= "yes" | "no"',
+            )
+
+    def _takes_text(self) -> bool:
+        """Whether any token but an end may come first."""
+        if self._matcher.is_stopped():
+            return False
+        allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        self._check()
+        return bool(allowed.sum() > allowed[list(self._ends)].sum())
 
     @property
     def finished(self) -> bool:

@@ -31,6 +31,8 @@ class GrammarCheck:
         self.rules: dict[str, list[list[str]]] = {}  # name to alternatives, each the names it could begin with
         self.named: dict[str, int] = {}  # rules referred to, and where first
         self.elements = 0
+        self.parts: dict[str, set[str]] = {}  # of each rule, the rules it refers to; "" stands for characters
+        self._now = ""  # the rule being read
 
     def check(self) -> None:
         """Raises WeftError: BAD_INPUT, naming line and column."""
@@ -50,6 +52,21 @@ class GrammarCheck:
             self.at = 0
             self._fail("there is no rule named root, with which an answer begins")
         self._left_recursion()
+        if not self._takes_characters():
+            self.at = 0
+            self._fail("it allows no text at all, so every answer would be empty")
+
+    def _takes_characters(self) -> bool:
+        """Whether an answer can have any text: some rule that is reached from root names a character."""
+        reached, pending = set[str](), ["root"]
+        while pending:
+            name = pending.pop()
+            if not name:
+                return True
+            if name not in reached:
+                reached.add(name)
+                pending += self.parts[name]
+        return False
 
     def _rule(self) -> None:
         name = self._name()
@@ -61,6 +78,8 @@ class GrammarCheck:
         if name in self.rules:
             self._fail(f"the rule {name!r} is there twice")
         self.rules[name] = []
+        self.parts[name] = set()
+        self._now = name
         if len(self.rules) > MOST_RULES:
             self._fail(f"there are more than {MOST_RULES:,} rules")
         _, starts = self._alternatives(depth=0)
@@ -131,7 +150,11 @@ class GrammarCheck:
                 self._character()
                 size += 1
             self.at += 1
+            if size:
+                self.parts[self._now].add("")
             return max(size, 1), [], size == 0
+        if character in "[.":
+            self.parts[self._now].add("")
         if character == "[":
             return self._set(), [], False
         if character == ".":
@@ -149,6 +172,7 @@ class GrammarCheck:
             place = self.at
             name = self._name()
             self.named.setdefault(name, place)
+            self.parts[self._now].add(name)
             return 1, [name], False
         raise self._error(
             "tokens such as <name> are not supported" if character in "<!" else f"{character!r} has no place here"

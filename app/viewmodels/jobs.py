@@ -28,17 +28,19 @@ CLOSE_MS = 5000
 
 
 class Pace:
-    """Seconds left, from how far a piece of work has come lately."""
+    """Seconds left, from how far a piece of work has come, lately and in all."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._points: list[tuple[float, float]] = []
+        self._begun = (0.0, 0.0)
         self._phase_total = 0.0
 
     def add(self, progress: Progress) -> None:
         now = self._clock()
         if progress.total != self._phase_total or (self._points and progress.done < self._points[-1][1]):
             self._points.clear()
+            self._begun = (now, progress.done)
             self._phase_total = progress.total
         if not self._points or now - self._points[-1][0] >= 0.5:
             self._points.append((now, progress.done))
@@ -55,8 +57,17 @@ class Pace:
         return (last - first) / (end - start) if end - start >= 1.5 and last > first else 0.0
 
     def left(self, progress: Progress) -> float | None:
-        """Seconds, or None while unknown."""
-        return (progress.total - progress.done) / self.speed if self.speed and progress.total > progress.done else None
+        """Seconds, or None while unknown.
+
+        The slower of the last half minute and of the whole: where packages are unpacked a gigabyte comes in a second, and what
+        follows takes minutes all the same.
+        """
+        rest = progress.total - progress.done
+        if not self.speed or rest <= 0:
+            return None
+        start, first = self._begun
+        whole = rest * (self._clock() - start) / (progress.done - first) if progress.done > first else 0.0
+        return max(rest / self.speed, whole)
 
 
 class Running:
@@ -158,12 +169,23 @@ class JobCenter(QObject):
             self.environment_failed.emit(name, error)
             QTimer.singleShot(0, self, self._next)
             return
+        self._forget_interrupted(name, worker.job.id)
         self.running = Running(name, worker)
         worker.progress.connect(self._progress)
         worker.finished_well.connect(self._well)
         worker.failed.connect(self._failed)
         worker.finished.connect(self._finished)
         worker.start()
+
+    def _forget_interrupted(self, name: str, now: int) -> None:
+        """The installation goes on as job `now`: what was interrupted before is the same work, and not listed a second time."""
+        try:
+            for job in self._store.jobs(SHOWN):
+                same = job.task == INSTALL and environment_of(job) == name
+                if same and job.state is JobState.CRASHED and job.id != now:
+                    self._store.remove(job.id)
+        except WeftError as error:
+            log.warning("An old job could not be taken off the list: %s", error)
 
     @Slot(object)
     def _progress(self, progress: Progress) -> None:

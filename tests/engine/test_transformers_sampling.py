@@ -295,6 +295,8 @@ def test_an_answer_follows_a_schema(backend: Backend) -> None:
     [
         {"grammar": "root ::= ("},
         {"grammar": "root ::= missing"},
+        {"grammar": "root ::= "},
+        {"grammar": 'root ::= ""'},
         {"json_schema": "{nonsense"},
         {"json_schema": '{"type": "nonsense"}'},
         {"json_schema": "{}", "grammar": 'root ::= "a"'},

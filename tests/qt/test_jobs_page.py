@@ -177,6 +177,41 @@ def test_pace_and_words() -> None:
     assert text == "Downloading · 50.0 MB of 100 MB · 5 s left"
 
 
+def test_a_burst_does_not_promise_an_end_that_is_minutes_away() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    done = 0.0
+    while done < 84e6:  # a minute of downloads, then everything is unpacked at once
+        now[0] += 1.0
+        done = min(84e6, done + (0.5e6 if now[0] < 60 else 20e6))
+        pace.add(Progress(phase="x", done=done, total=100e6, unit="bytes"))
+    left = pace.left(Progress(phase="x", done=84e6, total=100e6, unit="bytes"))
+    assert left is not None and left > 10
+
+
+def test_an_interrupted_installation_goes_on_in_one_row(yard: Yard, rooms: Rooms, qtbot: QtBot) -> None:
+    page = JobsPage(jobs=yard.center)
+    qtbot.addWidget(page)
+    yard.center.install("core")
+    qtbot.waitUntil(lambda: yard.center.running is not None and yard.center.running.progress is not None)
+    yard.center.close()  # the window was closed meanwhile
+    qtbot.waitUntil(lambda: yard.center.running is None)
+    rooms.jobs.update(yard.made[0].job.id, state=JobState.CRASHED, message="Weft was closed meanwhile.")
+    page.table.refresh()
+    assert [job.state for job in page.table.jobs] == [JobState.CRASHED]
+    yard.center.install("core")  # the next start goes on
+    qtbot.waitUntil(lambda: len(yard.made) == 2)
+    page.table.refresh()
+    assert [job.id for job in page.table.jobs] == [yard.made[1].job.id]
+    yard.made[1].end = "badly"
+    qtbot.waitUntil(lambda: yard.center.running is None)
+    yard.center.install("core")  # a failure is told, and stays listed
+    page.table.refresh()
+    assert len(page.table.jobs) == 2
+    yard.made[2].end = "well"
+    qtbot.waitUntil(lambda: yard.center.running is None)
+
+
 def test_settings_page_engines_and_switches(yard: Yard, rooms: Rooms, qtbot: QtBot) -> None:
     engines = EngineList(yard.environments, yard.center)
     rooms.closers.insert(0, engines.close)
