@@ -70,8 +70,16 @@ def configure(endpoint: str = "", proxy: str = "") -> None:
             headers = response.headers
             raise _Busy(response.status_code, headers.get("Retry-After", ""), headers.get("Date", ""))
 
+    class Client(httpx2.Client):
+        def send(self, *arguments: Any, **named: Any) -> httpx2.Response:
+            try:
+                return super().send(*arguments, **named)
+            except httpx2.TransportError as error:
+                # Under another name: huggingface_hub tries some of its questions again for half a minute, in silence.
+                raise _Unreachable(type(error).__name__) from error
+
     def client() -> httpx2.Client:
-        return httpx2.Client(
+        return Client(
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
             timeout=TIMEOUT,
@@ -109,6 +117,10 @@ class _Busy(Exception):
     def __init__(self, status: int, retry_after: str, date: str) -> None:
         super().__init__(f"status {status}")
         self.status, self.retry_after, self.date = status, retry_after, date
+
+
+class _Unreachable(Exception):
+    """The connection failed; its cause says how."""
 
 
 class Hub:
@@ -222,6 +234,10 @@ class Hub:
         while True:
             try:
                 return question()
+            except _Unreachable:
+                tries += 1
+                if tries > 1 or self._cancelled.wait(0.5):  # lines hiccup; what lasts is said
+                    raise
             except _Busy as busy:
                 tries += 1
                 seconds = retry_delay(tries, busy.retry_after, busy.date)

@@ -37,7 +37,7 @@ class Fault:
     `ignore_range` (answer 200 with the whole file), `corrupt` (same size, one byte flipped), `change` (the file is another one
     from now on, with another ETag), `other_etag` (so for this one answer), `status` (answer `code`, with `retry_after`),
     `loop` (redirect to itself), `portal` (answer 200 with a log-in page, as networks of hotels do), `api_status` (as `status`,
-    for questions: the path is the address's, such as `/api/models*`), `next_page` (the list's next page lies at `url`).
+    for questions: the path is the address's, such as `/api/models*`), `api_redirect` (to `url`), `next_page` (the list's next page lies at `url`).
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Fault:
     skip: int = 0  # let this many matching requests pass first
 
 
-_OF_QUESTIONS = ("api_status", "next_page")
+_OF_QUESTIONS = ("api_status", "api_redirect", "next_page")
 _OTHER = bytes(byte ^ 1 for byte in range(256))
 
 
@@ -211,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.command,
             split.path,
             self.headers.get("Host", ""),
-            dict(self.headers.items()),
+            {name.title(): value for name, value in self.headers.items()},  # clients write them as they like
             parse_qs(split.query, keep_blank_values=True),
         )
         with self.hub._lock:
@@ -221,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(
                 fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
             )
+        if fault := self.hub.take_fault(path, "api_redirect"):
+            return self._redirect(fault.url, {})
         if self.record.host == self.hub.store_host or path.startswith("/blob-store/"):
             return self._store(path)
         if path == "/api/whoami-v2":

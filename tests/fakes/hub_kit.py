@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import shutil
+import ssl
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from app.engine import protocol
 from app.engine.client import EngineClient
@@ -113,3 +119,19 @@ def run_task(child: EngineClient, text: str) -> tuple[DownloadResult, list[Downl
             result = msgspec.json.decode(event.result.json, type=DownloadResult)
     assert result is not None
     return result, news
+
+
+@contextlib.contextmanager
+def behind_https(folder: Path) -> Iterator[tuple[FakeHub, Path]]:
+    """A hub behind https on this machine's own address, and its certificate. Skips where no certificate can be made."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl program here to make a certificate")
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nobody -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(["openssl", *words.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with FakeHub() as made:
+        made._server.socket = context.wrap_socket(made._server.socket, server_side=True, do_handshake_on_connect=False)
+        made.endpoint = f"https://127.0.0.1:{made.port}"
+        yield made, certificate

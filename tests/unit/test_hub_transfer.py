@@ -18,7 +18,7 @@ from app.hub.part import arrived_bytes
 from app.hub.source import HttpSource, HttpTrouble, Located, proxy_for
 from app.hub.transfer import Transfer
 from tests.fakes.hub import FakeHub, Fault
-from tests.fakes.hub_kit import FILE, Told, fetch, random_bytes, remote, sha256
+from tests.fakes.hub_kit import FILE, Told, behind_https, fetch, random_bytes, remote, sha256
 
 MB = 1_000_000
 pytestmark = pytest.mark.fault
@@ -357,21 +357,8 @@ def test_a_hub_that_is_not_there_is_said(tmp_path: Path) -> None:
 @pytest.fixture
 def secure(tmp_path: Path) -> Iterator[tuple[FakeHub, Path]]:
     """A hub behind https on this machine's own address, and its certificate."""
-    import shutil
-    import ssl
-    import subprocess
-
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl program here to make a certificate")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nobody -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run(["openssl", *words.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    with FakeHub() as made:
-        made._server.socket = context.wrap_socket(made._server.socket, server_side=True, do_handshake_on_connect=False)
-        made.endpoint = f"https://127.0.0.1:{made.port}"
-        yield made, certificate
+    with behind_https(tmp_path) as made:
+        yield made
 
 
 def test_a_wrong_certificate_is_said_and_not_tried_again(tmp_path: Path, secure: tuple[FakeHub, Path]) -> None:
