@@ -1,0 +1,144 @@
+"""`weft train RUN.toml`: the window's training, headless."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app.cli_library import find_model
+from app.cli_task import run_task
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry
+from app.core.paths import default_paths
+from app.engine.environments import USABLE, Environments
+from app.store.toml_text import dump
+from app.training import methods, run_file
+from app.training.run_config import RunConfig, TrainNews, TrainParameters
+
+ENVIRONMENT = "core"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `train` to the command line's parsers."""
+    command: argparse.ArgumentParser = commands.add_parser("train", help="train an adapter as a RUN.toml says")
+    command.set_defaults(run=run)
+    command.add_argument("file", type=Path, metavar="RUN.toml", help="model, data, method, training and output")
+    command.add_argument("--resume", action="store_true", help="go on with the unfinished run of this output folder")
+    command.add_argument(
+        "--preview", action="store_true", help="show what the model would be trained on, and train nothing"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status. Raises WeftError."""
+    text = parsed.file
+    config = run_file.read(text)
+    if parsed.preview:
+        return _preview(config, parsed.json)
+    for note in methods.check(config):
+        print(f"note: {note}", file=sys.stderr)
+    model = model_of(config)
+    _environment()
+    parameters = TrainParameters(
+        config=config, model=model, resume="yes" if parsed.resume else "no", run_file=dump(run_file.to_table(config))
+    )
+    told = methods.check(config)
+    result = run_task(ENVIRONMENT, "train", parameters, on_metric=_Metrics(), on_news=_news(told))
+    if parsed.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
+    else:
+        _print_result(result)
+    return 0
+
+
+def model_of(config: RunConfig) -> ModelEntry:
+    """The library's entry of the base; of the starter's two forms the safetensors one. Raises WeftError NOT_FOUND."""
+    return find_model(config.model.path, "transformers")
+
+
+def _environment() -> None:
+    environments = Environments(default_paths().environments)
+    if environments.state(ENVIRONMENT) not in USABLE:
+        environments.install_for_command_line(ENVIRONMENT)
+
+
+def _preview(config: RunConfig, as_json: bool) -> int:
+    from app.training.data_config import PreviewParameters, PreviewResult
+    from app.training.preview_text import render
+
+    if not config.model.path:
+        raise WeftError(ErrorKind.BAD_INPUT, "There is no model to read the tokenizer of.", "Set path under [model].")
+    _environment()
+    parameters = PreviewParameters(data=config.data_config(), model=model_of(config).path)
+    found = run_task(ENVIRONMENT, "preview_data", parameters)
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+    else:
+        print(render(msgspec.convert(found, PreviewResult)))
+    return 0
+
+
+class _Metrics:
+    """Metrics as lines on stderr: held-out losses, and the training loss about fifty times in a run."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._shown = 0
+
+    def __call__(self, step: int, values: dict[str, float]) -> str | None:
+        if "held_out_loss" in values:
+            return f"step {step}: held-out loss {values['held_out_loss']:.4f}"
+        if "loss" not in values:
+            return None
+        total = step + values.get("seconds_left", 0.0) * step / max(1e-9, self._seconds(step, values))
+        if step > 1 and step - self._shown < max(1, total / 50):
+            return None
+        self._shown = step
+        left = int(values.get("seconds_left", 0.0))
+        return (
+            f"step {step}: loss {values['loss']:.4f}, learning rate {values['learning_rate']:.2e}, gradient {values['grad_norm']:.2f}, "
+            f"{values['tokens_per_second']:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+        )
+
+    def _seconds(self, step: int, values: dict[str, float]) -> float:
+        self._last = max(self._last, values.get("seconds_left", 0.0))
+        return self._last or float(step)
+
+
+def _news(told: list[str]) -> Callable[[str], str | None]:
+    def words(json: str) -> str | None:
+        news = msgspec.json.decode(json, type=TrainNews)
+        if news.kind == "note" and news.text not in told:
+            return f"note: {news.text}"
+        if news.kind == "estimate":
+            return news.text
+        if news.kind == "data":
+            values = news.values
+            return f"{values['examples']:,.0f} examples to train on, {values['held_out']:,.0f} held out, {values['tokens']:,.0f} tokens"
+        if news.kind == "samples":
+            return "\n".join(f"step {news.step}  {question}\n    → {answer}" for question, answer in news.samples)
+        return None
+
+    return words
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    print(result["adapter"])
+    losses = result["losses"]
+    said = [f"{result['steps']} steps in {result['seconds'] / 60:.1f} minutes"]
+    if losses:
+        said.append(f"loss {losses[0]:.4f} → {losses[-1]:.4f}")
+    if result["held_out_loss"] is not None:
+        before = result["base_held_out_loss"]
+        said.append(f"held-out {f'{before:.4f} → ' if before is not None else ''}{result['held_out_loss']:.4f}")
+    if result["ended"] != "complete":
+        said.append(
+            {"stopped": "stopped", "early": "ended early", "nan": "ended at a loss that was no number"}[result["ended"]]
+        )
+    print(", ".join(said), file=sys.stderr)

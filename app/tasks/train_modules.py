@@ -1,0 +1,78 @@
+"""Which modules of a model can be trained, read from the model itself, without its weights. Needs the core environment."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import msgspec
+
+from app.core.library import ModelEntry, ModelFormat
+from app.engine.report import HostReport
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True):
+    """model: of the library."""
+
+    model: ModelEntry
+
+
+class Modules(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be trained.
+
+    Attributes:
+        linear: last names of linear modules, and how many bear each. embeddings: names of embeddings and the output layer.
+        experts: parameters that hold several experts, for target_parameters. layers: how many; pattern: what their list is called.
+    """
+
+    linear: dict[str, int]
+    embeddings: tuple[str, ...]
+    experts: tuple[str, ...]
+    layers: int
+    pattern: str
+
+
+def run(parameters: Parameters, report: HostReport) -> Modules:
+    """Build the model on the meta device and look at its names.
+
+    Raises:
+        WeftError: what reading its config raises.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    report.progress("Reading the model")
+    import torch
+    import transformers
+
+    from app.generation import hf_files, hf_load
+    from app.training.methods_torch import module_names
+
+    entry = parameters.model
+    if entry.format is ModelFormat.GGUF:
+        path = Path(entry.path)
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        stage = None
+    else:
+        stage = hf_files.Stage(Path(entry.path), "bin" if entry.format is ModelFormat.TORCH_BIN else "safetensors")
+        config = hf_load.read_config(stage.path, False)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    finally:
+        if stage is not None:
+            stage.close()
+    lists = [(name, len(m)) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    name, count = max(lists, key=lambda each: each[1], default=("", 0))
+    embeddings = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
+    head = next((n.rpartition(".")[2] for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    experts = {
+        n.split(".", n.count(".") - 2)[-1] for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n
+    }
+    return Modules(
+        linear=module_names(model),
+        embeddings=tuple(dict.fromkeys([*embeddings, *([head] if head else [])])),
+        experts=tuple(sorted(experts)),
+        layers=count,
+        pattern=name.rpartition(".")[2],
+    )

@@ -1,0 +1,140 @@
+"""What a run will take in memory and time, before it begins: plain arithmetic over the model's header. No ML.
+
+Activations follow the usual count for a transformer's layer in training: the residual stream, the inputs of each linear module (kept
+for LoRA's gradients), attention through sdpa, and the loss over the vocabulary. tests/engine holds it to measured peaks.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from app.core.library import ModelEntry, ModelFormat
+from app.training.run_config import RunConfig
+from app.training.run_file import names, numbers, ranges
+
+MIB, GIB = 2**20, 2**30
+PROCESS = 420 * MIB  # torch, transformers and peft at work
+_ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+class RunEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes by cause. seconds: of the whole run, 0 when not known; trainable: parameters."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    process: int
+    checkpoint: int
+    trainable: int
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.optimizer + self.activations + self.process
+
+
+def estimate(
+    config: RunConfig, model: ModelEntry, *, trained: int = 0, tokens: int = 0, flops: float = 0.0
+) -> RunEstimate:
+    """Estimate a run.
+
+    Args:
+        trained: parameters that are trained, where known; else counted from the header's shape.
+        tokens: of the training data in one epoch. flops: the machine's products a second, for the time.
+    """
+    trained = trained or trainable(config, model)
+    width = _compute_bytes(config)
+    optimizer = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lora_plus_8bit": 2, "sgd": 4, "lora_fa": 4}.get(
+        config.train.optimizer, 8
+    )
+    parameters = model.parameters or model.weight_bytes // 2
+    seconds = 6.0 * parameters * tokens * config.train.epochs / flops if flops and tokens else 0.0
+    return RunEstimate(
+        weights=_weights(config, model, parameters, width),
+        adapter=trained * 8,  # the tensors and their gradients, float32
+        optimizer=trained * optimizer,
+        activations=_activations(config, model, width),
+        process=PROCESS,
+        checkpoint=checkpoint_bytes(config, trained),
+        trainable=trained,
+        seconds=seconds,
+    )
+
+
+def _compute_bytes(config: RunConfig) -> int:
+    return 4 if config.train.precision in ("auto", "fp32") else 2
+
+
+def _weights(config: RunConfig, model: ModelEntry, parameters: int, width: int) -> int:
+    """The base in memory."""
+    if model.format is ModelFormat.BITSANDBYTES:
+        return model.weight_bytes
+    bits = {
+        "none": 8.0 * width,
+        "int8": 8.0,
+        "nf4": 4.13 if config.model.double_quant else 4.5,
+        "fp4": 4.13 if config.model.double_quant else 4.5,
+    }
+    outside = 2 * model.shape.vocabulary * model.shape.hidden if config.model.quantization != "none" else 0
+    return int(
+        (parameters - min(parameters, outside)) * bits[config.model.quantization] / 8 + min(parameters, outside) * width
+    )
+
+
+def _activations(config: RunConfig, model: ModelEntry, width: int) -> int:
+    """What a forward keeps for the backward, at the largest batch."""
+    shape = model.shape
+    tokens = config.train.batch_size * config.train.max_length * (2 if config.train.objective != "sft" else 1)
+    inner = shape.intermediate or 4 * shape.hidden
+    layer = tokens * width * (10 * shape.hidden + 4 * inner)
+    kept = layer if not config.train.gradient_checkpointing else 0
+    stream = tokens * shape.hidden * width
+    rows = min(tokens, 1024) if config.train.chunked_loss else tokens
+    loss = rows * shape.vocabulary * 4 * 3
+    return int(kept * shape.layers + stream * shape.layers * int(config.train.gradient_checkpointing) + layer + loss)
+
+
+def trainable(config: RunConfig, model: ModelEntry) -> int:
+    """Parameters of A and B from the header's shape: exact for Llama's family, near for others."""
+    shape, method = model.shape, config.method
+    heads = shape.head_dim or (shape.hidden // max(1, shape.heads))
+    inner, kv = shape.intermediate or 4 * shape.hidden, (shape.kv_heads or shape.heads) * heads
+    sizes = {
+        "q_proj": shape.hidden + shape.heads * heads,
+        "k_proj": shape.hidden + kv,
+        "v_proj": shape.hidden + kv,
+        "o_proj": shape.heads * heads + shape.hidden,
+        "gate_proj": shape.hidden + inner,
+        "up_proj": shape.hidden + inner,
+        "down_proj": inner + shape.hidden,
+    }
+    wanted = set(names(method.targets)) if not method.target_regex and method.targets != "all-linear" else _ALL_LINEAR
+    per_layer = sum(size for name, size in sizes.items() if name in wanted)
+    layers = shape.layers
+    if method.layer_replication:
+        layers = sum(end - start for start, end in ranges(method.layer_replication, "layer_replication"))
+    if method.layers:
+        layers = min(layers, len(numbers(method.layers, "layers")))
+    full = sum(
+        shape.vocabulary * shape.hidden for name in names(method.modules_to_save) if name in ("embed_tokens", "lm_head")
+    )
+    return layers * per_layer * method.r + full
+
+
+def checkpoint_bytes(config: RunConfig, trained: int) -> int:
+    """One checkpoint on disk: the tensors and the optimizer's two moments."""
+    return trained * 12 + 64 * 1024
+
+
+def words(found: RunEstimate) -> str:
+    """For people, one line."""
+
+    def size(count: int) -> str:
+        return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+    time = f", about {found.seconds / 60:.0f} minutes" if found.seconds else ""
+    return (
+        f"About {size(found.total)} of memory ({size(found.weights)} base, {size(found.activations)} activations, "
+        f"{size(found.adapter + found.optimizer)} adapter and optimizer), {found.trainable:,} trained parameters{time}."
+    )

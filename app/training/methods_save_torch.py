@@ -1,0 +1,72 @@
+"""An adapter as PEFT's plain folder, for the original base. Imports torch and peft.
+
+An initialisation that changed the base (W became W - s·B₀A₀) is undone by concatenation: s(BA - B₀A₀) = s·[B, -B₀][A; A₀], of twice
+the rank, alpha grown so that the scale s stays. That is exact, for rsLoRA, patterns and DoRA too (its direction is the same sum).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from app.training.methods import converts
+from app.training.methods_torch import ADAPTER, layers, plain_name, whole
+from app.training.run_config import RunConfig
+
+
+def adapter_tensors(config: RunConfig, model: Any, first: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What goes into adapter_model.safetensors, converted where the base was changed; contiguous, on the processor."""
+    with torch.no_grad():
+        found = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        if converts(config):
+            for name, _ in layers(model):
+                for part, sign, dimension in (("lora_A", 1.0, 0), ("lora_B", -1.0, 1)):
+                    key = f"{name}.{part}.weight"
+                    start = first[f"{name}.{part}"].to(found[key].dtype)
+                    found[key] = torch.cat([found[key], sign * start], dimension)
+    return {key: value.clone().contiguous() for key, value in found.items()}
+
+
+def adapter_settings(config: RunConfig, model: Any, base: str) -> dict[str, Any]:
+    """adapter_config.json. `base`: what base_model_name_or_path says."""
+    settings = settings_of(model)
+    settings["base_model_name_or_path"] = base
+    settings["inference_mode"] = True
+    # How it began is told in weft_run.json: here it would make loaders start it that way again.
+    settings["init_lora_weights"] = True
+    for name in ("eva_config", "corda_config", "loftq_config", "runtime_config"):
+        settings[name] = {} if name == "loftq_config" else None
+    settings.pop("runtime_config")
+    if converts(config):
+        grow = math.sqrt(2) if settings["use_rslora"] else 2
+        settings["r"] *= 2
+        settings["lora_alpha"] = whole(settings["lora_alpha"] * grow)
+        settings["rank_pattern"] = {key: value * 2 for key, value in settings["rank_pattern"].items()}
+        settings["alpha_pattern"] = {key: whole(value * grow) for key, value in settings["alpha_pattern"].items()}
+    return settings
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """The adapter's LoraConfig as JSON holds it."""
+    found = model.peft_config[ADAPTER].to_dict()
+    found.pop("runtime_config", None)
+    return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def save_adapter(folder: Path, config: RunConfig, model: Any, first: dict[str, torch.Tensor], base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder."""
+    (folder / "adapter_config.json").write_text(
+        json.dumps(adapter_settings(config, model, base), indent=2, sort_keys=True), "utf-8"
+    )
+    save_file(adapter_tensors(config, model, first), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapted_modules(model: Any) -> list[str]:
+    """Names, in the base model, of what the adapter changes."""
+    return [plain_name(name) for name, _ in layers(model)]
