@@ -5,27 +5,46 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from app.core.jobs import Progress
+from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, default_paths
 from app.core.roots import RootKind, found_roots
-from app.engine import launch, protocol
+from app.engine import launch, machine, protocol
 from app.engine.client import EngineClient
 from app.hub.files import DownloadNews, DownloadResult, Listing, RemoteFile
 from app.hub.places import folder_for
 from app.hub.reference import HubReference, parse_reference
-from app.hub.selection import gguf_choices, pick, quantization, usual
+from app.hub.selection import gguf_choices, pick, repository_choice, usual
 from app.store.refresh import library_roots
 from app.store.secrets import TokenStore
 from app.store.settings import Settings, SettingsStore
 from app.terminal import ProgressLine, readable_bytes, table
+from app.viewmodels.fitting import judge
+from app.viewmodels.transfer_rates import Speed
+from app.viewmodels.units import readable_seconds
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+class ListedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `--list`: a file, or files that are of use only together (a split GGUF, its projector).
+
+    Attributes:
+        quantization: read from a GGUF's name, or "". bytes: of all files.
+        fits: GPU, GPU + RAM, RAM or No, judged by size alone; "" for what is no model.
+    """
+
+    title: str
+    quantization: str
+    bytes: int
+    fits: str
+    files: tuple[str, ...]
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -138,7 +157,7 @@ def _call(engine: EngineClient, task: str, parameters: dict[str, Any], result: C
     line = ProgressLine()
     text = msgspec.json.encode(parameters).decode()
     command = engine.send(protocol.RunTask(task=task, parameters=text))
-    last = DownloadNews()
+    last, speed = DownloadNews(), Speed()
     try:
         while True:
             try:
@@ -149,9 +168,11 @@ def _call(engine: EngineClient, task: str, parameters: dict[str, Any], result: C
             engine.raise_if_ended(command, event)
             if isinstance(event, protocol.News):
                 last = msgspec.json.decode(event.json, type=DownloadNews)
+                speed.add(last.fetched)
             elif isinstance(event, protocol.ProgressEvent):
                 phase = f"{event.phase} {last.file}" if last.file and not last.waiting else event.phase
-                line.show(Progress(phase=phase, done=event.done, total=event.total, unit=event.unit))
+                shown = Progress(phase=phase, done=event.done, total=event.total, unit=event.unit)
+                line.show(shown, "" if last.waiting else _pace(speed, last.total - last.done))
             elif isinstance(event, protocol.Done) and event.id == command:
                 assert isinstance(event.result, protocol.TaskResult)
                 return msgspec.json.decode(event.result.json, type=result)  # type: ignore[arg-type]
@@ -159,24 +180,81 @@ def _call(engine: EngineClient, task: str, parameters: dict[str, Any], result: C
         line.clear()
 
 
+def _pace(speed: Speed, remaining: int) -> str:
+    """`2.1 MB/s, 3 min left`; "" while unknown."""
+    left = speed.left(remaining)
+    words = [f"{readable_bytes(speed.now)}/s"] if speed.now >= 1 else []
+    return ", ".join(words + ([f"{readable_seconds(left)} left"] if left is not None else []))
+
+
+def listed_files(listing: Listing, files: tuple[RemoteFile, ...]) -> list[ListedFile]:
+    """Files in the choices that make sense: the GGUF models first, smallest first, then the rest by name."""
+    here = machine.probe()
+
+    def fits(name: str, size: int, kind: ModelFormat) -> str:
+        return judge(
+            ModelEntry(id=name, name=name, path=name, root="", format=kind, bytes=size, weight_bytes=size), here
+        ).word
+
+    usual_files = {file.path for file in repository_choice(listing.files).files}
+    weights = [f for f in listing.files if f.path in usual_files and f.path.endswith((".safetensors", ".bin"))]
+    whole = ""  # the weights of one model fit together or not at all
+    if weights and listing.kind == "model":
+        whole = fits(listing.repo, sum(file.size for file in weights), ModelFormat.SAFETENSORS)
+    lines = [
+        ListedFile(
+            title=choice.title,
+            quantization=choice.quantization,
+            bytes=choice.bytes,
+            fits=fits(choice.title, choice.bytes, ModelFormat.GGUF),
+            files=tuple(file.path for file in choice.all_files),
+        )
+        for choice in gguf_choices(files)
+    ]
+    covered = {path for line in lines for path in line.files}
+    return lines + [
+        ListedFile(
+            title=file.path,
+            quantization="",
+            bytes=file.size,
+            fits=whole if file in weights else "",
+            files=(file.path,),
+        )
+        for file in sorted(files, key=lambda file: file.path)
+        if file.path not in covered
+    ]
+
+
 def _print_listing(listing: Listing, files: tuple[RemoteFile, ...], as_json: bool) -> int:
+    lines = listed_files(listing, files)
     if as_json:
-        _print_json(msgspec.structs.replace(listing, files=tuple(files)))
+        listing = msgspec.structs.replace(listing, files=tuple(files))
+        _print_json({**msgspec.to_builtins(listing), "choices": lines})
         return 0
     rows = [
-        [file.path, quantization(file.path) if file.path.endswith(".gguf") else "", readable_bytes(file.size)]
-        for file in files
+        [
+            line.title,
+            line.quantization,
+            readable_bytes(line.bytes),
+            line.fits,
+            f"{len(line.files)} files" if len(line.files) > 1 else "",
+        ]
+        for line in lines
     ]
-    print(table(["file", "quantization", "size"], rows))
-    choices = gguf_choices(listing.files)
+    print(table(["file", "quantization", "size", "fits", ""], rows))
     gated = ", gated" if listing.gated else ""
     print(
-        f"\n{listing.repo} at {listing.revision} ({listing.commit[:12]}), {listing.kind}{gated}, {len(files)} files",
+        f"\n{listing.repo} at {listing.revision} ({listing.commit[:12]}), {listing.kind}{gated}, {_count(files)}",
         file=sys.stderr,
     )
+    choices = gguf_choices(listing.files)
     if len(choices) > 1:
-        print(f"hint: fetch one with --file {choices[0].title}", file=sys.stderr)
+        print(f"hint: fetch one with --file {choices[0].quantization or choices[0].title}", file=sys.stderr)
     return 0
+
+
+def _count(files: Sequence[RemoteFile]) -> str:
+    return f"{len(files)} file" + ("s" if len(files) != 1 else "")
 
 
 def _print_result(listing: Listing, files: tuple[RemoteFile, ...], result: DownloadResult, as_json: bool) -> None:
@@ -196,6 +274,7 @@ def _print_result(listing: Listing, files: tuple[RemoteFile, ...], result: Downl
                 "bytes": result.bytes,
                 "fetched": result.fetched,
                 "reused": result.reused,
+                "kept": result.kept,
                 "seconds": result.seconds,
             }
         )
@@ -203,8 +282,9 @@ def _print_result(listing: Listing, files: tuple[RemoteFile, ...], result: Downl
     print(result.folder)
     speed = f", {readable_bytes(result.fetched / result.seconds)}/s" if result.fetched and result.seconds else ""
     taken = f", {readable_bytes(result.reused)} of it from copies on this machine" if result.reused else ""
-    count = f"{len(files)} file" + ("s" if len(files) != 1 else "")
-    print(f"{listing.repo}: {count}, {readable_bytes(result.bytes)}{taken}, verified{speed}", file=sys.stderr)
+    for place in result.kept:
+        print(f"A file of yours had the same name: it is now {place}", file=sys.stderr)
+    print(f"{listing.repo}: {_count(files)}, {readable_bytes(result.bytes)}{taken}, verified{speed}", file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:

@@ -20,14 +20,14 @@ class ProgressLine:
         self._phase = ""
         self._last = 0.0
 
-    def show(self, progress: Progress) -> None:
-        """Show how far a piece of work is; thins itself out."""
+    def show(self, progress: Progress, detail: str = "") -> None:
+        """Show how far a piece of work is, and behind it a detail such as the speed; thins itself out."""
         now = time.monotonic()
         fresh = progress.phase != self._phase
         if not fresh and now - self._last < (0.1 if self._live else 10.0):
             return
         self._phase, self._last = progress.phase, now
-        text = describe_progress(progress)
+        text = " · ".join(part for part in (describe_progress(progress), detail) if part)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             text = text if len(text) <= width else text[: width - 1] + "…"

@@ -100,6 +100,28 @@ def test_a_list_shows_files_and_fetches_nothing(hub: FakeHub) -> None:
     assert not hub.transfers()
 
 
+def test_a_list_shows_what_belongs_together_and_whether_it_fits(hub: FakeHub) -> None:
+    parts = {f"big.Q6_K-0000{number}-of-00002.gguf": random_bytes(2000) for number in (1, 2)}
+    hub.add("user/seeing", {**parts, "small.Q4_K_M.gguf": b"GGUF", "mmproj-F16.gguf": random_bytes(500), "a.md": b"#"})
+    hub.repos["user/seeing"].revisions["main"]["small.Q4_K_M.gguf"].size = 10**15
+    lines = {line["title"]: line for line in weft_json("download", "user/seeing", "--list")["choices"]}
+    assert list(lines) == ["big.Q6_K.gguf", "small.Q4_K_M.gguf", "a.md"]
+    assert lines["big.Q6_K.gguf"]["files"] == [*parts, "mmproj-F16.gguf"]
+    assert (lines["big.Q6_K.gguf"]["bytes"], lines["big.Q6_K.gguf"]["quantization"]) == (4500, "Q6_K")
+    assert [line["fits"] for line in lines.values()][1:] == ["No", ""] and lines["big.Q6_K.gguf"]["fits"] != "No"
+    text = weft("download", "user/seeing", "--list").stdout
+    assert "fits" in text.splitlines()[0] and "3 files" in text
+
+
+def test_a_file_of_yours_is_kept_and_named(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("user/tiny", {"config.json": b"{}", "model.safetensors": random_bytes(2000)})
+    (tmp_path / "config.json").write_text("mine")
+    ended = weft("download", "user/tiny", "--to", str(tmp_path))
+    assert ended.returncode == 0
+    assert str(tmp_path / "config.json.old") in ended.stderr
+    assert (tmp_path / "config.json.old").read_text() == "mine" and (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_several_quantizations_are_not_fetched_by_accident(hub: FakeHub) -> None:
     hub.add("user/many", {"m.Q4_K_M.gguf": b"GGUF", "m.Q8_0.gguf": b"GGUF++"})
     ended = weft("download", "user/many")
