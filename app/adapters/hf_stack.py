@@ -14,6 +14,8 @@ from app.core.stack import AdapterStack
 if TYPE_CHECKING:
     from app.adapters.live_torch import LiveStack
 
+_SPARE = 0.9  # of free memory may go into baking
+
 
 class ModelStack:
     """The adapters of one loaded transformers model."""
@@ -23,11 +25,19 @@ class ModelStack:
 
         self._live = LiveStack(model)
 
-    def set(self, stack: AdapterStack, progress: Callable[[str, float, float], None]) -> tuple[bool, list[str]]:
+    @property
+    def baked(self) -> bool:
+        """Whether the stack is in the weights."""
+        return self._live.baked
+
+    def set(
+        self, stack: AdapterStack, progress: Callable[[str, float, float], None], *, baked: bool = False
+    ) -> tuple[bool, list[str]]:
         """Replace the whole stack. Adapters that stay are not read again; one whose file changed is.
 
         Args:
             progress: told a phase, and how many modules of it are done, of how many.
+            baked: write it into the weights. Where memory does not suffice it stays live, and a note says so.
 
         Returns:
             Whether the KV cache went stale, and sentences worth showing.
@@ -37,12 +47,46 @@ class ModelStack:
         """
         live = self._live
         weights, names = _wanted(stack)
-        notes, _ = self._add(names, progress)
+        if baked and live.baked and live.weights == weights:
+            return False, []
+        with self._baked_again_if_refused(progress):
+            notes, _ = self._add(names, progress)
         stale = False
         for key in [key for key in live.weights if key not in weights]:
             stale = live.replaced(key) or stale
             live.discard(key)
-        return live.apply(weights) or stale, notes
+        stale = live.apply(weights) or stale
+        return stale, notes + (self._bake(progress) if baked else [])
+
+    @contextmanager
+    def _baked_again_if_refused(self, progress: Callable[[str, float, float], None]) -> Iterator[None]:
+        baked = self._live.baked
+        try:
+            yield
+        except BaseException:
+            if baked and not self._live.baked:
+                self._bake(progress)
+            raise
+
+    def _bake(self, progress: Callable[[str, float, float], None]) -> list[str]:
+        """Returns sentences about what stayed live."""
+        live = self._live
+        wanted, free = live.bake_bytes("cpu"), _free_memory()
+        if free and wanted > free * _SPARE:
+            return [
+                f"Baking in needs {wanted / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are free: the adapters stay live."
+            ]
+        try:
+            took, of = live.bake(lambda done, of: progress("Baking in", done, of))
+        except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            return ["There is not enough memory to bake the adapters in: they stay live."]
+        if took < of:
+            return [
+                f"{of - took} of {of} adapted modules are quantized or not in memory: there the adapters stay live."
+            ]
+        return []
 
     @contextmanager
     def rows(
@@ -60,14 +104,17 @@ class ModelStack:
             weights, more = _wanted(stack)
             rows.append(weights)
             names |= more
-        present = dict(live.weights)
-        notes, added = self._add(names, progress)
+        present, baked = dict(live.weights), live.baked
+        with self._baked_again_if_refused(progress):
+            notes, added = self._add(names, progress)
         try:
             yield RowStacks(live, rows, notes)
         finally:
             for key in added:
                 live.discard(key)
             live.apply(present)
+            if baked:
+                self._bake(progress)
 
     def _add(
         self, names: dict[str, tuple[Path, str]], progress: Callable[[str, float, float], None]
@@ -110,6 +157,15 @@ class RowStacks:
         """Go on with some of them, by their numbers among those that went on before."""
         self._rows = [self._rows[number] for number in rows]
         self._live.apply_rows(self._rows)
+
+
+def _free_memory() -> int:
+    """Bytes of main memory; 0 when that cannot be told."""
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().available
 
 
 def _wanted(stack: AdapterStack) -> tuple[dict[str, float], dict[str, tuple[Path, str]]]:

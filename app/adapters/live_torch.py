@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.adapters.live_bake import Baked, bytes_of, can_bake
 from app.adapters.live_names import Names
 from app.adapters.live_parameters import Written
 from app.adapters.live_parts import Parts, read_parts
@@ -43,6 +44,7 @@ class LiveStack:
         self._rows: list[tuple[Held, Tensor]] = []
         self._order: list[str] = []
         self._patches: list[RowPatch] = []
+        self._baked: list[Baked] = []
         self._changed = False  # adapters came or went since the sites were built
 
     # What comes and goes ------------------------------------------------------------------------
@@ -60,6 +62,7 @@ class LiveStack:
         Raises:
             WeftError: when none of it fits, or it cannot be stacked; the stack stays as it was.
         """
+        self.unbake()  # what is read is held against the base
         parts = read_parts(self.model, self.names, adapter, self._base, progress)
         if key in self.weights:
             self.discard(key)
@@ -77,6 +80,7 @@ class LiveStack:
 
     def discard(self, key: str) -> None:
         """Forget an adapter; the model changes with the next `apply`."""
+        self.unbake()
         self._changed = True
         for site in self._sites.values():
             site.parts.pop(key, None)
@@ -102,6 +106,7 @@ class LiveStack:
         Returns:
             Whether what the KV cache holds is no longer what this stack would have put there.
         """
+        self.unbake()
         self._end_rows()
         before = {k: w for k, w in self.weights.items() if w and self._deep[k]}
         self.weights = {key: float(weights.get(key, 0.0)) for key in self.weights}
@@ -130,6 +135,7 @@ class LiveStack:
         for name, site in self._sites.items():
             if ".experts." in name and any(row.get(key) for row in rows for key in site.parts):
                 return "Experts take one stack at a time, so the rows were answered one after the other."
+        self.unbake()
         self._end_rows()
         self._build_if_changed()
         values = [[float(row.get(key, 0.0)) for key in self._order] for row in rows]
@@ -138,6 +144,53 @@ class LiveStack:
             site.install(len(rows))
         self._patches = [RowPatch(module, wrap) for module, wrap in patches(list(self._written.values()), rows)]
         return ""
+
+    # Baking in ----------------------------------------------------------------------------------
+
+    @property
+    def baked(self) -> bool:
+        """Whether the stack is in the weights."""
+        return bool(self._baked)
+
+    def bake_bytes(self, device: str) -> int:
+        """What `bake` takes on a kind of device ("cpu", "cuda"), beside the base's own weights."""
+        return sum(bytes_of(site) for site in self._on() if can_bake(site) and site.module.weight.device.type == device)
+
+    def bake(self, progress: Callable[[int, int], None] = lambda *_: None) -> tuple[int, int]:
+        """Write the stack as `apply` has set it into the weights; the next change of any kind takes it out again.
+
+        Returns:
+            How many modules took it, and of how many: quantized weights, and such as lie elsewhere, stay live.
+        """
+        self.unbake()
+        sites = self._on()
+        try:
+            for done, site in enumerate(sites):
+                progress(done, len(sites))
+                if can_bake(site):
+                    self._baked.append(Baked(site, self.weights))
+                    site.remove()
+        except BaseException:
+            self.unbake()
+            raise
+        if self._baked and len(self._baked) == len(sites):
+            for site in self._sites.values():
+                site.remove()  # all that is left is of weight 0
+        return len(self._baked), len(sites)
+
+    def unbake(self) -> None:
+        """Bring the base's weights back, to the bit; the stack goes on live."""
+        if not self._baked:
+            return
+        for baked in self._baked:
+            baked.restore()
+        self._baked = []
+        if any(self.weights.values()):
+            for site in self._sites.values():
+                site.install()
+
+    def _on(self) -> list[Site]:
+        return [site for site in self._sites.values() if any(self.weights.get(key) for key in site.parts)]
 
     def _end_rows(self) -> None:
         for patch in reversed(self._patches):
@@ -150,6 +203,7 @@ class LiveStack:
 
     def close(self) -> None:
         """Give the model back as it was."""
+        self.unbake()
         self._end_rows()
         for site in self._sites.values():
             site.remove()

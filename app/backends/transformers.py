@@ -135,7 +135,7 @@ class Backend(base.Backend):
         _give_back()
         self._decoder = Decoder(self._model, device, slow)
         if request.adapters.adapters:
-            plan.notes += self._set_stack(request.adapters, report)
+            plan.notes += self._set_stack(request.adapters, report, request.baked)
         prompts.template.wait_until_ready()
         if prompts.bare:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
@@ -154,7 +154,7 @@ class Backend(base.Backend):
 
     def set_adapters(self, adapters: AdapterStack, report: Report, *, baked: bool = False) -> None:
         self._ready()
-        for note in self._set_stack(adapters, report):
+        for note in self._set_stack(adapters, report, baked):
             report.log("warning", note)
 
     def _model_stack(self) -> ModelStack:
@@ -163,15 +163,18 @@ class Backend(base.Backend):
         self._stack = self._stack or ModelStack(self._model)
         return self._stack
 
-    def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
+    def _set_stack(self, adapters: AdapterStack, report: Report, baked: bool = False) -> list[str]:
         """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
         _, decoder = self._ready()
-        stale, notes = self._model_stack().set(
-            adapters, lambda phase, done, of: report.progress(phase, done, of, "modules")
+        stack, was_baked = self._model_stack(), self.baked
+        stale, notes = stack.set(
+            adapters, lambda phase, done, of: report.progress(phase, done, of, "modules"), baked=baked
         )
         if stale:
             decoder.reset()
-        self.stack = adapters
+        self.stack, self.baked = adapters, stack.baked
+        if was_baked != self.baked:
+            _give_back()
         return notes
 
     @contextmanager

@@ -1,0 +1,165 @@
+"""A stack written into the weights: logits as live, the base back to the bit, whatever ends it."""
+
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
+
+from app.adapters import hf_stack
+from app.adapters.live_torch import LiveStack
+from app.adapters.tensors_torch import open_adapter
+from app.backends.transformers import Backend, _give_back
+from app.core.errors import WeftError
+from app.core.sampling import Sampling
+from app.engine.protocol import BatchRow, GenerateBatch, Load
+from tests.engine import tiny_models
+from tests.engine.adapter_kit import FAMILIES, logits, random_adapter, random_model, tokens
+from tests.engine.backend_kit import FakeReport, ask, loaded
+from tests.engine.test_batches_transformers import RowReport, stack
+from tests.engine.test_live_stack import make
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def seed() -> int:
+    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
+    return value
+
+
+def bits(model: Any) -> dict[str, tuple[int, torch.Tensor]]:
+    return {name: (id(value), value.detach().clone()) for name, value in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_baked_logits_are_the_live_ones_and_every_bit_of_the_base_comes_back(
+    tmp_path: Path, family: str, tie: bool, seed: int
+) -> None:
+    if tie and family == "dbrx":
+        pytest.skip("DBRX has no tied embeddings")
+    model, folders = make(tmp_path, family, seed, tie_word_embeddings=tie)
+    ids, before = tokens(seed), bits(model)
+    base = logits(model, ids)
+    live = LiveStack(model)
+    for folder in folders:
+        live.add(str(folder), open_adapter(folder))
+    rng = random.Random(seed)
+    for size in (1, 3, 8):
+        live.apply({str(folder): rng.uniform(-1, 1.5) for folder in rng.sample(folders, size)})
+        ours = logits(model, ids)
+        took, of = live.bake()
+        assert took == of and live.baked == bool(of), (family, took, of)
+        assert all("forward" not in module.__dict__ for module in model.modules()), "the base's own code runs"
+        assert (logits(model, ids) - ours).abs().max() < TOLERANCE, (family, size)
+        live.unbake()
+        assert torch.equal(logits(model, ids), ours), "live again, to the bit"
+    live.bake()
+    live.apply({})
+    after = bits(model)
+    assert not live.baked and torch.equal(logits(model, ids), base)
+    for name, (identity, value) in before.items():
+        assert after[name][0] == identity and torch.equal(after[name][1], value), name
+    live.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_weights_are_rounded_once(tmp_path: Path, dtype: torch.dtype, seed: int) -> None:
+    model = random_model("llama", seed).to(dtype)
+    folder = random_adapter(tmp_path / "a", "llama", model.float(), seed)
+    model.to(dtype)
+    live = LiveStack(model)
+    live.add("a", open_adapter(folder))
+    live.apply({"a": 0.7})
+    name, module = next((n, m) for n, m in model.named_modules() if n.endswith("q_proj"))
+    before = module.weight.detach().clone()
+    part = live._sites[name].parts["a"]
+    exact = before.float() + 0.7 * (part.b.float() @ part.a.float())
+    live.bake()
+    assert torch.equal(module.weight, exact.to(dtype))
+    live.unbake()
+    assert torch.equal(module.weight, before)
+
+
+def test_the_switch_of_the_loader(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tiny_models.make(tmp_path / "model", "llama", seed=seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(entry.path)
+    first = random_adapter(tmp_path / "first", "llama", model, seed, r=8)
+    second = random_adapter(tmp_path / "second", "llama", model, seed, r=4, use_dora=True)
+    both = stack((first, 0.7), (second, 1.0))
+    with loaded(Backend(), entry) as (backend, _):
+        base = ask(backend, "The warp")[0]
+        backend.set_adapters(both, FakeReport())
+        live = ask(backend, "The warp")[0]
+        report = FakeReport()
+        backend.set_adapters(both, report, baked=True)
+        assert backend.baked and not report.logs
+        text, done = ask(backend, "The warp")
+        assert text == live != base
+        assert done.reused_tokens > 0, "the same stack: what was read stays"
+        backend.set_adapters(both, FakeReport(), baked=True)
+        assert backend.baked, "twice is once"
+        # A batch takes it out and puts it back.
+        rows = (BatchRow(prompt="The warp"), BatchRow(prompt="The warp", adapters=both))
+        rowed = RowReport()
+        backend.generate_batch(GenerateBatch(rows=rows, sampling=Sampling(temperature=0, max_tokens=16)), rowed)
+        assert ["".join(rowed.rows[n]) for n in (0, 1)] == [base, live]
+        assert backend.baked and ask(backend, "The warp")[0] == live
+        # So does a stack that is refused.
+        with pytest.raises(WeftError):
+            backend.set_adapters(stack((first, 1.0), (tmp_path / "none", 1.0)), FakeReport())
+        assert backend.baked and ask(backend, "The warp")[0] == live
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "adapter_config.json").write_bytes((first / "adapter_config.json").read_bytes())
+        (broken / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+        with pytest.raises(WeftError):
+            backend.set_adapters(stack((first, 1.0), (broken, 1.0)), FakeReport())
+        assert backend.baked and ask(backend, "The warp")[0] == live
+        backend.set_adapters(stack(), FakeReport())
+        assert not backend.baked and ask(backend, "The warp")[0] == base
+        monkeypatch.setattr(hf_stack, "_free_memory", lambda: 1000)
+        report = FakeReport()
+        backend.set_adapters(both, report, baked=True)
+        assert not backend.baked and "stay live" in report.logs[0] and ask(backend, "The warp")[0] == live
+    backend, report = Backend(), FakeReport()
+    monkeypatch.undo()
+    backend.load(Load(model=entry, adapters=both, baked=True), report)
+    assert backend.baked and ask(backend, "The warp")[0] == live
+    backend.unload()
+    assert not backend.baked
+
+
+def test_baking_takes_the_weights_once_more_and_gives_them_back(tmp_path: Path, seed: int) -> None:
+    model = random_model("llama", seed, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=64)
+    folder = random_adapter(tmp_path / "a", "llama", model, seed, r=4)
+    live = LiveStack(model)
+    live.add("a", open_adapter(folder))
+    live.apply({"a": 1.0})
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    wanted = live.bake_bytes("cpu")
+    live.bake()
+    _give_back()
+    taken = process.memory_info().rss - before
+    live.unbake()
+    _give_back()
+    left = process.memory_info().rss - before
+    print(
+        f"bake: {wanted / 1e6:.0f} MB said, {taken / 1e6:.0f} MB taken, {left / 1e6:.0f} MB left after turning it off"
+    )
+    assert 0.9 * wanted < taken < 1.15 * wanted
+    assert left < 0.1 * wanted
