@@ -107,6 +107,10 @@ def _measured(name: str, lora: LoraTensors) -> ModuleHealth:
             raise
         return ModuleHealth(layer, name, math.nan, lora.rank, 0, "It holds values that are no numbers.", "broken")
     a, b = (a.T, b.T) if lora.transposed else (a, b)
+    if (
+        lora.embedding and ".lora_a" in lora.a.name
+    ):  # in GGUF it lies transposed, though its shape is told as everybody's
+        a = a.reshape(a.shape[::-1]).T
     singular = singular_values(a, b)
     largest = float(singular[0]) if len(singular) else 0.0
     used = int((singular > largest * _RANK_TOLERANCE).sum()) if largest else 0

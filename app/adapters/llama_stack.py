@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.adapters.conversion_cache import cache_folder
 from app.adapters.hf_stack import signature
 from app.adapters.to_gguf import Base, base_of, converted, read_array
 from app.core.adapter_file import read_adapter_file
@@ -125,9 +125,3 @@ class LlamaStack:
                 for tensor in (lora.a, lora.b):
                     if tensor.type.upper() in ("F32", "F16", "BF16"):
                         read_array(tensor)  # raises for NaN, which llama.cpp would compute with in silence
-
-
-def cache_folder() -> Path:
-    """Where converted adapters are kept: under WEFT_CACHE, which the parent sets, or for this process alone."""
-    folder = os.environ.get("WEFT_CACHE")
-    return Path(folder) / "adapters" if folder else Path(tempfile.gettempdir()) / f"weft-adapters-{os.getpid()}"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from app.adapters.conversion_cache import cache_folder
 from app.core import pickle_scan
 from app.core.adapter_file import AdapterFile, TensorInfo, adapter_from_tensors, locate, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
+
+if TYPE_CHECKING:
+    from app.adapters.from_gguf import HfBase
 
 _DTYPES = {
     "F64": torch.float64,
@@ -24,21 +28,34 @@ _DTYPES = {
 
 
 class OpenAdapter(NamedTuple):
-    """An adapter whose tensors can be read. `read` gives float32, on the CPU, never NaN or infinite."""
+    """An adapter whose tensors can be read. `read` gives float32, on the CPU, never NaN or infinite.
+
+    `notes`: sentences about what of it was left out before anybody looked at a model.
+    """
 
     file: AdapterFile
     read: Callable[[TensorInfo], torch.Tensor]
+    notes: tuple[str, ...] = ()
 
 
-def open_adapter(path: Path, alpha: float | None = None) -> OpenAdapter:
-    """Open a PEFT folder or a lone .safetensors, .bin or .pt file.
+def open_adapter(path: Path, alpha: float | None = None, model: Any = None) -> OpenAdapter:
+    """Open a PEFT folder or a lone .safetensors, .bin or .pt file; with a model, a GGUF adapter too.
 
     Args:
         alpha: for adapters that do not say it.
+        model: the transformers model that it is for: a GGUF adapter is converted to its names and the order of its rows.
 
     Raises:
         WeftError: NOT_FOUND, CORRUPT, HOSTILE (a pickle that would run code), UNSUPPORTED, BAD_INPUT (alpha unknown).
     """
+    if path.suffix.lower() == ".gguf" and model is not None:
+        from app.adapters import from_gguf
+
+        folder, notes = from_gguf.converted(path, _base_of(model), cache_folder())
+        made = read_adapter_file(folder)
+        made.path = path  # what is said of it names the file that the person chose
+        check_usable(made)
+        return OpenAdapter(made, _from_file, tuple(notes))
     if path.suffix.lower() == ".gguf":
         raise WeftError(
             ErrorKind.UNSUPPORTED,
@@ -63,6 +80,21 @@ def open_adapter(path: Path, alpha: float | None = None) -> OpenAdapter:
         )
     check_usable(opened.file)
     return opened
+
+
+def _base_of(model: Any) -> HfBase:
+    """A loaded model as `from_gguf` has to know it."""
+    from app.adapters.base_torch import sizes
+    from app.adapters.from_gguf import hf_base
+
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    modules: list[tuple[str, int]] = []
+    for name, module in model.named_modules():
+        if name and (size := sizes(module)) is not None:
+            modules.append((name, size[0]))
+    return hf_base(config.model_type, heads, kv_heads, modules)
 
 
 def check_usable(file: AdapterFile) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from app.adapters.conversion_cache import Cache
 from app.adapters.gguf_writer import write_gguf
 from app.core.adapter_file import AdapterFile, LoraTensors, TensorInfo, read_adapter_file
 from app.core.compatibility import adapter_extras
@@ -99,10 +100,14 @@ def converted(path: Path, base: Base, cache: Path) -> tuple[Path, list[str]]:
             "Use it with Transformers on the safetensors model, or merge it into a copy of the model.",
         )
     places, notes = _places(file, base)
-    target = cache / f"{_key(file, base)}.gguf"
-    if not target.is_file():
-        write_gguf(target, *_content(file, base, places))
-    return target, notes
+    store = Cache(cache)
+    name = f"{_key(file, base)}.gguf"
+    found = store.get(name)
+    if found is None:
+        found = store.path(name)
+        write_gguf(found, *_content(file, base, places))
+        store.trim(keep=name)
+    return found, notes
 
 
 def _places(file: AdapterFile, base: Base) -> tuple[dict[str, list[tuple[LoraTensors, int]]], list[str]]:
