@@ -128,7 +128,9 @@ class ModelStack:
             for key, (path, name) in names.items():
                 if key not in live.weights:
                     phase = f"Reading {name}"
-                    notes += live.add(key, open_adapter(path), lambda done, of, phase=phase: progress(phase, done, of))
+                    opened = open_adapter(path, model=live.model)
+                    notes += opened.notes
+                    notes += live.add(key, opened, lambda done, of, phase=phase: progress(phase, done, of))
                     added.append(key)
         except BaseException:
             for key in added:
