@@ -212,15 +212,20 @@ def _json(file: BinaryIO) -> Iterator[Record]:
     """The elements of one big list, or objects one after another; an object that holds one list of objects is that list."""
     alone: Record | None = None  # a first object, which may turn out to be the only one
     count = 0
-    for record in _elements(file):
-        count += 1
-        if count == 1:
-            alone = record
-            continue
+    try:
+        for record in _elements(file):
+            count += 1
+            if count == 1:
+                alone = record
+                continue
+            if alone is not None:
+                yield alone
+                alone = None
+            yield record
+    except Unreadable:
         if alone is not None:
             yield alone
-            alone = None
-        yield record
+        raise
     if alone is None:
         return
     lists = [v for v in (alone.value or {}).values() if isinstance(v, list) and v and isinstance(v[0], dict)]
