@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,7 @@ HEAVY = {
 # Rooms whose every module the window's process may import. `app.generation` and the engine's host run in children.
 ROOMS = (
     "app.core", "app.store", "app.engine", "app.hub", "app.tasks", "app.workers", "app.viewmodels", "app.views", "app.backends",
-    "app.house", "app.cli",
+    "app.house", "app.bootstrap", "app.cli",
 )  # fmt: skip
 
 IMPORT_ALL = """
@@ -83,6 +84,34 @@ def test_workers_and_viewmodels_know_no_widgets() -> None:
     assert "PySide6.QtWidgets" not in json.loads(ran.stdout)[1]
 
 
+def test_every_room_has_its_place_in_the_layers() -> None:
+    """Commands (`cli_*`) and what ties the window together (`house_*`) come and go; nobody below may know them."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = " ".join(next(c for c in contracts if c["type"] == "layers")["layers"])
+    placed = set(re.findall(r"app\.\w+", layers))
+    rooms = {f"app.{path.stem}" for path in (ROOT / "app").iterdir() if path.stem != "__init__" and path.name != "__pycache__"}
+    free = {room for room in rooms - placed if not room.startswith(("app.cli_", "app.house_"))}
+    assert not free, f"{free} stand in no layer of pyproject.toml"
+    above = {"cli_": ("__main__.py", "cli"), "house": ("bootstrap.py", "house")}
+    for path in (ROOT / "app").rglob("*.py"):
+        place = path.relative_to(ROOT / "app").as_posix()
+        for name in _full_names(path):
+            for mark, allowed in above.items():
+                if name.startswith(f"app.{mark}"):
+                    assert place.startswith(allowed), f"app/{place} imports {name}"
+
+
+def _full_names(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 DISTRIBUTIONS = {
     "PySide6": "pyside6-essentials", "markdown_it": "markdown-it-py", "pynvml": "nvidia-ml-py", "huggingface_hub": "huggingface-hub",
 }  # fmt: skip
@@ -93,12 +122,27 @@ def _imported(*folders: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in folders:
         for path in (ROOT / folder).rglob("*.py") if (ROOT / folder).is_dir() else [ROOT / folder]:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            optional = {id(inner) for node in ast.walk(tree) if _may_be_missing(node) for inner in ast.walk(node)}
+            for node in ast.walk(tree):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if id(node) in optional:
+                    continue
                 if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     names = [node.module]
                 found |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names and name not in ("app", "__future__")}
+
+
+def _may_be_missing(node: ast.AST) -> bool:
+    """Whether this is a `try`, or a `with suppress(…)`, that does without what it imports."""
+    caught: list[ast.AST] = []
+    if isinstance(node, ast.Try):
+        caught = [handler.type for handler in node.handlers if handler.type is not None]
+    elif isinstance(node, ast.With):
+        caught = [item.context_expr for item in node.items]
+    names = {name.id for found in caught for name in ast.walk(found) if isinstance(name, ast.Name)}
+    return bool(names & {"ImportError", "ModuleNotFoundError"})
 
 
 def _names(requirements: list[str]) -> set[str]:
@@ -106,7 +150,7 @@ def _names(requirements: list[str]) -> set[str]:
 
 
 def test_what_the_window_imports_is_declared() -> None:
-    children = {"app/adapters", "app/generation", "app/backends"}
+    children = {"app/adapters", "app/generation", "app/backends", "app/tasks", "app/training"}
     rooms = [f"app/{path.name}" for path in (ROOT / "app").iterdir() if path.name != "__pycache__"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = _names(project["dependencies"])
@@ -117,7 +161,7 @@ def test_what_the_window_imports_is_declared() -> None:
 def test_what_engines_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = _names([*project["optional-dependencies"]["core"], *project["optional-dependencies"]["llamacpp"]])
-    for name, path in _imported("app/adapters", "app/generation", "app/backends").items():
+    for name, path in _imported("app/adapters", "app/generation", "app/backends", "app/training").items():
         known = {"llama_cpp": "llama-cpp-python"}.get(name, name).lower().replace("_", "-")
         assert known in declared, f"{path} imports {name}"
 
