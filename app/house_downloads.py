@@ -160,7 +160,9 @@ class DownloadsHouse(QObject):
     def _finished(self, download: Download) -> None:
         self.library_changed.emit()
         what = "adapter" if download.kind == "adapter" else "model"
-        self._tell(
+        if self._in_front:
+            return
+        self.notice.emit(
             Notice(
                 text=f"{download.title} is downloaded and verified: it is in your {what} library.",
                 tone="positive",
@@ -172,10 +174,10 @@ class DownloadsHouse(QObject):
     def _broke(self, download: Download, error: WeftError) -> None:
         if error.kind is ErrorKind.CANCELLED:
             return
-        if self._window is not None and self._window.isActiveWindow():
-            return  # its row says so, with what helps
+        if self._in_front:
+            return
         what = "still waits, and goes on trying." if download.state.active else "could not be downloaded."
-        self._tell(
+        self.notice.emit(
             Notice(
                 text=f"{download.title} {what} {error.message}",
                 tone="warning" if download.state.active else "negative",
@@ -185,12 +187,10 @@ class DownloadsHouse(QObject):
             )
         )
 
-    def _tell(self, notice: Notice) -> None:
-        """Where the person looks: in this window when it is in front, else in the main one, which tells the desktop."""
-        if self._window is not None and self._window.isActiveWindow():
-            self._window.show_notice(notice)
-        else:
-            self.notice.emit(notice)
+    @property
+    def _in_front(self) -> bool:
+        """Whether the queue is what the person looks at: its rows say how downloads end, and the desktop is not bothered."""
+        return self._window is not None and self._window.isActiveWindow()
 
     @Slot()
     def _badge(self) -> None:

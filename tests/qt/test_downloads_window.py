@@ -16,7 +16,7 @@ from app.store.downloads import DownloadState
 from app.viewmodels import hub_tables
 from app.viewmodels.hub_tables import FileTable
 from app.views.downloads import finder
-from app.views.downloads.window import DownloadsWindow
+from app.views.downloads.window import MINIMUM, DownloadsWindow
 from app.views.settings.hub_section import HubSection
 from tests.fakes.hub import FakeHub
 from tests.fakes.hub_kit import random_bytes
@@ -302,6 +302,27 @@ def test_what_is_downloaded_says_so_and_is_not_offered_as_a_copy(
     with qtbot.waitSignal(here.downloads.finished, timeout=WAIT):
         box.fetch.click()
     assert here.downloads.rows[-1].download.here == {}
+
+
+def test_the_newest_download_alone_is_selected_and_why_it_failed_is_in_view(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub
+) -> None:
+    hub.add("user/denied", {"config.json": b"{}"}, denied=True)
+    window.resize(*MINIMUM)
+    for repo in ("user/tiny", "user/voice-lora", "user/tiny-GGUF"):
+        with qtbot.waitSignal(here.downloads.finished, timeout=WAIT):
+            here.add(qtbot, repo)
+    listed(qtbot, here, window, "user/denied")
+    with qtbot.waitSignal(here.downloads.broke, timeout=WAIT):
+        qtbot.keyClick(window.finder.file_view, Qt.Key.Key_Return, Qt.KeyboardModifier.ControlModifier)
+    assert [row.download.repo for row in window.queue.selected] == ["user/denied"]
+    assert window.queue.banner.isVisible() and "denied your request" in window.queue.banner.text.text()
+    assert window.queue._open_page.isVisible()
+    view = window.queue.view
+    qtbot.waitUntil(lambda: view.viewport().rect().contains(view.visualRect(view.currentIndex())), timeout=WAIT)
+    assert window.queue._total.text() == "1 failed · 3 done"
+    window.queue.clear.click()
+    assert [row.download.repo for row in here.downloads.rows] == ["user/denied"]
 
 
 def test_an_address_of_another_place_is_not_opened(window: DownloadsWindow) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from PySide6.QtCore import QItemSelection, QModelIndex, QPoint, Qt, QTimer, QUrl, Signal, Slot
+from PySide6.QtCore import QItemSelection, QItemSelectionModel, QModelIndex, QPoint, Qt, QTimer, QUrl, Signal, Slot
 from PySide6.QtGui import QDesktopServices
 from PySide6.QtWidgets import QDoubleSpinBox, QFrame, QMenu, QProgressBar, QSpinBox, QStackedWidget, QWidget
 
@@ -18,6 +18,7 @@ from app.views.downloads.tables import QueueCell, Table
 from app.views.widgets import Banner, ElidedLabel, EmptyState, button, column, icon_button, row, title
 
 MB = 1_000_000
+_WHOLE_ROW = QItemSelectionModel.SelectionFlag.ClearAndSelect | QItemSelectionModel.SelectionFlag.Rows
 
 
 class QueuePanel(QWidget):
@@ -138,8 +139,10 @@ class QueuePanel(QWidget):
         """Select a download and bring it into view."""
         for place, line in enumerate(self.table.rows):
             if line.download.id == download:
-                self.view.selectRow(place)
-                self.view.scrollTo(self.table.index(place, 0))
+                index = self.table.index(place, 0)
+                # Not selectRow: that adds to the selection while Ctrl is down, as in Ctrl+Enter.
+                self.view.selectionModel().setCurrentIndex(index, _WHOLE_ROW)
+                self.view.scrollTo(index)
 
     # What is shown ----------------------------------------------------------------------------------
 

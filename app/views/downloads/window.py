@@ -22,8 +22,6 @@ from app.views.dialogs import ConfirmDialog, open_locally
 from app.views.downloads.finder import Finder
 from app.views.downloads.queue import QueuePanel
 from app.views.icons import window_icon
-from app.views.page import Notice
-from app.views.toasts import Toasts
 from app.views.widgets import action, column
 
 MINIMUM = (860, 560)
@@ -74,7 +72,6 @@ class DownloadsWindow(QMainWindow):
         body = QWidget()
         column(self._splitter, spacing=0, parent=body)
         self.setCentralWidget(body)
-        self.toasts = Toasts(body)
         self.finder.wanted.connect(self._add)
         self.finder.settings_wanted.connect(self.settings_wanted)
         self.queue.cancel_wanted.connect(self._ask_cancel)
@@ -94,9 +91,6 @@ class DownloadsWindow(QMainWindow):
         self.raise_()
         self.activateWindow()
         self.finder.focus()
-
-    def show_notice(self, notice: Notice) -> None:
-        self.toasts.show(notice)
 
     def take_link(self, link: str) -> None:
         """A `weft://` link: ask before anything is asked of the hub."""
