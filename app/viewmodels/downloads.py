@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
@@ -113,6 +113,7 @@ class Downloads(QObject):
         self._tick.setInterval(TICK_MS)
         self._tick.timeout.connect(self._on_tick)
         self._closing = False
+        self._ending: list[DownloadWorker] = []  # have said how it ended; their threads are about to
         self.rows: list[Row] = []
         settings.changed.connect(self._setting_changed)
 
@@ -130,7 +131,7 @@ class Downloads(QObject):
         running = [row.worker for row in self.rows if row.worker is not None]
         for worker in running:
             worker.stop()
-        for worker in running:
+        for worker in [*running, *self._ending]:
             worker.wait(CLOSE_MS)
         self._work.close()
 
@@ -358,6 +359,7 @@ class Downloads(QObject):
         row = next((row for row in self.rows if row.worker is worker), None)
         if row is None or self._closing:
             return
+        self._ending.append(cast("DownloadWorker", worker))
         done = row.done
         came = row.news.fetched if row.news is not None else 0
         row.worker = None
@@ -382,9 +384,12 @@ class Downloads(QObject):
 
     @Slot()
     def _gone(self) -> None:
-        worker = self.sender()
-        if worker is not None:
-            worker.deleteLater()
+        worker = cast("DownloadWorker | None", self.sender())
+        if worker is None:
+            return
+        if worker in self._ending:
+            self._ending.remove(worker)
+        worker.deleteLater()
 
     def _trouble(self, row: Row, error: WeftError, came: int) -> None:
         if came:

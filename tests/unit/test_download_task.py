@@ -49,32 +49,42 @@ def download(hub: FakeHub, folder: Path, *paths: str, **more: object):
 
 
 def killed_at(hub: FakeHub, folder: Path, target: Path, count: int) -> int:
-    """Start a child and kill its process group once so much is on disk. Returns the bytes that were."""
+    """Start a child and kill it once so much is on disk, and no more than a little. Returns the bytes that were.
+
+    The hub slows down shortly before, so that the kill comes when it is meant to: also at 99 %.
+    """
     child = task_child(folder.parent / "child.log")
     child.start()
     child.send(protocol.RunTask(task="download", parameters=parameters(hub, folder)))
     deadline = time.monotonic() + 60
+    rate = hub.total_rate
     while arrived_bytes(target) < count:
         assert time.monotonic() < deadline and child.alive, (folder.parent / "child.log").read_text()
+        assert not target.exists(), "it was complete before it could be killed"
+        if hub.fetched() > count - 20 * MB:  # what lies in buffers is ahead of the disk
+            hub.total_rate = min(rate, 8 * MB)
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     while child.alive:
         child.next_event(0.05)
+    hub.total_rate = rate
     return arrived_bytes(target)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_killed_anywhere_it_goes_on_and_the_checksum_holds(hub: FakeHub, tmp_path: Path, share: float) -> None:
-    size = 100 * MB
+    size = 200 * MB  # a hundredth is more than one claim
     source = tmp_path / "source"
     with source.open("wb") as file:
         for _ in range(10):
             file.write(os.urandom(size // 10))
     hub.add("user/tiny", {FILE: source})
-    hub.total_rate = 80 * MB
+    hub.total_rate = 100 * MB
     folder = tmp_path / "models" / "user" / "tiny"
     target = folder / FILE
-    killed_at(hub, folder, target, int(size * share))
+    kept = killed_at(hub, folder, target, int(size * share))
+    print(f"killed at {kept / size:.1%}")
+    assert size * share <= kept <= size * share + 4 * MB and kept < size
     assert not target.exists() and pending_files(folder) == {FILE}
     assert list(scan([tmp_path / "models"])) == []
     result, _ = download(hub, folder)
@@ -240,6 +250,107 @@ def test_copies_on_this_machine_serve_when_they_are_right(hub: FakeHub, tmp_path
     assert (result.fetched, result.reused) == (len(data), 0)
     assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes() == data
     assert right.read_bytes() == data and wrong.read_bytes() == bytes(len(data))
+
+
+def test_a_copy_on_the_same_drive_needs_no_room(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: the drive is said to be nearly full."""
+    from app.core.unfinished import DownloadNote
+    from app.hub import fetch
+    from app.hub.source import HttpSource
+    from tests.fakes.hub_kit import remote
+
+    data = random_bytes(2 * MB)
+    hub.add("user/tiny", {FILE: data})
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_bytes(data)
+    wrong.write_bytes(bytes(len(data)))
+    usage = type("Usage", (), {"free": fetch.SPARE + MB})()
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
+    source = HttpSource(hub.endpoint)
+    bring = lambda here, name: fetch.Fetch(source, [remote(hub)], tmp_path / name, note=DownloadNote(), here=here).run()  # noqa: E731
+    assert bring({FILE: str(right)}, "one").reused == len(data)
+    for here in ({}, {FILE: str(wrong)}):
+        with pytest.raises(WeftError) as caught:
+            bring(here, "two")
+        assert caught.value.kind is ErrorKind.DISK_FULL
+    source.close()
+    assert hub.fetched() == 0
+
+
+def test_damage_on_a_drive_without_room_for_two_is_fetched_again_all_the_same(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.hub import transfer
+    from tests.fakes.hub_kit import fetch
+
+    data = random_bytes(2 * MB)
+    hub.add("user/tiny", {FILE: data})
+    hub.misbehave(Fault("corrupt", path=FILE, times=2))
+    seen: list[list[str]] = []
+    usage = type("Usage", (), {"free": transfer.SPARE + MB})()
+
+    def used(folder: Path) -> object:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        return usage
+
+    monkeypatch.setattr(transfer.shutil, "disk_usage", used)
+    with pytest.raises(WeftError, match="damaged twice"):
+        fetch(hub, tmp_path / FILE)
+    assert f"{FILE}.damaged" in seen[0]
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+
+
+def test_somebody_s_own_files_in_the_folder_are_not_overwritten(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(MB)
+    hub.add("user/tiny", {FILE: data, "README.md": b"the hub's"})
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "README.md").write_bytes(b"my own notes")
+    copy = tmp_path / "copy"
+    copy.write_bytes(data)
+    (folder / FILE).write_bytes(b"my own model")
+    result, _ = download(hub, folder, FILE, "README.md", here={FILE: str(copy)})
+    assert (folder / "README.md").read_bytes() == b"the hub's" and (folder / FILE).read_bytes() == data
+    assert (folder / "README.md.old").read_bytes() == b"my own notes"
+    assert (folder / f"{FILE}.old").read_bytes() == b"my own model"
+    assert set(result.kept) == {str(folder / "README.md.old"), str(folder / f"{FILE}.old")}
+    # A version that came from the hub and lies as it came is replaced by a newer one.
+    hub.add("user/tiny", {FILE: data, "README.md": b"the hub's newer"})
+    result, _ = download(hub, folder, FILE, "README.md")
+    assert result.kept == () and (folder / "README.md").read_bytes() == b"the hub's newer"
+
+
+def test_two_processes_that_fill_one_folder_leave_nothing_pending(hub: FakeHub, tmp_path: Path) -> None:
+    """Each takes its files off the note that both write."""
+    names = [f"{number}.txt" for number in range(60)]
+    hub.add("user/tiny", {name: name.encode() for name in names})
+    folder = tmp_path / "tiny"
+    threads = [threading.Thread(target=download, args=(hub, folder, *names[half::2])) for half in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all((folder / name).read_bytes() == name.encode() for name in names)
+    assert not pending_files(folder)
+
+
+def test_two_processes_take_one_copy(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(20 * MB)
+    hub.add("user/tiny", {FILE: data})
+    copy = tmp_path / "copy"
+    copy.write_bytes(data)
+    folder = tmp_path / "tiny"
+    results: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(download(hub, folder, here={FILE: str(copy)})[0].fetched))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [0, 0] and (folder / FILE).read_bytes() == data
+    assert not pending_files(folder) and sorted(path.name for path in folder.iterdir()) == [".weft-download.json", FILE]
 
 
 def test_a_file_that_was_damaged_on_disk_is_found_and_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
