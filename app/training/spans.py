@@ -196,9 +196,11 @@ class SpanFinder:
             {**t.message, "content": f"{mark}{number:06d}"} if t.trained else t.message
             for number, t in enumerate(turns)
         ]
-        pieces = re.split(rf"{mark}\d{{6}}", self.render(changed, False))
+        shown = self.render(changed, False)
+        pieces = re.split(rf"{mark}\d{{6}}", shown)
         trained = [number for number, t in enumerate(turns) if t.trained]
-        if len(pieces) != len(trained) + 1 or not text.startswith(pieces[0]):
+        in_order = [int(found) for found in re.findall(rf"{mark}(\d{{6}})", shown)] == trained
+        if not in_order or not text.startswith(pieces[0]):
             return None
         spans: list[tuple[int, int]] = []
         at = len(pieces[0])
@@ -219,14 +221,12 @@ class SpanFinder:
     def _blank_before(self, turns: list[Turn], before: str) -> int:
         """How many blanks stand between the generation prompt and the answer: the model writes them."""
         try:
-            opened, shut = (self.render([t.message for t in turns], state) for state in (True, False))
+            opened = self.render([t.message for t in turns], True)
         except TemplateRefusal:
             return 0
-        prompt = opened[len(shut) :] if opened.startswith(shut) else ""
-        blanks = len(before) - len(before.rstrip())
-        if not prompt or before.endswith(prompt) or not before.rstrip().endswith(prompt.rstrip()):
-            return 0
-        return max(0, blanks - (len(prompt) - len(prompt.rstrip())))
+        if opened.rstrip()[-8:] != before.rstrip()[-8:]:
+            return 0  # the prompt ends with something that stands in no finished conversation
+        return max(0, len(before) - len(before.rstrip()) - len(opened) + len(opened.rstrip()))
 
 
 def _as_written(content: str) -> tuple[str, ...]:
