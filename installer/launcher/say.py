@@ -22,3 +22,11 @@ class Stop(Exception):
 def say(text: str) -> None:
     """Print a line about what is being done. On stderr: stdout belongs to results."""
     print(f"weft: {text}", file=sys.stderr, flush=True)
+
+
+def say_briefly(text: str) -> None:
+    """Tell what is going on right now: on a terminal in one line that the next takes the place of, "" clearing it."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{'weft:   ' if text else ''}{text[:70]}", end="", file=sys.stderr, flush=True)
+    elif text and not text.startswith("looking for"):
+        say(f"  {text}")

@@ -6,10 +6,12 @@ matches, nothing is done. An installation that was interrupted leaves no stamp, 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +19,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from installer.launcher.say import Stop, say
+from installer.launcher.say import Stop, say, say_briefly
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
+LAST_LINES = 25  # of pip, shown when it fails
 CONSTRAINTS = ROOT / "resources" / "environments" / "constraints.txt"
 
 
@@ -106,15 +109,52 @@ def _install(pins: list[str], name: str, venv: Path) -> None:
     say(f"installing {len(pins)} packages for the {'window' if name == 'window' else 'tests'} into {venv.name}")
     _forget(venv, name)
     command = [str(python_of(venv)), "-m", "pip", "install", "--disable-pip-version-check"]
-    command += ["--constraint", str(CONSTRAINTS), *pins]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+    command += ["--no-color", "--progress-bar", "off", "--constraint", str(CONSTRAINTS), *pins]
+    log = venv / "weft-pip.log"
+    status, end = _run_pip(command, log)
+    if status:
         raise Stop(
-            "pip could not install what Weft needs; its reason stands above. "
+            f"{end}\npip could not install what Weft needs; its reason stands above, and all it said in {log}. "
             "Check the connection (or pip's configuration) and start again: what was downloaded is kept."
         )
     _stamp(venv, name, fingerprint(pins))
     if name != "window":
         _stamp(venv, "window", fingerprint(requirements()))  # a group includes the window's
+
+
+def _run_pip(command: list[str], log: Path) -> tuple[int, str]:
+    """Run pip, whose every word goes into `log` and whose news are shown. Returns its status and its last lines."""
+    last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            last.append(line.rstrip())
+            if news := pip_news(line):
+                say_briefly(news)
+    say_briefly("")
+    return process.returncode, "\n".join(last)
+
+
+def pip_news(line: str) -> str:
+    """What one of pip's lines says to somebody who waits; "" for nothing."""
+    word, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if word == "Collecting":
+        return "looking for " + re.split(r"[^\w.-]", rest)[0]
+    if word == "Downloading" and not rest.endswith(".metadata") and ".metadata (" not in rest:
+        name, _, size = rest.rpartition("/")[2].partition(" ")
+        return f"downloading {name.partition('-')[0]} {size}".rstrip()
+    if word == "Building":
+        return f"building {rest.partition(' (')[0].removeprefix('wheel for ').removeprefix('wheels for ')}"
+    if line.startswith("Installing collected packages:"):
+        return f"unpacking {len(rest.split(','))} packages"
+    return ""
 
 
 def _stamps(venv: Path) -> dict[str, str]:

@@ -74,6 +74,18 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PIP_SAYS = """\
+Looking in links: /wheels
+Collecting PySide6-Essentials==6.11.3 (from -c constraints.txt (line 9))
+  Downloading https://somewhere/PySide6_Essentials-6.11.3-cp310-abi3-manylinux_2_28_x86_64.whl.metadata (3.8 kB)
+Collecting msgspec==0.22.0
+  Using cached msgspec-0.22.0-cp311-cp311-manylinux_2_17_x86_64.whl (213 kB)
+Downloading pyside6_essentials-6.11.3-cp310-abi3-manylinux_2_28_x86_64.whl (95.4 MB)
+Installing collected packages: msgspec, PySide6-Essentials
+Successfully installed PySide6-Essentials-6.11.3 msgspec-0.22.0
+"""
+
+
 @pytest.fixture
 def venv(tmp_path: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for a virtual environment, and a pip that installs nothing."""
@@ -83,14 +95,19 @@ def venv(tmp_path: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if command[1:3] == ["-m", "venv"]:
             shutil.copytree(fresh, command[3], symlinks=True, dirs_exist_ok=True)
             return subprocess.CompletedProcess(command, 0, "", "")
-        if "pip" in command and "install" in command:
-            asked.append(command)
-            return subprocess.CompletedProcess(command, failures.pop() if failures else 0)
         return real(command, **options)
+
+    real_pip = virtual_environment._run_pip
+
+    def pip(command: list[str], log: Path) -> tuple[int, str]:
+        asked.append(command)
+        status = failures.pop() if failures else 0
+        return real_pip([sys.executable, "-c", f"print({PIP_SAYS!r}); raise SystemExit({status})"], log)
 
     asked: list[list[str]] = []
     failures: list[int] = []
     monkeypatch.setattr(virtual_environment.subprocess, "run", without_pip)
+    monkeypatch.setattr(virtual_environment, "_run_pip", pip)
     folder = tmp_path / "with space" / ".venv"
     folder.parent.mkdir()
     monkeypatch.setattr(virtual_environment, "asked", asked, raising=False)
@@ -110,11 +127,21 @@ def test_the_first_start_makes_it_and_the_second_does_nothing(venv: Path) -> Non
     assert len(virtual_environment.asked) == 1
 
 
+def test_of_what_pip_says_only_the_news_are_shown(venv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    virtual_environment.ensure(venv=venv)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-2:] == ["weft:   downloading pyside6_essentials (95.4 MB)", "weft:   unpacking 2 packages"]
+    assert "constraints.txt" not in "".join(shown)
+    assert (venv / "weft-pip.log").read_text(encoding="utf-8").strip() == PIP_SAYS.strip()
+    assert virtual_environment.pip_news("Collecting llama-cpp-python[server]>=0.3 (from x)") == "looking for llama-cpp-python"
+
+
 @pytest.mark.fault
 def test_an_installation_that_failed_is_completed_by_the_next_start(venv: Path) -> None:
     virtual_environment.failures.append(1)
-    with pytest.raises(say.Stop, match="start again"):
+    with pytest.raises(say.Stop, match="start again") as stop:
         virtual_environment.ensure(venv=venv)
+    assert "Looking in links" in stop.value.text and "weft-pip.log" in stop.value.text
     assert not virtual_environment.is_ready(venv=venv)
     virtual_environment.ensure(venv=venv)
     assert virtual_environment.is_ready(venv=venv)
