@@ -62,10 +62,11 @@ def check_space(
         if not complete and not _on_drive(here.get(file.path, ""), drive):
             needed += file.size - arrived_bytes(target)
     if needed and needed + spoken + SPARE > free:
-        queue = f", of which {readable_bytes(spoken)} is spoken for by the queue" if spoken else ""
+        queue = f"; {readable_bytes(spoken)} of that is spoken for by the queue" if spoken else ""
         raise WeftError(
             ErrorKind.DISK_FULL,
-            f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}.",
+            f"This takes {readable_bytes(needed)}, and the drive of {folder} has {readable_bytes(free)} free{queue}. "
+            f"{readable_bytes(SPARE)} must stay free.",
             "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
         )
 

@@ -9,6 +9,7 @@ import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
 from app.engine import protocol
 from app.hub.files import Listing, SearchHit
 from app.hub.reference import HubReference
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from app.workers.engine_worker import EngineWorker
 
 CLOSE_MS = 5000
+ASKING = "Asking the hub"  # what the tasks say while nothing is amiss
 IDLE_MS = 60_000  # the child goes after this long without a question
 
 
@@ -31,11 +33,12 @@ class HubQueries(QObject):
         make_client: makes the child, not started. copy_roots: where copies of files may lie.
 
     Signals:
-        asking(bool): an answer is awaited.
+        asking(bool): an answer is awaited. waits(str): why it takes longer, as "The hub asks to slow down …"; "" no more.
         searched(list of SearchHit); listed(Listing); user(str); failed(kind of question, WeftError).
     """
 
     asking = Signal(bool)
+    waits = Signal(str)
     searched = Signal(list)
     listed = Signal(object)
     user = Signal(str)
@@ -142,6 +145,7 @@ class HubQueries(QObject):
             from app.workers.engine_worker import EngineWorker
 
             worker = EngineWorker(self._make_client(), self)
+            worker.progress.connect(self._progressed)
             worker.done.connect(self._done)
             worker.failed.connect(self._failed)
             worker.exited.connect(self._exited)
@@ -158,6 +162,11 @@ class HubQueries(QObject):
             self.asking.emit(False)
             self._idle.start()
         return kind
+
+    @Slot(int, object)
+    def _progressed(self, command: int, progress: Progress) -> None:
+        if self.sender() is self._worker and self._asked.get(command, "hub_user") != "hub_user":
+            self.waits.emit("" if progress.phase == ASKING else progress.phase)
 
     @Slot(int, object)
     def _done(self, command: int, result: object) -> None:

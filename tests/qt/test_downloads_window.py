@@ -6,17 +6,21 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from PySide6.QtCore import Qt
+from PySide6.QtCore import QSettings, Qt
 from PySide6.QtWidgets import QAbstractButton, QWidget
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
+from app.engine import machine
+from app.house_downloads import DownloadsHouse
 from app.hub.files import Listing
+from app.hub.reference import HubReference
 from app.store.downloads import DownloadState
 from app.viewmodels import hub_tables
 from app.viewmodels.hub_tables import FileTable
 from app.views.downloads import finder
 from app.views.downloads.window import MINIMUM, DownloadsWindow
+from app.views.page import Notice
 from app.views.settings.hub_section import HubSection
 from tests.fakes.hub import FakeHub
 from tests.fakes.hub_kit import random_bytes
@@ -323,6 +327,45 @@ def test_the_newest_download_alone_is_selected_and_why_it_failed_is_in_view(
     assert window.queue._total.text() == "1 failed · 3 done"
     window.queue.clear.click()
     assert [row.download.repo for row in here.downloads.rows] == ["user/denied"]
+
+
+def test_a_busy_hub_is_said_while_it_is_waited_for(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub
+) -> None:
+    box = window.finder
+    with qtbot.waitSignal(here.queries.asking, timeout=WAIT):
+        here.queries.list_files(HubReference(repo="user/tiny"))
+    here.queries.waits.emit("The hub asks to slow down. Goes on in 3 s.")
+    assert box.banner.isVisible() and "slow down" in box.banner.text.text() and not box._again.isVisible()
+    qtbot.waitUntil(lambda: box.files.listing is not None, timeout=WAIT)
+    assert not box.banner.isVisible()
+
+
+def test_the_desktop_hears_of_the_end_unless_the_queue_is_in_front(
+    qtbot: QtBot, here: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = DownloadsHouse(
+        here.database,
+        here.settings,
+        here.paths,
+        machine=machine.probe,
+        state=QSettings(str(here.paths.config / "house.ini"), QSettings.Format.IniFormat),
+    )
+    told: list[Notice] = []
+    house.notice.connect(told.append)
+    house.downloads.open()
+    listing = here.listing("user/tiny")
+    with qtbot.waitSignal(house.downloads.finished, timeout=WAIT):
+        house.downloads.add(listing, listing.files)
+    assert [(notice.tone, notice.important) for notice in told] == [("positive", True)]
+    assert "user/tiny" in told[0].text and "verified" in told[0].text
+    window = house.window()
+    monkeypatch.setattr(window, "isActiveWindow", lambda: True)
+    other = here.listing("user/voice-lora", kind="adapter")
+    with qtbot.waitSignal(house.downloads.finished, timeout=WAIT):
+        house.downloads.add(other, other.files)
+    assert len(told) == 1
+    house.close()
 
 
 def test_an_address_of_another_place_is_not_opened(window: DownloadsWindow) -> None:

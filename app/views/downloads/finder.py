@@ -70,6 +70,7 @@ class Finder(QWidget):
         self._reference: HubReference | None = None
         self._page = ""
         self._stale = False  # the list that is shown is not of what was asked for last
+        self._waiting = False  # the banner says why the hub takes its time
         self.results = ResultTable(self)
         self.files = FileTable(judge, self)
         self._stack = QStackedWidget()
@@ -91,6 +92,7 @@ class Finder(QWidget):
         self._busy.hide()
         column(self._head(), self._busy, self.banner, self._stack, spacing=0, parent=self).setStretch(3, 1)
         queries.asking.connect(self._asking)
+        queries.waits.connect(self._waits)
         queries.searched.connect(self._searched)
         queries.listed.connect(self._listed)
         queries.failed.connect(self._failed)
@@ -281,6 +283,25 @@ class Finder(QWidget):
     @Slot(bool)
     def _asking(self, asking: bool) -> None:
         self._busy.setVisible(asking)
+        if not asking:
+            self._waits("")
+
+    @Slot(str)
+    def _waits(self, why: str) -> None:
+        """Say why an answer takes longer than one expects."""
+        if why:
+            self._waiting = True
+            self._show_banner("warning", why, ())
+        elif self._waiting:
+            self._waiting = False
+            self.banner.hide()
+
+    def _show_banner(self, tone: str, text: str, helps: tuple[QWidget, ...]) -> None:
+        self.banner.set_tone(tone)
+        self.banner.text.setText(text)
+        for made in (*self._near, self._open_page, self._open_settings, self._again):
+            made.setVisible(made in helps)
+        self.banner.show()
 
     @Slot(list)
     def _searched(self, hits: list[SearchHit]) -> None:
@@ -331,16 +352,17 @@ class Finder(QWidget):
         self._page = found[0] if found and error.kind is not ErrorKind.BAD_INPUT else ""
         near = _NEAR.search(text)
         names = list(dict.fromkeys(_NAME.findall(near[1]))) if near is not None else []
-        for place, made in enumerate(self._near):
-            made.setVisible(place < len(names))
-            made.setText(names[place] if place < len(names) else "")
-            made.setAccessibleName(made.text())
-        self.banner.set_tone("warning" if error.kind in (ErrorKind.BAD_INPUT, ErrorKind.NOT_FOUND) else "negative")
-        self.banner.text.setText(text)
-        self._open_page.setVisible(bool(self._page))
-        self._open_settings.setVisible("Settings" in text)
-        self._again.setVisible(error.kind is ErrorKind.NETWORK)
-        self.banner.show()
+        helps: list[QWidget] = []
+        for made, name in zip(self._near, names, strict=False):
+            made.setText(name)
+            made.setAccessibleName(name)
+            helps.append(made)
+        helps += [self._open_page] if self._page else []
+        helps += [self._open_settings] if "Settings" in text else []
+        helps += [self._again] if error.kind is ErrorKind.NETWORK else []
+        self._waiting = False
+        soft = error.kind in (ErrorKind.BAD_INPUT, ErrorKind.NOT_FOUND)
+        self._show_banner("warning" if soft else "negative", text, tuple(helps))
 
     @Slot()
     def _show_choice(self) -> None:
