@@ -14,7 +14,6 @@ from app.core.errors import ErrorKind, WeftError
 from app.engine import machine
 from app.house_downloads import DownloadsHouse
 from app.hub.files import Listing
-from app.hub.reference import HubReference
 from app.store.downloads import DownloadState
 from app.viewmodels import hub_tables
 from app.viewmodels.hub_tables import FileTable
@@ -22,7 +21,7 @@ from app.views.downloads import finder
 from app.views.downloads.window import MINIMUM, DownloadsWindow
 from app.views.page import Notice
 from app.views.settings.hub_section import HubSection
-from tests.fakes.hub import FakeHub
+from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import random_bytes
 from tests.qt.download_parts import WAIT, Manager, manager
 
@@ -333,9 +332,10 @@ def test_a_busy_hub_is_said_while_it_is_waited_for(
     qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub
 ) -> None:
     box = window.finder
-    with qtbot.waitSignal(here.queries.asking, timeout=WAIT):
-        here.queries.list_files(HubReference(repo="user/tiny"))
-    here.queries.waits.emit("The hub asks to slow down. Goes on in 3 s.")
+    hub.misbehave(Fault("api_status", path="/api/models*", code=429, retry_after="2"))
+    window.finder.field.setText("user/tiny")
+    with qtbot.waitSignal(here.queries.waits, timeout=WAIT, check_params_cb=bool):
+        window.finder.go()
     assert box.banner.isVisible() and "slow down" in box.banner.text.text() and not box._again.isVisible()
     qtbot.waitUntil(lambda: box.files.listing is not None, timeout=WAIT)
     assert not box.banner.isVisible()
