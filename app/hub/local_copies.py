@@ -16,26 +16,30 @@ from app.core.errors import ErrorKind, WeftError
 from app.hub.checksum import PIECE, checksum_name
 from app.hub.files import RemoteFile
 from app.hub.part import write_error
+from app.hub.places import local_path
 
-SMALL = 1024 * 1024  # bytes below which looking for a copy costs more than fetching
+SMALL = 1024 * 1024  # bytes up to which a file is copied: people edit config.json, and a hard link would change both
 
 
 def find_copies(files: Sequence[RemoteFile], roots: Sequence[Path], folder: Path) -> dict[str, str]:
     """Where copies lie, by path in the repository.
 
     Args:
-        roots: of the library. folder: where the files shall go; what lies there is not a copy.
+        files: of one repository. roots: of the library. folder: where the files shall go; what lies there is not a copy.
     """
     found: dict[str, str] = {}
+    if not files:
+        return found
+    user, _, name = files[0].repo.partition("/")
+    # Only folders that are there are looked into: a question for each file and drive would take long.
+    caches = [place for root in roots if (place := root / f"models--{user}--{name}" / "blobs").is_dir()]
+    libraries = [place for root in roots if (place := root / user / name).is_dir() and place != folder]
     for file in files:
-        if file.size < SMALL:
-            continue
-        user, _, name = file.repo.partition("/")
-        for root in roots:
-            cached = root / f"models--{user}--{name}" / "blobs" / checksum_name(file)
-            for place in (cached, root / user / name / file.path):
-                if file.path not in found and folder not in place.parents and _size(place) == file.size:
-                    found[file.path] = str(place)
+        places = [cache / checksum for cache in caches if (checksum := checksum_name(file))]
+        places += [local_path(library, file.path) for library in libraries]
+        for place in places:
+            if file.size and file.path not in found and folder not in place.parents and _size(place) == file.size:
+                found[file.path] = str(place)
     return found
 
 
@@ -50,9 +54,10 @@ def take_copy(source: Path, target: Path, cancelled: threading.Event | None = No
         target.unlink(missing_ok=True)
         if _reflink(real, target):
             return
-        with contextlib.suppress(OSError):
-            os.link(real, target)
-            return
+        if real.stat().st_size > SMALL:
+            with contextlib.suppress(OSError):
+                os.link(real, target)
+                return
         _copy(real, target, cancelled or threading.Event())
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -386,6 +386,13 @@ def test_copies_are_found_in_the_cache_and_in_other_roots_and_linked(tmp_path: P
     target = tmp_path / "taken"
     take_copy(blob, target)
     assert target.read_bytes() == data
+    small = RemoteFile(repo="user/tiny", commit="c", path="config.json", size=2, git_oid="cd" * 20)
+    mine = lmstudio / "user" / "tiny" / "config.json"
+    mine.write_bytes(b"{}")
+    assert find_copies([file, small], [lmstudio], own)["config.json"] == str(mine)
+    take_copy(mine, tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b"[]")
+    assert mine.read_bytes() == b"{}"  # a copy that can be edited
 
 
 def test_retry_after_is_obeyed_in_both_forms_and_against_the_server_s_clock() -> None:
