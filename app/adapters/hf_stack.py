@@ -22,8 +22,10 @@ class ModelStack:
 
     def __init__(self, model: Any) -> None:
         from app.adapters.live_torch import LiveStack
+        from app.adapters.repeat_torch import RepeatedLayers
 
         self._live = LiveStack(model)
+        self._layers = RepeatedLayers(model)
 
     @property
     def baked(self) -> bool:
@@ -45,8 +47,11 @@ class ModelStack:
         Raises:
             WeftError: when an adapter cannot be used; then the stack is what it was.
         """
-        live = self._live
         weights, names = _wanted(stack)
+        ranges = _repeated(weights, names)
+        if ranges != self._layers.ranges:
+            return self._rebuilt(ranges, stack, progress, baked)
+        live = self._live
         if baked and live.baked and live.weights == weights:
             return False, []
         with self._baked_again_if_refused(progress):
@@ -57,6 +62,34 @@ class ModelStack:
             live.discard(key)
         stale = live.apply(weights) or stale
         return stale, notes + (self._bake(progress) if baked else [])
+
+    def _rebuilt(
+        self,
+        ranges: tuple[tuple[int, int], ...],
+        stack: AdapterStack,
+        progress: Callable[[str, float, float], None],
+        baked: bool,
+    ) -> tuple[bool, list[str]]:
+        """Make the model of other ranges of its layers, with a live stack of its own; what it was if that fails."""
+        from app.adapters.live_torch import LiveStack
+
+        before, weights, was, was_baked = self._live, dict(self._live.weights), self._layers.ranges, self.baked
+        before.apply({})  # its weights are the base's again
+        try:
+            self._layers.set(ranges)
+            self._live = LiveStack(before.model)
+            _, notes = self.set(stack, progress, baked=baked)
+        except BaseException:
+            if self._live is not before:
+                self._live.close()
+            self._layers.set(was)
+            self._live = before
+            before.apply(weights)
+            if was_baked:
+                self._bake(progress)
+            raise
+        before.close()
+        return True, notes
 
     @contextmanager
     def _baked_again_if_refused(self, progress: Callable[[str, float, float], None]) -> Iterator[None]:
@@ -71,6 +104,8 @@ class ModelStack:
     def _bake(self, progress: Callable[[str, float, float], None]) -> list[str]:
         """Returns sentences about what stayed live."""
         live = self._live
+        if self._layers.ranges:
+            return ["Repeated layers share their weights, so nothing is baked in: the adapters stay live."]
         wanted, free = live.bake_bytes("cpu"), _free_memory()
         if free and wanted > free * _SPARE:
             return [
@@ -100,10 +135,15 @@ class ModelStack:
         live = self._live
         rows: list[dict[str, float]] = []
         names: dict[str, tuple[Path, str]] = {}
+        repeated: set[tuple[tuple[int, int], ...]] = set()
         for stack in stacks:
             weights, more = _wanted(stack)
+            repeated.add(_repeated(weights, more))
             rows.append(weights)
             names |= more
+        if repeated != {self._layers.ranges}:
+            yield RowStacks(live, [], [], "An adapter repeats layers, so the rows were answered one after the other.")
+            return
         present, baked = dict(live.weights), live.baked
         with self._baked_again_if_refused(progress):
             notes, added = self._add(names, progress)
@@ -142,6 +182,7 @@ class ModelStack:
     def close(self) -> None:
         """Give the model back as it was."""
         self._live.close()
+        self._layers.set(())
 
 
 class RowStacks:
@@ -151,9 +192,9 @@ class RowStacks:
         reason: why rows cannot be computed together, in a sentence; "" when they can. notes: sentences worth showing.
     """
 
-    def __init__(self, live: LiveStack, rows: list[dict[str, float]], notes: list[str]) -> None:
+    def __init__(self, live: LiveStack, rows: list[dict[str, float]], notes: list[str], reason: str = "") -> None:
         self._live, self._rows, self.notes = live, rows, notes
-        self.reason = live.apply_rows(rows)
+        self.reason = reason or live.apply_rows(rows)
 
     def select(self, rows: list[int]) -> None:
         """Go on with some of them, by their numbers among those that went on before."""
@@ -188,6 +229,35 @@ def _wanted(stack: AdapterStack) -> tuple[dict[str, float], dict[str, tuple[Path
         names[key] = (path, adapter.name or path.name)
         weights[key] = weights.get(key, 0.0) + adapter.weight
     return weights, names
+
+
+def _repeated(weights: dict[str, float], names: dict[str, tuple[Path, str]]) -> tuple[tuple[int, int], ...]:
+    """The ranges of layers that all adapters which are on agree on; those that are off and do not are left out of both.
+
+    Raises:
+        WeftError: UNSUPPORTED when they disagree: then they are adapters of different models.
+    """
+    ranges = {key: _ranges(path) for key, (path, _) in names.items()}
+    on = {ranges[key]: name for key, (_, name) in names.items() if weights[key]}
+    if len(on) > 1:
+        first, second = sorted(on.items())[:2]
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{first[1]} and {second[1]} cannot be stacked: they repeat different layers of the base (layer replication).",
+            "Switch one of them off.",
+        )
+    wanted = next(iter(on), ())
+    for key in [key for key, found in ranges.items() if found != wanted]:
+        del weights[key], names[key]
+    return wanted
+
+
+def _ranges(path: Path) -> tuple[tuple[int, int], ...]:
+    if path.suffix.lower() == ".gguf":
+        return ()
+    from app.core.adapter_file import locate
+
+    return locate(path)[0].layer_replication
 
 
 def signature(path: Path) -> str:

@@ -13,6 +13,7 @@ from app.adapters.base_torch import dora_gain, is_quantized, kind_of, place_of_w
 from app.adapters.live_names import Names, Target
 from app.adapters.live_parameters import Product, Vector
 from app.adapters.live_site import Part
+from app.adapters.repeat_torch import repeated
 from app.adapters.tensors_torch import OpenAdapter
 from app.core.adapter_file import AdaptedModule, LoraTensors
 from app.core.errors import ErrorKind, WeftError
@@ -50,11 +51,11 @@ def read_parts(
         WeftError: UNSUPPORTED when none of it fits or its kind cannot be stacked; CORRUPT for shapes that disagree.
     """
     file = adapter.file
-    if file.config.layer_replication:
+    if file.config.layer_replication != repeated(model):
         raise WeftError(
             ErrorKind.UNSUPPORTED,
-            f"{file.path.name} repeats layers of its base (layer replication), which a live stack cannot.",
-            "Merge it into its base, and load the result.",
+            f"{file.path.name} is for a model whose layers are repeated in another way (layer replication).",
+            "Switch off the adapters that repeat other layers.",
         )
     reader = _Reader(model, names, adapter, base)
     for done, module in enumerate(file.modules.values()):
@@ -217,6 +218,12 @@ class _Reader:
         return ""
 
     def _write(self, name: str, parameter: str, change: Vector | Product, length: int = 0) -> None:
+        if isinstance(change, Product) and repeated(self.model) and place_of(name).layer >= 0:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"{self.adapter.file.path.name} changes experts of repeated layers, which share their weights.",
+                "Merge it into a copy of the model, and load that.",
+            )
         self.written.setdefault((name, parameter), (length, []))[1].append(change)
 
     # Whole parameters ---------------------------------------------------------------------------

@@ -167,6 +167,12 @@ def _reason(adapter: AdapterFile, module: AdaptedModule, model: ModelModules, la
     role = place.tail if adapter.gguf else role_of(place)
     if layers and place.layer >= layers and not place.tower:
         return f"the model has only {layers} layers"
+    if adapter.config.layer_replication and place.layer >= 0 and not place.tower:
+        # Which of the base's layers stands there.
+        order = [layer for start, end in adapter.config.layer_replication for layer in range(start, end)]
+        place = place._replace(layer=order[place.layer] if place.layer < len(order) else place.layer)
+        if model.layers and place.layer >= model.layers:
+            return f"it repeats layer {place.layer}, and the model has only {model.layers} layers"
     if model.gguf and not role:
         return "GGUF files have no such module" if not is_expert(place) else "llama.cpp takes no adapters of experts"
     if model.gguf and model.shapes and role in ("output", "token_embd") and Place(-1, "output") not in model.shapes:
@@ -261,7 +267,7 @@ def _warnings(adapter: AdapterFile, model: ModelModules) -> list[str]:
             warnings.append(f"llama.cpp takes low-rank matrices alone; this adapter also has {', '.join(kinds)}.")
     if adapter.config.layer_replication:
         warnings.append(
-            "It repeats layers of the base (layer replication); it cannot be stacked with one that does not."
+            "It repeats layers of the base (layer replication): it goes with adapters that repeat the same ones, on Transformers."
         )
     return warnings
 
@@ -275,6 +281,7 @@ def adapter_extras(adapter: AdapterFile) -> list[str]:
         "trained biases": any(lora.bias is not None for m in modules for lora in m.loras),
         "trained tokens": any(m.tokens is not None for m in modules),
         "experts": any(is_expert(place_of(m.name)) for m in modules),
+        "repeated layers": bool(adapter.config.layer_replication),
     }
     return [name for name, there in found.items() if there]
 

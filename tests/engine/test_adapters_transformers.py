@@ -237,13 +237,21 @@ def test_adapters_work_on_a_quantized_base(tmp_path: Path, bits: str) -> None:
         ).abs().max() > 1
 
 
-def test_layer_replication_is_refused_in_words(made: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_repeats_layers_comes_and_goes_between_two_answers(made: Any, tmp_path: Path) -> None:
     entry, (first, _, _), _ = made
     folder = tmp_path / "replicated"
     folder.mkdir()
-    config = json.loads((first / "adapter_config.json").read_text()) | {"layer_replication": [[0, 2], [1, 3]]}
+    config = json.loads((first / "adapter_config.json").read_text()) | {"layer_replication": [[0, 2], [1, 2]]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").write_bytes((first / "adapter_model.safetensors").read_bytes())
-    with loaded(Backend(), entry) as (backend, _), pytest.raises(WeftError) as refused:
+    question = (user("Say something, then something else."),)
+    with loaded(Backend(), entry) as (backend, _):
+        base = ask(backend, question, max_tokens=12)[0]
         backend.set_adapters(stack((folder, 1.0)), FakeReport())
-    assert refused.value.kind is ErrorKind.UNSUPPORTED and "repeats layers" in refused.value.message
+        longer = ask(backend, question, max_tokens=12)[0]
+        with pytest.raises(WeftError) as refused:
+            backend.set_adapters(stack((folder, 1.0), (first, 1.0)), FakeReport())
+        assert refused.value.kind is ErrorKind.UNSUPPORTED and "repeat different layers" in refused.value.message
+        backend.set_adapters(stack((folder, 0.0)), FakeReport())
+        again = ask(backend, question, max_tokens=12)[0]
+    assert base == again and base != longer

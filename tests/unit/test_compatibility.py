@@ -346,3 +346,15 @@ def test_a_gptq_and_an_awq_model_tell_their_shapes_in_other_ways(tmp_path: Path)
         base = entry(file.parent, "mixtral", (str(file),), format=ModelFormat(kind))
         assert set(model_modules(base).shapes.values()) > {(Q, HIDDEN), (K, HIDDEN)}
         assert check(made, model_modules(base)).verdict is Verdict.FITS
+
+
+def test_repeated_layers_are_held_against_the_layers_that_they_repeat(tmp_path: Path) -> None:
+    base = model(tmp_path / "m", "llama")
+    ranges = [[0, 3], [1, 3]]
+    made = adapter(tmp_path / "fits", "llama", layers=5, layer_replication=ranges)
+    for found in (check_paths(made, base), rank_bases(made, [base])[0].compatibility):
+        assert found.verdict is Verdict.FITS, summary(found)
+    beyond = check_paths(adapter(tmp_path / "beyond", "llama", layers=4, layer_replication=[[0, 2], [2, 4]]), base)
+    assert beyond.verdict is Verdict.PARTLY and "repeats layer 3" in beyond.unmatched[0].reason
+    assert any("on Transformers" in warning for warning in check_paths(made, base).warnings)
+    assert "repeated layers" in adapter_extras(made)
