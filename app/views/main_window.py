@@ -67,7 +67,7 @@ class MainWindow(QMainWindow):
         body = QWidget()
         row(self.rail, self._right, spacing=0, parent=body)
         self.setCentralWidget(body)
-        self.toasts = Toasts(body, self.rail.width)
+        self.toasts = Toasts(body, self.rail.width, self._foot)
         self._add_actions()
         self._restore()
         body.installEventFilter(self)
@@ -128,6 +128,11 @@ class MainWindow(QMainWindow):
             self._current = name
             self._state.setValue("page", name)
             page.entered()
+            self.toasts.place()
+
+    def _foot(self) -> int:
+        page = self._pages.get(self._current)
+        return page.foot_height() if page is not None else 0
 
     def page(self, name: str) -> Page:
         """The page with this name, built if need be."""

@@ -80,6 +80,10 @@ class Page(QWidget):
     def toggle_side(self) -> None:
         """Ctrl+B: show or hide this page's side bar."""
 
+    def foot_height(self) -> int:
+        """How many pixels at the page's lower end toasts are to leave free: what somebody types in."""
+        return 0
+
     def shutdown(self) -> None:
         """The window is going: save, and end what runs in the background."""
 

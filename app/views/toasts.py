@@ -56,13 +56,15 @@ class Toasts(QObject):
     """Stacks toasts at the lower left of a widget.
 
     Args:
-        left: how wide what stands at the left is, which they do not cover.
+        left, below: how wide what stands at the left is, and how high what stands below: they do not cover it.
     """
 
-    def __init__(self, parent: QWidget, left: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, parent: QWidget, left: Callable[[], int] = lambda: 0, below: Callable[[], int] = lambda: 0
+    ) -> None:
         super().__init__(parent)
         self._host = parent
-        self._left = left
+        self._left, self._below = left, below
         self._shown: list[Toast] = []
         parent.installEventFilter(self)
 
@@ -81,20 +83,21 @@ class Toasts(QObject):
         toast.adjustSize()
         toast.show()
         toast.raise_()
-        self._place()
+        self.place()
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:
         if watched is self._host and event.type() == QEvent.Type.Resize:
-            self._place()
+            self.place()
         elif isinstance(watched, Toast) and event.type() == QEvent.Type.Close and watched in self._shown:
             self._shown.remove(watched)
             watched.deleteLater()
-            self._place()
+            self.place()
         return False
 
-    def _place(self) -> None:
+    def place(self) -> None:
+        """Put them where they belong now: another page is in front."""
         # Not at the right: there are details with their buttons, and below them what is being typed.
-        bottom = self._host.height() - 16
+        bottom = self._host.height() - self._below() - 16
         for toast in reversed(self._shown):
             toast.adjustSize()
             toast.move(self._left() + 16, bottom - toast.height())

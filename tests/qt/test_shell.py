@@ -151,6 +151,11 @@ def test_toasts_stack_act_and_go(window: MainWindow, qtbot: QtBot) -> None:
         assert toast.geometry().left() >= window.rail.width()
         assert toast.geometry().right() < window.width() // 2 + 160
     before = max(bottoms)
+    window.page("one").foot_height = lambda: 70  # type: ignore[method-assign]
+    window.toasts.place()
+    assert max(toast.geometry().bottom() for toast in window.toasts.shown) == before - 70
+    window.show_page("two")
+    assert max(toast.geometry().bottom() for toast in window.toasts.shown) == before
     window.resize(window.width(), window.height() + 40)
     assert max(toast.geometry().bottom() for toast in window.toasts.shown) == before + 40
 

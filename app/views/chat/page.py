@@ -335,6 +335,9 @@ class ChatPage(Page):
         else:
             self.composer.edit.setFocus()
 
+    def foot_height(self) -> int:
+        return self._foot.height()
+
     @Slot()
     def shutdown(self) -> None:
         """The window closes: stop the answer, save what came and what is typed."""
