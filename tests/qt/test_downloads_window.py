@@ -161,9 +161,9 @@ def test_failures_are_said_with_the_buttons_that_help(qtbot: QtBot, here: Manage
             "Accept its licence at https://hub.example/x/y, and enter it in Settings.",
         )
     )
-    assert window.finder._page == "https://hub.example/x/y"
-    assert window.finder._open_page.isVisible() and window.finder._open_settings.isVisible()
-    assert not window.finder._again.isVisible()
+    assert window.finder.banner.page == "https://hub.example/x/y"
+    assert window.finder.banner.open_page.isVisible() and window.finder.banner.open_settings.isVisible()
+    assert not window.finder.banner.again.isVisible()
     window.finder.field.setText("https://example.org/user/tiny")
     window.finder.go()
     assert "not an address on the hub" in banner.text.text()
@@ -283,7 +283,7 @@ def test_a_list_of_something_else_goes_when_a_name_is_not_found(
         box.go()
         assert not box.fetch.isEnabled()  # not while another list is on its way either
     assert box._stack.currentIndex() != finder.FILES and box.files.files == ()
-    near = [made for made in box._near if made.isVisible()]
+    near = [made for made in box.banner.near if made.isVisible()]
     assert near and near[0].text() == "user/tiny" == near[0].accessibleName()
     with qtbot.waitSignal(here.queries.listed, timeout=WAIT):
         near[0].click()
@@ -336,7 +336,7 @@ def test_a_busy_hub_is_said_while_it_is_waited_for(
     window.finder.field.setText("user/tiny")
     with qtbot.waitSignal(here.queries.waits, timeout=WAIT, check_params_cb=bool):
         window.finder.go()
-    assert box.banner.isVisible() and "slow down" in box.banner.text.text() and not box._again.isVisible()
+    assert box.banner.isVisible() and "slow down" in box.banner.text.text() and not box.banner.again.isVisible()
     qtbot.waitUntil(lambda: box.files.listing is not None, timeout=WAIT)
     assert not box.banner.isVisible()
 
@@ -371,7 +371,7 @@ def test_the_desktop_hears_of_the_end_unless_the_queue_is_in_front(
 def test_an_address_of_another_place_is_not_opened(window: DownloadsWindow) -> None:
     window.finder.field.setText("http://127.0.0.1:1/user/tiny")
     window.finder.go()
-    assert window.finder.banner.isVisible() and not window.finder._open_page.isVisible()
+    assert window.finder.banner.isVisible() and not window.finder.banner.open_page.isVisible()
 
 
 # Settings ---------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import QModelIndex, Qt, QUrl, Signal, Slot
-from PySide6.QtGui import QDesktopServices, QKeySequence, QShortcut
-from PySide6.QtWidgets import QAbstractButton, QCheckBox, QFrame, QLineEdit, QProgressBar, QStackedWidget, QWidget
+from PySide6.QtCore import QModelIndex, Qt, Signal, Slot
+from PySide6.QtGui import QKeySequence, QShortcut
+from PySide6.QtWidgets import QCheckBox, QFrame, QLineEdit, QProgressBar, QStackedWidget, QWidget
 
-from app.core.errors import ErrorKind, WeftError
+from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.hub.files import Listing, SearchHit
 from app.hub.reference import HubReference, parse_reference
@@ -20,8 +19,9 @@ from app.viewmodels.hub_queries import HubQueries
 from app.viewmodels.hub_tables import FileTable, HitRole, ResultTable
 from app.viewmodels.units import readable_bytes, short_path
 from app.views.downloads.tables import FileCell, ResultCell, Table
+from app.views.downloads.trouble_banner import TroubleBanner
 from app.views.option_fields import QuietCombo
-from app.views.widgets import Banner, Chip, ElidedLabel, EmptyState, button, column, icon_button, label, row
+from app.views.widgets import Chip, ElidedLabel, EmptyState, button, column, icon_button, label, row
 
 _KINDS = (
     ("Any kind", ()),
@@ -38,9 +38,6 @@ _SORTS = (
     ("Recently updated", "last_modified"),
     ("Newest", "created_at"),
 )
-_ADDRESS = re.compile(r"https?://[^\s,]+[^\s,.;:]")
-_NEAR = re.compile(r"Did you mean ([^?]+)\?")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 EMPTY, RESULTS, FILES, NOTHING = range(4)
 
 
@@ -68,9 +65,7 @@ class Finder(QWidget):
         self._endpoint = endpoint
         self._folder = folder
         self._reference: HubReference | None = None
-        self._page = ""
         self._stale = False  # the list that is shown is not of what was asked for last
-        self._waiting = False  # the banner says why the hub takes its time
         self.results = ResultTable(self)
         self.files = FileTable(judge, self)
         self._stack = QStackedWidget()
@@ -80,7 +75,10 @@ class Finder(QWidget):
         self._stack.addWidget(
             EmptyState("search", "Nothing found", "Try fewer or other words, or another kind of model.")
         )
-        self.banner = self._make_banner()
+        self.banner = TroubleBanner()
+        self.banner.near_wanted.connect(self._ask_near)
+        self.banner.settings_wanted.connect(self.settings_wanted)
+        self.banner.again_wanted.connect(self.go)
         self._busy = QProgressBar()
         self._busy.setRange(0, 0)
         self._busy.setTextVisible(False)
@@ -92,7 +90,7 @@ class Finder(QWidget):
         self._busy.hide()
         column(self._head(), self._busy, self.banner, self._stack, spacing=0, parent=self).setStretch(3, 1)
         queries.asking.connect(self._asking)
-        queries.waits.connect(self._waits)
+        queries.waits.connect(self.banner.show_wait)
         queries.searched.connect(self._searched)
         queries.listed.connect(self._listed)
         queries.failed.connect(self._failed)
@@ -131,18 +129,6 @@ class Finder(QWidget):
         made = row(self.field, self.kind, self.sort, self.start, margins=(16, 0, 16, 0), parent=head)
         made.setStretch(0, 1)
         return head
-
-    def _make_banner(self) -> Banner:
-        banner = Banner("negative", slim=True)
-        self._open_page = button("Open page", self._open, kind="link", icon_name="open")
-        self._open_settings = button("Settings", self.settings_wanted.emit, kind="link", icon_name="settings")
-        self._again = button("Try again", self.go, kind="link", icon_name="reload")
-        self._near = [button("", self._ask_near, kind="link") for _ in range(2)]
-        for made in (*self._near, self._open_page, self._open_settings, self._again):
-            banner.add(made)
-        banner.add(icon_button("close", "Dismiss", banner.hide))
-        banner.hide()
-        return banner
 
     def _empty_page(self) -> QWidget:
         return EmptyState(
@@ -284,24 +270,7 @@ class Finder(QWidget):
     def _asking(self, asking: bool) -> None:
         self._busy.setVisible(asking)
         if not asking:
-            self._waits("")
-
-    @Slot(str)
-    def _waits(self, why: str) -> None:
-        """Say why an answer takes longer than one expects."""
-        if why:
-            self._waiting = True
-            self._show_banner("warning", why, ())
-        elif self._waiting:
-            self._waiting = False
-            self.banner.hide()
-
-    def _show_banner(self, tone: str, text: str, helps: tuple[QWidget, ...]) -> None:
-        self.banner.set_tone(tone)
-        self.banner.text.setText(text)
-        for made in (*self._near, self._open_page, self._open_settings, self._again):
-            made.setVisible(made in helps)
-        self.banner.show()
+            self.banner.show_wait("")
 
     @Slot(list)
     def _searched(self, hits: list[SearchHit]) -> None:
@@ -347,22 +316,7 @@ class Finder(QWidget):
 
     def show_error(self, error: WeftError) -> None:
         """Say what failed above the list, with the buttons that help."""
-        text = f"{error.message} {error.hint}"
-        found = _ADDRESS.search(text)
-        self._page = found[0] if found and error.kind is not ErrorKind.BAD_INPUT else ""
-        near = _NEAR.search(text)
-        names = list(dict.fromkeys(_NAME.findall(near[1]))) if near is not None else []
-        helps: list[QWidget] = []
-        for made, name in zip(self._near, names, strict=False):
-            made.setText(name)
-            made.setAccessibleName(name)
-            helps.append(made)
-        helps += [self._open_page] if self._page else []
-        helps += [self._open_settings] if "Settings" in text else []
-        helps += [self._again] if error.kind is ErrorKind.NETWORK else []
-        self._waiting = False
-        soft = error.kind in (ErrorKind.BAD_INPUT, ErrorKind.NOT_FOUND)
-        self._show_banner("warning" if soft else "negative", text, tuple(helps))
+        self.banner.show_error(error)
 
     @Slot()
     def _show_choice(self) -> None:
@@ -399,11 +353,9 @@ class Finder(QWidget):
         if page in (RESULTS, FILES):
             (self.result_view if page == RESULTS else self.file_view).setFocus()
 
-    @Slot()
-    def _ask_near(self) -> None:
-        made = self.sender()
-        if isinstance(made, QAbstractButton):
-            self.ask(HubReference(repo=made.text()))
+    @Slot(str)
+    def _ask_near(self, repo: str) -> None:
+        self.ask(HubReference(repo=repo))
 
     def _back(self) -> None:
         self._stack.setCurrentIndex(RESULTS)
@@ -413,7 +365,3 @@ class Finder(QWidget):
     def _fetch(self) -> None:
         if self.files.listing is not None and self.files.files and not self._stale:
             self.wanted.emit(self.files.listing, self.files.files, self.copies.isChecked())
-
-    @Slot()
-    def _open(self) -> None:
-        QDesktopServices.openUrl(QUrl(self._page))
