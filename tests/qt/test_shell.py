@@ -369,6 +369,15 @@ def test_settings_name_every_folder_differently_and_look_at_what_is_added(
     assert titles[-1] == "File" and len(titles) == len(set(titles)), titles
 
 
+def test_the_settings_stand_in_full_at_their_first_sight(house: House, qtbot: QtBot) -> None:
+    house.window.show_page("settings")
+    page = house.window.page("settings")
+    for _ in range(3):
+        qtbot.wait(15)
+        for card in page.engines.cards.values():  # type: ignore[attr-defined]
+            assert card.height() >= card.heightForWidth(card.width())
+
+
 def test_a_damaged_last_model_gives_way_to_the_starter(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(house.loadout, "load", lambda entry: loaded.append(entry.name))

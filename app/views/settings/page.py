@@ -268,7 +268,9 @@ class SettingsPage(Page):
                 widget.hide()
                 widget.deleteLater()
         for root in self._roots.roots():
-            self._root_rows.addWidget(self._root_row(root))
+            made = self._root_row(root)
+            self._root_rows.addWidget(made)
+            made.show()  # now, not with the next event: the page would be laid out without it meanwhile, and stay squeezed
 
     def _root_title(self, root: Root) -> str:
         if root.kind is RootKind.OWN:
