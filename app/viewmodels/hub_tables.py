@@ -195,7 +195,12 @@ class FileTable(QAbstractTableModel):
                 )
             )
             covered |= {file.path for file in choice.all_files}
-        for file in sorted(listing.files, key=lambda f: (f.path not in usual, -f.size, f.path)):
+
+        def place(file: RemoteFile) -> tuple[object, ...]:
+            # The parts of a model in their own order, then what else is usual, the largest first.
+            return (file.path not in usual, *((0, 0) if _is_weight(file.path) else (1, -file.size)), file.path)
+
+        for file in sorted(listing.files, key=place):
             if file.path not in covered:
                 rows.append(FileRow(title=file.path, files=(file,), usual=file.path in usual))
         weights = sum(f.size for f in listing.files if f.path in usual and _is_weight(f.path))

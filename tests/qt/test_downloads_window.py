@@ -368,6 +368,16 @@ def test_the_desktop_hears_of_the_end_unless_the_queue_is_in_front(
     house.close()
 
 
+def test_parts_of_a_model_stand_in_their_order(here: Manager, window: DownloadsWindow, hub: FakeHub) -> None:
+    parts = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    hub.add(
+        "user/parts",
+        {"config.json": b"{}", **{part: b"1" * size for part, size in zip(parts, (10, 30, 20), strict=True)}},
+    )
+    window.finder._listed(here.listing("user/parts"))
+    assert [row.title for row in window.finder.files.rows] == [*parts, "config.json"]
+
+
 def test_an_address_of_another_place_is_not_opened(window: DownloadsWindow) -> None:
     window.finder.field.setText("http://127.0.0.1:1/user/tiny")
     window.finder.go()
