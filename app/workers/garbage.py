@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import time
 
 from PySide6.QtCore import QObject, QTimer, Slot
 
-LOOK_MS = 500
+LOOK_MS = 100  # often, so that each time there is little to do
+FULL_SECONDS = 300  # between collections of everything: each holds the window up for some tens of milliseconds
 
 
 class GarbageCollector(QObject):
@@ -21,6 +23,7 @@ class GarbageCollector(QObject):
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
         gc.disable()
+        self._full = time.monotonic()
         self._timer = QTimer(self)
         self._timer.setInterval(LOOK_MS)
         self._timer.timeout.connect(self.look)
@@ -35,8 +38,12 @@ class GarbageCollector(QObject):
         """Collect the oldest generation whose turn it is."""
         counts, thresholds = gc.get_count(), gc.get_threshold()
         for generation in (2, 1, 0):
+            if generation == 2 and time.monotonic() - self._full < FULL_SECONDS:
+                continue
             if 0 < thresholds[generation] < counts[generation]:
                 gc.collect(generation)
+                if generation == 2:
+                    self._full = time.monotonic()
                 return
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pytestqt.qtbot import QtBot
 
+from app.workers import garbage
 from app.workers.garbage import GarbageCollector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,20 @@ def test_another_thread_collects_nothing(collector: GarbageCollector) -> None:
     assert freed_in == []
     collector.look()
     assert set(freed_in) == {threading.get_ident()}
+
+
+def test_everything_is_walked_through_now_and_then_only(
+    collector: GarbageCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[int] = []
+    monkeypatch.setattr(garbage.gc, "collect", walked.append)
+    monkeypatch.setattr(garbage.gc, "get_count", lambda: (10_000, 100, 100))
+    collector.look()
+    assert walked == [1]
+    collector._full -= garbage.FULL_SECONDS
+    collector.look()
+    collector.look()
+    assert walked == [1, 2, 1]
 
 
 def test_python_does_it_again_afterwards(qtbot: QtBot) -> None:
