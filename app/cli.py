@@ -13,28 +13,41 @@ from typing import Any
 
 import msgspec
 
-from app import __version__, cli_check, cli_combine, cli_download, cli_merge, cli_train
+from app import (
+    __version__,
+    cli_check,
+    cli_combine,
+    cli_compare,
+    cli_download,
+    cli_merge,
+    cli_perplexity,
+    cli_train,
+)
 from app.backends import specs
-from app.backends.base import Capability, Spec
-from app.cli_library import find_model, find_stack, require_adapters
+from app.backends.base import Capability
+from app.cli_engine import (
+    add_adapter_arguments,
+    add_load_arguments,
+    add_sampling_arguments,
+    conversation,
+    loaded_engine,
+    progress_of,
+    sampling_of,
+)
+from app.cli_library import find_stack
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
-from app.core.jobs import Progress
-from app.core.library import ModelEntry
-from app.core.options import build, describe, parse_assignments, parse_value
-from app.core.paths import Paths, default_paths
+from app.core.paths import default_paths
 from app.core.roots import Root
 from app.core.sampling import Sampling
-from app.engine import launch, machine, protocol
+from app.engine import machine, protocol
 from app.engine.client import EngineClient
 from app.engine.environments import USABLE, Environments
 from app.store.database import Database
 from app.store.library import LibraryStore
-from app.store.model_settings import ModelSettings
 from app.store.refresh import library_roots, refresh
 from app.store.settings import SettingsStore
 from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
-from app.workers.load_plan import TRUST, LoadPlan, LoadPlanner
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -82,30 +95,15 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk to a model; without -p, a conversation")
     chat.set_defaults(run=_chat)
-    chat.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a path")
+    add_load_arguments(chat)
     chat.add_argument("-p", "--prompt", help="one prompt, then exit")
     chat.add_argument("--system", default="", metavar="S", help="the system prompt")
-    chat.add_argument("--loader", default="", help="one of: " + ", ".join(specs()))
-    chat.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the loader (may be repeated)"
-    )
-    chat.add_argument("--anyway", action="store_true", help="load although it seems not to fit into memory")
-    chat.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="PATH[=WEIGHT]",
-        help="an adapter by path or library name, at weight 1 unless told otherwise (may be repeated)",
-    )
-    for field in describe(Sampling):
-        chat.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=f"sampling_{field.name}",
-            metavar="V",
-            help=field.help.replace("%", "%%"),
-        )
+    add_adapter_arguments(chat)
+    add_sampling_arguments(chat)
     download = cli_download.add_command(commands)
     cli_check.add_parser(commands)
+    cli_compare.add_parser(commands)
+    cli_perplexity.add_parser(commands)
     cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
     cli_merge.add_parser(commands)
@@ -239,114 +237,18 @@ def _print_problem(problem: WeftError) -> None:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
-    sampling = _sampling(parsed)
+    sampling = sampling_of(parsed)
     if parsed.prompt is not None and not parsed.prompt.strip():
         raise WeftError(
             ErrorKind.BAD_INPUT, "The prompt is empty.", "Write it after -p, or leave -p away for a conversation."
         )
-    paths = default_paths()
-    environments = Environments(paths.environments)
-    model = find_model(parsed.model, parsed.loader)
-    with _planner(paths, environments) as planner:
-        plan, command = _plan(planner, model, parsed)  # what is wrong is refused before anything is started
-        with _engine(plan.spec, paths, environments) as engine:
-            _load(engine, planner, plan, command)
-            if parsed.prompt is not None:
-                answer = _answer(engine, _conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
-                if parsed.json:
-                    _print_json(answer)
-                return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
-            return _converse(engine, parsed, sampling)
-
-
-@contextlib.contextmanager
-def _planner(paths: Paths, environments: Environments) -> Iterator[LoadPlanner]:
-    database = Database(paths.database)
-    try:
-        yield LoadPlanner(
-            ModelSettings(database),
-            SettingsStore(paths.settings),
-            is_ready=lambda name: environments.state(name) in USABLE,
-            machine=machine.probe,
-        )
-    finally:
-        database.close()
-
-
-def _plan(planner: LoadPlanner, model: ModelEntry, parsed: argparse.Namespace) -> tuple[LoadPlan, protocol.Load]:
-    """The load as the window would do it, with the options given here over those that are saved for the model."""
-    spec = planner.choose_loader(model, parsed.loader)
-    given = parse_assignments(spec.options, parsed.option)
-    plan = planner.plan(model, spec.id, {**planner.saved_options(model, spec), **given})
-    allowed = given.get(TRUST) is True
-    if not allowed and planner.wants_code(plan):
-        raise WeftError(
-            ErrorKind.PERMISSION,
-            f"{model.name} wants to run its own Python code, which nobody has allowed.",
-            f"Read the Python files in {model.path}. {_ALLOW}",
-        )
-    if not parsed.anyway and (short := planner.shortage(plan)) is not None:
-        raise WeftError(
-            ErrorKind.OUT_OF_MEMORY,
-            f"{model.name} may not fit. {short.message}",
-            "Close other programs, take a shorter context length or a smaller quantization, or add --anyway.",
-        )
-    stack = find_stack(parsed.adapter)
-    require_adapters(spec, stack)
-    return plan, planner.command(plan, stack, allowed=allowed)
-
-
-_ALLOW = f"If you trust who made them, add --option {TRUST}=true."
-
-
-def _sampling(parsed: argparse.Namespace) -> Sampling:
-    given = {f.name: (f, getattr(parsed, f"sampling_{f.name}")) for f in describe(Sampling)}
-    values = {name: parse_value(field, text) for name, (field, text) in given.items() if text is not None}
-    return build(Sampling, values)
-
-
-def _conversation(system: str, *turns: str) -> list[Message]:
-    messages = [Message(role="system", content=system)] if system else []
-    return messages + [Message(role="user", content=turn) for turn in turns]
-
-
-@contextlib.contextmanager
-def _engine(spec: Spec, paths: Paths, environments: Environments) -> Iterator[EngineClient]:
-    if environments.state(spec.environment) not in USABLE:
-        environments.install_for_command_line(spec.environment)
-    engine = launch.engine_for(spec.id, paths)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
-def _load(engine: EngineClient, planner: LoadPlanner, plan: LoadPlan, command: protocol.Load) -> None:
-    line = ProgressLine()
-    line.show(Progress(phase=f"Loading {plan.entry.name}"))
-    try:
-        for event in engine.call(command):
-            if isinstance(event, protocol.ProgressEvent):
-                line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
-            elif isinstance(event, protocol.Loaded):
-                line.clear()
-                for note in event.notes:
-                    print(f"note: {note}", file=sys.stderr)
-                _remember(planner, plan, event)
-    except WeftError as error:
-        if command.trust_remote_code or not planner.code_would_help(plan, error):
-            raise
-        raise WeftError(error.kind, error.message, f"It brings Python code of its own. {_ALLOW}") from error
-    finally:
-        line.clear()
-
-
-def _remember(planner: LoadPlanner, plan: LoadPlan, loaded: protocol.Loaded) -> None:
-    try:
-        planner.remember(plan, loaded)
-    except WeftError as error:
-        _print_problem(error)  # the model runs; it will be measured again
+    with loaded_engine(parsed, find_stack(parsed.adapter), baked=parsed.bake) as engine:
+        if parsed.prompt is not None:
+            answer = _answer(engine, conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
+            if parsed.json:
+                _print_json(answer)
+            return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
+        return _converse(engine, parsed, sampling)
 
 
 def _answer(
@@ -373,7 +275,7 @@ def _answer(
             if not quiet:
                 print(event.text, end="", flush=True)
         elif isinstance(event, protocol.ProgressEvent):
-            line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
+            line.show(progress_of(event))
         elif isinstance(event, protocol.Done) and event.id == command:
             assert isinstance(event.result, protocol.Generated)
             result = event.result
@@ -402,7 +304,7 @@ def _converse(engine: EngineClient, parsed: argparse.Namespace, sampling: Sampli
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing and a history)
         print(f"Talking to {parsed.model}. Ctrl+C stops an answer, Ctrl+D ends.", file=sys.stderr)
-    messages = _conversation(parsed.system)
+    messages = conversation(parsed.system)
     answers: list[dict[str, Any]] = []
     while True:
         try:

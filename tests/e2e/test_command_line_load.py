@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app import cli
+from app import cli_engine
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.core.memory import Machine
 from app.core.paths import default_paths, resources
 from app.core.recognise import recognise_model
+from app.core.stack import AdapterStack
 from app.engine.environments import Environments, Stamp, variable_of
 from app.store.database import Database
 from app.store.library import starter
@@ -51,11 +52,11 @@ def test_anyway_leaves_it_to_the_engine(saved: ModelSettings) -> None:
     here = Machine(system="linux", cpu_count=2, ram_total=2**30, ram_free=2**20)
     store = SettingsStore(default_paths().settings)
     planner = LoadPlanner(saved, store, is_ready=lambda _: True, machine=lambda: here)
-    asked = argparse.Namespace(loader="", option=[], adapter=[], anyway=False)
+    asked = argparse.Namespace(loader="", option=[], anyway=False)
     with pytest.raises(WeftError, match="may not fit"):
-        cli._plan(planner, starter("starter (gguf)"), asked)
+        cli_engine.plan_load(planner, starter("starter (gguf)"), asked, AdapterStack())
     asked.anyway = True
-    plan, command = cli._plan(planner, starter("starter (gguf)"), asked)
+    plan, command = cli_engine.plan_load(planner, starter("starter (gguf)"), asked, AdapterStack())
     assert command.model == plan.entry
 
 
