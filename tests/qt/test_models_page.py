@@ -178,7 +178,10 @@ def test_an_option_that_makes_it_not_fit_is_said_at_that_option(page: ModelsPage
     row.control.setValue(16_000_000)  # type: ignore[attr-defined]
     assert not form.problems()
     assert "is free" in row.advice.text()
+    assert page.details._saved.text() == "Saved, but it does not fit"
     assert page.details._estimate.property("banner") == "warning"
+    row.reset()
+    assert row.advice.isHidden() and page.details._saved.text() == "Default options"
 
 
 def test_enter_on_the_loaded_model_does_not_read_it_again(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:

@@ -273,9 +273,9 @@ class ModelDetails(QFrame):
             self.form.suggest(_suggestions(entry, spec))
             self.form.set_values(self._loadout.planner.saved_options(entry, spec))
             self.form.show()
-        self._show_saved()
         self._show_code()
         self._show_estimate()
+        self._show_saved()
         self._show_actions()
 
     def _form_of(self, spec: Spec) -> OptionsForm:
@@ -288,7 +288,8 @@ class ModelDetails(QFrame):
 
     def _show_saved(self) -> None:
         changed = bool(self.form is not None and self.form.values())
-        self._saved.setText("Saved for this model" if changed else "Default options")
+        kept = "Saved, but it does not fit" if self._lacking else "Saved for this model"
+        self._saved.setText(kept if changed else "Default options")
         self._restore.setVisible(changed)
 
     def _show_code(self) -> None:
@@ -323,6 +324,7 @@ class ModelDetails(QFrame):
             if entry is not None:
                 self._chips[0].set(format_title(entry))
             self._estimate.hide()
+            self._lacking = ""
             return
         here = self._machine()
         values = {} if self.form.problems() else self.form.values()
@@ -350,6 +352,8 @@ class ModelDetails(QFrame):
         self._estimate.setToolTip(breakdown(found.estimate, here))
         self._advise(lacking)
 
+    _lacking = ""
+
     def _advise(self, lacking: str) -> None:
         """Say at the field what its value will bring, before anything is loaded.
 
@@ -357,6 +361,7 @@ class ModelDetails(QFrame):
             lacking: why a load with these options does not fit; "" when it does.
         """
         entry, form = self.entry, self.form
+        self._lacking = lacking
         if entry is None or form is None:
             return
         values, trained = form.values(), entry.shape.context
@@ -481,8 +486,8 @@ class ModelDetails(QFrame):
 
     @Slot()
     def _options_changed(self) -> None:
-        self._show_saved()
         self._show_estimate()
+        self._show_saved()
         self._show_actions()
         if self.form is not None and self.form.problems():
             self._saved.setText("Not saved: see the field in red")
