@@ -152,7 +152,8 @@ class Fetch:
         if needed and needed + SPARE > free:
             raise WeftError(
                 ErrorKind.DISK_FULL,
-                f"{self._folder} has {_gigabytes(free)} free, and {_gigabytes(needed)} must still be fetched.",
+                f"{self._folder} has {_gigabytes(free)} free: {_gigabytes(needed)} must still be fetched, and "
+                f"{_gigabytes(SPARE)} must stay free.",
                 "Free some space or choose another folder, then resume: what has arrived is kept.",
             )
 
