@@ -25,13 +25,14 @@ class Added(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def damage(paths: Iterable[Path]) -> str:
-    """What is wrong with these model files, a sentence each; "" when nothing is. Reads headers: not for the window's thread."""
+    """What is wrong with these models, files or folders that are one, a sentence each; "" when nothing is.
+
+    Reads headers: not for the window's thread.
+    """
     from app.core.recognise import recognise_adapter, recognise_model
 
     wrong: list[str] = []
     for path in paths:
-        if path.is_dir():
-            continue
         try:
             found = recognise_model(path) or recognise_adapter(path)
         except WeftError as error:

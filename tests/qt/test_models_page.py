@@ -14,7 +14,7 @@ from pytestqt.qtbot import QtBot
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry, ModelFormat
-from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.library_roots import LibraryRoots, damage
 from app.viewmodels.loadout import LoadoutState
 from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
 from app.viewmodels.model_table import ModelTable
@@ -23,6 +23,7 @@ from app.viewmodels.units import readable_bytes
 from app.views.dialogs import ConfirmDialog
 from app.views.models.page import ModelsPage
 from app.views.page import Notice
+from tests.fakes import library_files
 from tests.fakes.fake_engine import Script
 from tests.qt.shell_parts import GB, Rooms, model, touch
 
@@ -268,6 +269,17 @@ def test_adding_says_what_is_wrong(rooms: Rooms, tmp_path: Path) -> None:
         roots.add([tmp_path / "gone.gguf"])
     with pytest.raises(WeftError, match="not a model"):
         roots.add([touch(tmp_path / "notes.txt")])
+
+
+def test_a_damaged_folder_is_told_as_a_damaged_file_is(tmp_path: Path) -> None:
+    whole = library_files.write_folder(tmp_path / "whole")
+    cut = library_files.write_folder(tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    assert damage([whole, shelf]) == ""  # a folder of models is no model
+    assert damage([whole, cut]).startswith("cut cannot be used: ")
 
 
 def test_rename_shows_finds_and_survives_a_scan(page: ModelsPage, rooms: Rooms) -> None:
