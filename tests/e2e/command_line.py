@@ -45,6 +45,7 @@ def interrupt_after(seconds: float, arguments: Sequence[str]) -> tuple[int, str,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         start_new_session=True,
+        bufsize=0,  # what is read below is all that is taken from the pipe
     )
     assert process.stdout is not None
     first = process.stdout.read(1)
