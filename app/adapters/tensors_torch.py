@@ -10,6 +10,7 @@ import torch
 
 from app.adapters.conversion_cache import cache_folder
 from app.core import pickle_scan
+from app.core.adapter_config import AdapterConfig
 from app.core.adapter_file import AdapterFile, TensorInfo, adapter_from_tensors, locate, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
@@ -63,23 +64,30 @@ def open_adapter(path: Path, alpha: float | None = None, model: Any = None) -> O
             "Use the PEFT folder that it was made from, or a GGUF model with the llama.cpp loader.",
         )
     config, weights = locate(path)
-    if weights.suffix == ".safetensors":
+    try:
         opened = OpenAdapter(read_adapter_file(path, alpha), _from_file)
-    else:
-        import msgspec
-
-        tensors = _unpickle(weights)
-        infos = [
-            TensorInfo(name, str(t.dtype), tuple(t.shape), weights, 0, t.numel() * t.element_size())
-            for name, t in tensors.items()
-        ]
-        if config.alpha is None:
-            config = msgspec.structs.replace(config, alpha=alpha)
-        opened = OpenAdapter(
-            adapter_from_tensors(path, config, infos), lambda info: _finite(tensors[info.name].float(), info)
-        )
+    except WeftError as error:
+        if weights.suffix == ".safetensors" or error.kind is not ErrorKind.UNSUPPORTED:
+            raise
+        opened = _with_torch(path, config, weights, alpha)
     check_usable(opened.file)
     return opened
+
+
+def _with_torch(path: Path, config: AdapterConfig, weights: Path, alpha: float | None) -> OpenAdapter:
+    """A pickled file of a kind that only torch itself reads."""
+    import msgspec
+
+    tensors = _unpickle(weights)
+    infos = [
+        TensorInfo(name, str(t.dtype), tuple(t.shape), weights, 0, t.numel() * t.element_size())
+        for name, t in tensors.items()
+    ]
+    if config.alpha is None:
+        config = msgspec.structs.replace(config, alpha=alpha)
+    return OpenAdapter(
+        adapter_from_tensors(path, config, infos), lambda info: _finite(tensors[info.name].float(), info)
+    )
 
 
 def _base_of(model: Any) -> HfBase:

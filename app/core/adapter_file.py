@@ -6,7 +6,9 @@ Understands the names that PEFT writes (and Ludwig, Unsloth, Axolotl and LLaMA-F
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from app.core.adapter_config import AdapterConfig, parse_adapter_config
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header, read_json, read_safetensors_header
 from app.core.ggml import TYPES
+from app.core.gguf_header import os_error
+from app.core.module_names import place_of, role_of
 from app.core.recognise_gguf import adapter_problem
 
 PREFIX = "base_model.model."
@@ -40,6 +44,10 @@ _LORA = re.compile(
 )
 _SAVED = re.compile(
     r"(?P<module>.+?)\.(?P<wrapper>(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[\w-]+)?)\.)?(?P<parameter>\w+)"
+)
+# What parallel and compiled training leaves in the names of modules.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.|^module\."
 )
 _OTHER_KINDS = re.compile(r"\.(hada_w\d|lokr_w\d|lora_mid|dora_scale|ia3_l|vera_|oft_|boft_|lora_E|ranknum)")
 
@@ -136,21 +144,21 @@ def read_adapter_file(path: Path, alpha: float | None = None) -> AdapterFile:
     """Read an adapter's headers.
 
     Args:
-        path: a folder with adapter_config.json, or a lone .safetensors or .gguf file.
+        path: a folder with adapter_config.json, or a lone .safetensors, .bin, .pt or .gguf file.
         alpha: for adapters that do not say it.
 
     Raises:
-        WeftError: NOT_FOUND, CORRUPT, HOSTILE; UNSUPPORTED for .bin files, which only an engine reads.
+        WeftError: NOT_FOUND, CORRUPT, HOSTILE; UNSUPPORTED for .bin files that `read_torch_header` does not read.
     """
     if path.suffix.lower() == ".gguf":
         return _gguf(path)
     config, weights = locate(path)
     if weights.suffix != ".safetensors":
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{weights.name} is a pickled file, of which the headers tell nothing.",
-            "Load it in chat with Transformers, or save it as safetensors.",
-        )
+        from app.core.torch_header import read_torch_header
+
+        config = config if config.alpha is not None or config.factor is not None else _from_metadata(config, {}, alpha)
+        pickled = [TensorInfo(t.name, t.dtype, t.shape, weights, t.offset, t.bytes) for t in read_torch_header(weights)]
+        return adapter_from_tensors(path, config, pickled)
     header = read_safetensors_header(weights)
     if config.alpha is None and config.factor is None:
         config = _from_metadata(config, header.metadata, alpha)
@@ -204,7 +212,9 @@ def _module(found: AdapterFile, name: str) -> AdaptedModule:
 
 
 def _sort(found: AdapterFile, parts: dict[tuple[str, int], dict[str, TensorInfo]], tensor: TensorInfo) -> None:
-    name = tensor.name.removeprefix(PREFIX)
+    name = _WRAPPERS.sub("", tensor.name)
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
     if _OTHER_KINDS.search(name):
         found.unknown.append(tensor.name)
         return
@@ -244,6 +254,7 @@ def _indices(config: AdapterConfig, module: str) -> tuple[int, ...]:
 def _pair(found: AdapterFile, module: str, depth: int, pair: Mapping[str, TensorInfo]) -> LoraTensors | None:
     transposed, embedding = "transposed_A" in pair, "embedding_A" in pair
     prefix = "transposed_" if transposed else "embedding_" if embedding else ""
+    embedding = embedding or (transposed and role_of(place_of(module)) == "token_embd")  # MLX names it like all others
     a, b = pair.get(f"{prefix}A"), pair.get(f"{prefix}B")
     if a is None or b is None:
         found.problems.append(f"It is damaged: {module[:80]} has only one of its two matrices.")
@@ -270,7 +281,33 @@ def _pair(found: AdapterFile, module: str, depth: int, pair: Mapping[str, Tensor
     # Experts: PEFT keeps one pair of rank·E for all experts, and scales by the rank that one expert has.
     rank = found.config.rank if found.config.rank and _is_experts(found, module, lora) else lora.rank
     lora.scale = found.config.scale(module, rank)
+    if lora.scale is None and "alpha" in pair:  # said beside lora_up and lora_down
+        alpha = _number_in(pair["alpha"])
+        lora.scale = alpha / lora.rank if math.isfinite(alpha) else None
     return lora
+
+
+def _number_in(tensor: TensorInfo) -> float:
+    """The one number of an `alpha` tensor, NaN when it is none."""
+    formats = {"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i"}
+    if tensor.type.upper() == "BF16" and tensor.bytes == 2:
+        return struct.unpack("<f", b"\0\0" + _bytes(tensor))[0]
+    form = formats.get(tensor.type.upper(), "")
+    if not form or tensor.bytes != struct.calcsize(form):
+        return math.nan
+    return float(struct.unpack(form, _bytes(tensor))[0])
+
+
+def _bytes(tensor: TensorInfo) -> bytes:
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            data = file.read(tensor.bytes)
+    except OSError as error:
+        raise os_error(tensor.file, error) from error
+    if len(data) != tensor.bytes:
+        raise WeftError(ErrorKind.CORRUPT, f"{tensor.file.name} became shorter while it was read.", "Get it again.")
+    return data
 
 
 def _is_experts(found: AdapterFile, module: str, lora: LoraTensors) -> bool:

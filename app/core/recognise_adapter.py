@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from app.core.adapter_file import WEIGHT_FILES
 from app.core.adapter_note import read_note
-from app.core.errors import WeftError
-from app.core.formats import JsonObject, SafetensorsHeader, read_json, read_safetensors_header
+from app.core.errors import ErrorKind, WeftError
+from app.core.formats import JsonObject, SafetensorsTensor, read_json, read_safetensors_header
 from app.core.library import AdapterEntry, AdapterFormat
 from app.core.model_config import number, read_start, table, text
+from app.core.torch_header import TorchTensor, read_torch_header
 
 _PARTS = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:lora_(?P<side>A|B|a|b|up|down|embedding_A|embedding_B|magnitude_vector)"
@@ -57,10 +58,10 @@ def peft_adapter(folder: Path) -> AdapterEntry | None:
     except WeftError as error:
         config, problem = {}, error.message
     weights = next((p for n in WEIGHT_FILES if (p := folder / n).is_file()), None)
-    header: SafetensorsHeader | None = None
+    header: _Header | None = None
     if weights is None:
         problem = problem or "Its weights (adapter_model.safetensors) are missing."
-    elif weights.suffix == ".safetensors":
+    else:
         header, damage = _header(weights)
         problem = problem or damage
     modules = _modules(tensor.name for tensor in header.tensors) if header else {}
@@ -90,7 +91,7 @@ def peft_adapter(folder: Path) -> AdapterEntry | None:
     )
 
 
-def _says_alpha(config: JsonObject, mlx: JsonObject, header: SafetensorsHeader | None) -> bool:
+def _says_alpha(config: JsonObject, mlx: JsonObject, header: _Header | None) -> bool:
     said = mlx.get("scale") if mlx else config.get("lora_alpha", config.get("alpha"))
     if isinstance(said, (int, float)) and not isinstance(said, bool):
         return True
@@ -144,8 +145,10 @@ def lone_adapter(path: Path) -> AdapterEntry | None:
         rank, metadata, kind = _header_rank(header), header.metadata, AdapterFormat.SAFETENSORS
     else:
         names = pickled_names(path)
+        header, problem = _header(path) if names else (None, "")
+        names = [tensor.name for tensor in header.tensors] if header else names
         modules = _modules(names)
-        rank, kind, problem = 0, AdapterFormat.TORCH_BIN, ""
+        rank, kind = _header_rank(header) if header else 0, AdapterFormat.TORCH_BIN
     # Full models hold other tensors too; adapters of image generators are of no use here.
     strange = sum(1 for name in names if not _PARTS.match(name))
     if not modules or strange > len(names) // 2 or any(_IMAGE_KEYS.match(name) for name in names[:50]):
@@ -172,14 +175,33 @@ def lone_adapter(path: Path) -> AdapterEntry | None:
     )
 
 
-def _header(path: Path) -> tuple[SafetensorsHeader | None, str]:
+class _Header(NamedTuple):
+    """What a weight file's header tells, whatever its format."""
+
+    tensors: Sequence[SafetensorsTensor | TorchTensor]
+    metadata: Mapping[str, str]
+
+
+def _header(path: Path) -> tuple[_Header | None, str]:
+    if path.suffix != ".safetensors":
+        return _pickled(path)
     try:
         header = read_safetensors_header(path, complete=False)
     except WeftError as error:
         return None, error.message
     if header.missing:
-        return header, f"{path.name} is truncated: {header.missing:,} bytes are missing at its end."
-    return header, ""
+        return _Header(header.tensors, header.metadata), (
+            f"{path.name} is truncated: {header.missing:,} bytes are missing at its end."
+        )
+    return _Header(header.tensors, header.metadata), ""
+
+
+def _pickled(path: Path) -> tuple[_Header | None, str]:
+    try:
+        return _Header(read_torch_header(path), {}), ""
+    except WeftError as error:
+        # What only torch reads may be good all the same; it is looked at when it is used.
+        return None, "" if error.kind is ErrorKind.UNSUPPORTED else error.message
 
 
 def _modules(names: Iterable[str]) -> dict[str, None]:
@@ -188,7 +210,7 @@ def _modules(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(sorted(found))
 
 
-def _header_rank(header: SafetensorsHeader) -> int:
+def _header_rank(header: _Header) -> int:
     """The largest rank by the shapes of the A matrices: (rank, in); of embeddings (rank, vocabulary)."""
     rank = 0
     for tensor in header.tensors:
