@@ -381,8 +381,8 @@ class _Encoder:
             if self.config.too_long == "drop" or not all(answers) or answers[0] == answers[1]:
                 report.too_long_dropped += 1
                 return
-        pair = Pair(chosen.input_ids[:length], *answers, chosen.file, chosen.line, chosen.group, self.held)
-        self.pairs.append(pair)
+        prompt, (good, bad) = chosen.input_ids[:length], answers
+        self.pairs.append(Pair(prompt, good, bad, chosen.file, chosen.line, chosen.group, self.held))
 
     # Raw text: blocks -------------------------------------------------------------------------------
 

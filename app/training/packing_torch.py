@@ -54,7 +54,7 @@ def check_packing(model: Any, config: DataConfig, seed: int | None = None) -> Pa
     sequences = _sequences(model, config, random.Random(seed))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     best: tuple[float, str] | None = None
-    with _still(model), torch.no_grad():
+    with still(model), torch.no_grad():
         alone = [_losses(model, sequences, [(n,)], "off", dtype)[0] for n in range(len(sequences))]
         allowed = _COARSE if dtype in (torch.float16, torch.bfloat16) else TOLERANCE
         for mode in ("positions", "mask"):
@@ -140,7 +140,7 @@ def _window(model: Any) -> int:
 
 
 @contextmanager
-def _still(model: Any) -> Iterator[None]:
+def still(model: Any) -> Iterator[None]:
     """Without dropout, but in the mode that the model is in.
 
     eval() would be simpler, and would make some quantized layers repack their weights for inference, for good.
