@@ -61,8 +61,10 @@ class HouseQuestions(QObject):
 
     @Slot(object)
     def crashed(self, crash: Crash) -> None:
-        if crash.lost and crash.again and self._window.current == "chat":
-            return  # told once, in the answer that broke off, with a way on and the log
+        chat = self._window.built("chat")
+        if crash.lost and crash.again and self._window.current == "chat" and chat is not None:
+            if chat.answer_in_view:  # type: ignore[attr-defined]
+                return  # told once, in the answer that broke off, with a way on and the log
 
         def build() -> QDialog:
             from app.views.dialogs import CrashDialog

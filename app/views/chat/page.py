@@ -335,6 +335,11 @@ class ChatPage(Page):
         else:
             self.composer.edit.setFocus()
 
+    @property
+    def answer_in_view(self) -> bool:
+        """Whether the conversation in view is the one being answered: then a failure is told there."""
+        return bool(self.controller.writing)
+
     def foot_height(self) -> int:
         return self._foot.height()
 
