@@ -19,6 +19,7 @@ from app import (
     cli_combine,
     cli_compare,
     cli_download,
+    cli_import,
     cli_merge,
     cli_perplexity,
     cli_train,
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sampling_arguments(chat)
     download = cli_download.add_command(commands)
     cli_check.add_parser(commands)
+    cli_import.add_parser(commands)
     cli_compare.add_parser(commands)
     cli_perplexity.add_parser(commands)
     cli_train.add_parser(commands)
