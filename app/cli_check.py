@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import msgspec
 
 from app.cli_library import find_adapter, find_model
+from app.cli_task import run_task
 from app.core.adapter_file import AdapterFile, read_adapter_file
 from app.core.adapter_health import Health, look
+from app.core.adapter_plans import HealthPlan, HealthReport, ModuleNorm
 from app.core.compatibility import Compatibility, Verdict, check_paths, summary
 from app.core.library import ModelEntry
+from app.core.paths import default_paths
+from app.engine.environments import USABLE, Environments
 
 STATUS = {Verdict.FITS: 0, Verdict.PARTLY: 3, Verdict.NOT_AT_ALL: 4}
 
@@ -22,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("adapter", metavar="ADAPTER", help="a folder, a file, or a library name")
     check.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a path")
     check.add_argument("--alpha", type=float, help="for an adapter that does not record it")
+    check.add_argument("--deep", action="store_true", help="measure the norm and the used rank of each module, too")
     check.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -32,6 +38,7 @@ class _Report(msgspec.Struct, kw_only=True):
     compatibility: Compatibility
     health: Health | None
     problems: list[str]
+    deep: HealthReport | None = None
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -40,6 +47,7 @@ def _run(parsed: argparse.Namespace) -> int:
     model = find_model(parsed.model)
     found = check_paths(adapter, model)
     health = look(adapter) if not adapter.problems else None
+    deep = _measure(path, parsed) if parsed.deep and not adapter.problems else None
     if parsed.json:
         report = _Report(
             adapter=str(path),
@@ -48,10 +56,11 @@ def _run(parsed: argparse.Namespace) -> int:
             compatibility=found,
             health=health,
             problems=health.sentences(found.total) if health else adapter.problems,
+            deep=deep,
         )
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
-        print("\n".join(_lines(adapter, model, found, health)))
+        print("\n".join(_lines(adapter, model, found, health) + (_deep_lines(deep) if deep else [])))
     return STATUS[found.verdict]
 
 
@@ -71,3 +80,31 @@ def _lines(adapter: AdapterFile, model: ModelEntry, found: Compatibility, health
         told = health.sentences(found.total)
         lines += [f"  health: {line}" for line in told or ["no zeros and no broken numbers in its matrices"]]
     return lines
+
+
+def _measure(path: Path, parsed: argparse.Namespace) -> HealthReport:
+    """Measure in an engine's environment: any that is installed has numpy."""
+    environments = Environments(default_paths().environments)
+    usable = [name for name in ("core", "llamacpp") if environments.state(name) in USABLE]
+    plan = HealthPlan(path=str(path), alpha=parsed.alpha)
+    found = run_task(usable[0] if usable else "core", "adapter_health", plan, quiet=parsed.json)
+    return msgspec.convert(found, HealthReport)
+
+
+def _deep_lines(report: HealthReport) -> list[str]:
+    """A row for each kind of module: norms over the layers as bars, and what is odd."""
+    tails: dict[str, list[ModuleNorm]] = {}
+    for module in report.modules:
+        tails.setdefault(module.tail, []).append(module)
+    width = max((len(tail) for tail in tails), default=0)
+    lines = ["  norms of s·B·A by layer:"]
+    for tail, modules in tails.items():
+        norms = [module.norm or 0.0 for module in sorted(modules, key=lambda module: module.layer)]
+        highest = max(norms)
+        bars = "".join(_BARS[round(norm / highest * (len(_BARS) - 1))] if highest else _BARS[0] for norm in norms)
+        lines.append(f"    {tail:{width}}  {bars}  {min(norms):.3g} to {highest:.3g}")
+    lines += [f"  {sentence}" for sentence in report.sentences or ("nothing odd",)]
+    return lines
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
