@@ -41,6 +41,15 @@ class Matrices:
         self._adapters = adapters
         self._kept: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
         self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def scratch(self, name: str, shape: torch.Size) -> Tensor:
+        """Memory of this thread, float32: fresh pages for each piece would cost more than the arithmetic."""
+        held: Tensor | None = getattr(self._local, name, None)
+        if held is None or held.numel() < shape.numel():
+            held = torch.empty(shape.numel(), dtype=torch.float32)
+            setattr(self._local, name, held)
+        return held[: shape.numel()].view(shape)
 
     def whole(self, edit: Edit, info: TensorInfo) -> Tensor:
         key = (edit.adapter, info.name)
@@ -188,14 +197,27 @@ class Change:
             low, high = pair.span(start, end)
             if low == high:
                 return
-            d = pair.product(start + low, start + high, torch.float32).mul_(edit.exact)
             part = w[low:high]
+            d = self._d(pair, start + low, start + high, part).mul_(edit.exact)
             if edit.kind == "dora":
                 self._dora(i, edit, part, d, start + low)
             elif edit.cast:
                 part.add_(d.to(w.dtype))
-            else:
+            elif w.dtype == torch.float32:
                 part.add_(d)
+            else:
+                # The same as part.add_(d), which rounds once too, and takes longer.
+                x = self._matrices.scratch("x", part.shape)
+                x.copy_(part)
+                part.copy_(x.add_(d))
+
+    def _d(self, pair: Pair, start: int, end: int, part: Tensor) -> Tensor:
+        """B·A of some rows, in memory that is used again for the next."""
+        if pair.edit.transposed:
+            return pair.product(start, end, torch.float32)
+        first = pair.edit.first
+        out = self._matrices.scratch("d", part.shape)
+        return torch.mm(pair.b(start - first, end - first), pair.a(), out=out)
 
     def _dora(self, i: int, edit: Edit, part: Tensor, d: Tensor, start: int) -> None:
         x = part + d

@@ -82,13 +82,16 @@ def skeleton(tensors: Mapping[str, StoredTensor], family: str) -> Layout | None:
         _place(root, name, _module(name, by_module[name], family))
     embedding = next((n for n in by_module if _outer(n, "token_embd")), "")
     head = next((n for n in by_module if _outer(n, "output")), "")
-    tied = bool(embedding) and not head
+    tied = bool(embedding) and f"{head}.weight" not in tensors
     if tied:
-        head = _HEADS.get(family, "lm_head")
+        biased = head  # Phi's head has a bias of its own, also where its matrix is the embedding's
+        head = head or _HEADS.get(family, "lm_head")
         weight = root.get_submodule(embedding).weight
         rows, width = weight.shape  # type: ignore[misc]
-        module = torch.nn.Linear(width, rows, bias=False, device="meta")
-        module.weight = weight  # type: ignore[assignment]
+        module = _bare(torch.nn.Linear, in_features=width, out_features=rows)
+        module.register_parameter("weight", weight)  # type: ignore[arg-type]
+        if biased:
+            module.register_parameter("bias", root.get_submodule(head)._parameters["bias"])
         _place(root, head, module)
     blocks = {name: blocks_of(name, tensor.shape) for name, tensor in tensors.items()}
     return Layout(root, blocks, _weight(embedding), _weight(head), tied, {})
@@ -127,13 +130,22 @@ def _module(name: str, tensors: Mapping[str, StoredTensor], family: str) -> torc
     if weight is None or weight.dim() != 2:
         made = torch.nn.Module()
     elif place.layer < 0 and (OUTER_ROLES.get(place.tail) == "token_embd" or place.tail in _POSITIONS):
-        made = torch.nn.Embedding(*weight.shape, device="meta")
+        made = _bare(torch.nn.Embedding, num_embeddings=weight.shape[0], embedding_dim=weight.shape[1])
     elif family in _TRANSPOSED and place.layer >= 0:
         made = Conv1D(weight)
     else:
-        made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parameters, device="meta")
+        made = _bare(torch.nn.Linear, in_features=weight.shape[1], out_features=weight.shape[0])
     for key, parameter in parameters.items():
         made.register_parameter(key, parameter)
+    return made
+
+
+def _bare(kind: type[torch.nn.Module], **sizes: int) -> torch.nn.Module:
+    """A module of a kind without its initialisation, which would load half of torch (70 MB) even on the meta device."""
+    made = kind.__new__(kind)
+    torch.nn.Module.__init__(made)
+    for name, value in sizes.items():
+        setattr(made, name, value)
     return made
 
 

@@ -5,28 +5,60 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm
 import transformers
-from adapter_kit import random_adapter, random_model
 from safetensors.torch import load_file
 
 from app.adapters.merge_files import TORCH_NAMES
 from app.adapters.merge_stream_torch import Merge
 from app.core.merge_plan import MergePlan
 from app.core.stack import AdapterStack, StackedAdapter
+from tests.engine.adapter_kit import random_adapter, random_model
 
+tqdm.tqdm.monitor_interval = 0  # its thread would outlive a slow test
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def seed() -> int:
-    found = int(os.environ.get("WEFT_SEED") or int.from_bytes(os.urandom(3)))
-    print(f"seed {found}")
-    return found
+def fresh_seed() -> int:
+    """A new one each time; printed, so that a failure can be repeated."""
+    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 24)))
+    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
+    return value
+
+
+class Report:
+    """A report that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.phases: list[tuple[str, float, float, str]] = []
+        self.logged: list[str] = []
+        self.stop: Any = None
+        self.adjust: Any = None
+
+    def progress(self, phase: str, done: float = 0, total: float = 0, unit: str = "") -> None:
+        self.phases.append((phase, done, total, unit))
+
+    def log(self, level: str, text: str) -> None:
+        self.logged.append(f"{level}: {text}")
+
+    def on_cancel(self, callback: Any) -> None:
+        self.stop = callback
+
+    def on_adjust(self, callback: Any) -> None:
+        self.adjust = callback
+
+    def tokens(self, text: str, count: int, row: int = 0) -> None: ...
+    def loaded(self, event: Any) -> None: ...
+    def metric(self, step: int, values: Any) -> None: ...
+    def news(self, json: str) -> None: ...
 
 
 def make_base(folder: Path, family: str, seed: int, dtype: str = "float32", shard: str = "5GB", **changes: Any) -> Any:

@@ -1,0 +1,277 @@
+"""What PEFT cannot merge rightly follows the definition, rounded once; and a merged model answers as the live stack does."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.adapters.live_torch import LiveStack
+from app.adapters.tensors_torch import open_adapter
+from app.core.errors import ErrorKind, WeftError
+from app.tasks import merge as task
+from tests.engine.adapter_kit import FAMILIES, differences, logits, merged_logits, random_model, tokens
+from tests.engine.merge_kit import (
+    DTYPES,
+    Report,
+    assert_same_bits,
+    fresh_seed,
+    load,
+    make_adapter,
+    make_base,
+    open_stream,
+    peft_merge,
+    plan,
+    saved,
+    streamed,
+)
+
+TOLERANCE = 1e-4
+Stack = list[tuple[Path, float]]
+
+
+@pytest.fixture
+def seed() -> int:
+    return fresh_seed()
+
+
+def kinds(family: str) -> list[dict[str, Any]]:
+    linear, embedding = FAMILIES[family][2], FAMILIES[family][3]
+    found: list[dict[str, Any]] = [
+        {"r": 4},
+        {"r": 3, "use_dora": True},
+        {"r": 5, "target_modules": [linear[0], embedding], "use_dora": True, "lora_alpha": 11},
+        {"r": 2, "modules_to_save": ["lm_head"]},
+        {"r": 9, "use_rslora": True, "lora_alpha": 3, "bias": "all"},
+        {"r": 1, "trainable_token_indices": [2, 7, 40]},
+    ]
+    if family == "mixtral":
+        found.append({"r": 2, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]})
+    return found
+
+
+def make(tmp_path: Path, family: str, seed: int, dtype: str = "float32", **changes: Any) -> tuple[Any, list[Path]]:
+    model = make_base(tmp_path / "base", family, seed, dtype, **changes)
+    folders = [make_adapter(tmp_path / f"a{i}", family, model, seed + i, **k) for i, k in enumerate(kinds(family))]
+    return model, folders
+
+
+def half_steps(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By how much a rounding to a dtype can move a float64 at most."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(value.abs().clamp_min(info.smallest_normal)))
+    return 0.5 * info.eps * torch.exp2(exponent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma", "phi3", "bloom"])
+def test_mixed_stacks_are_one_rounding_from_float64(tmp_path: Path, family: str, dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    model, folders = make(tmp_path, family, seed, dtype, tie_word_embeddings=False)
+    for _ in range(2):
+        # The two DoRAs always: with anything else beside them nothing but the definition counts.
+        stack = [(folder, rng.uniform(-1, 1.5)) for folder in [*folders[1:3], *rng.sample(folders[3:6], 2)]]
+        total: dict[str, torch.Tensor] = {}
+        for folder, weight in stack:
+            for name, d in differences(model, folder).items():
+                total[name] = total.get(name, torch.zeros(())) + weight * d
+        ours = streamed(plan(tmp_path / "base", stack, tmp_path / "out"))
+        state = model.state_dict()
+        changed = 0
+        for name, d in total.items():
+            if name not in ours:
+                continue  # experts lie on disk under other names: their logits are compared below
+            expected = state[name].double() + d
+            allowed = 1.01 * half_steps(expected, DTYPES[dtype]) + 1e-12
+            assert ((ours[name].double() - expected).abs() <= allowed).all(), (family, name, stack)
+            changed += 1
+        assert changed > 5
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [(f, tied) for f in sorted(FAMILIES) for tied in (False, True) if not (f == "dbrx" and tied)]
+)
+def test_a_merged_model_answers_as_the_live_stack(tmp_path: Path, family: str, tied: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    model, folders = make(tmp_path, family, seed, tie_word_embeddings=tied)
+    ids = tokens(seed)
+    stack = [(folder, round(rng.uniform(-1, 1.5), 3)) for folder in rng.sample(folders, rng.choice([1, 2, 3]))]
+    live = LiveStack(model)
+    for folder, _ in stack:
+        live.add(str(folder), open_adapter(folder))
+    live.apply({str(folder): weight for folder, weight in stack})
+    expected = logits(model, ids)
+    live.close()
+    base = logits(model, ids)
+    done = task.run(plan(tmp_path / "base", stack, tmp_path / "out"), Report())
+    merged = load(Path(done.folder))
+    assert (logits(merged, ids) - expected).abs().max() < TOLERANCE, (family, stack, done.notes)
+    assert not torch.equal(base, expected)
+    same = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert same == bool(merged.config.tie_word_embeddings)
+
+
+def test_tied_models_stay_tied_unless_the_stack_parts_them(tmp_path: Path, seed: int) -> None:
+    model = make_base(tmp_path / "base", "llama", seed, tie_word_embeddings=True)
+    linear = FAMILIES["llama"][2]
+    cases = [
+        ({"r": 2}, True),
+        ({"r": 2, "trainable_token_indices": [1, 5]}, True),
+        ({"r": 2, "target_modules": [*linear, "embed_tokens"]}, False),
+        ({"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"r": 2, "modules_to_save": ["lm_head"]}, False),
+    ]
+    ids = tokens(seed)
+    for number, (settings, stays) in enumerate(cases):
+        stack = [(make_adapter(tmp_path / f"a{number}", "llama", model, seed + number, **settings), 0.7)]
+        done = task.run(plan(tmp_path / "base", stack, tmp_path / f"out{number}"), Report())
+        merged = load(Path(done.folder))
+        assert merged.config.tie_word_embeddings is stays, settings
+        assert ("lm_head.weight" in saved(Path(done.folder))) is not stays
+        live = LiveStack(model)
+        live.add("a", open_adapter(stack[0][0]))
+        live.apply({"a": 0.7})
+        assert (logits(merged, ids) - logits(model, ids)).abs().max() < TOLERANCE, settings
+        live.close()
+
+
+def test_an_adapter_that_knows_fused_projections_apart(tmp_path: Path, seed: int) -> None:
+    """Phi-3 keeps q, k, v in one matrix, and gate and up in another; an adapter may name its parts."""
+    make_base(tmp_path / "base", "phi3", seed)
+    torch.manual_seed(seed)
+    outs = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32)}  # fmt: skip
+    pairs: dict[str, torch.Tensor] = {}
+    for layer in range(2):
+        for name, (out, inputs) in outs.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            pairs[f"{key}.lora_A.weight"] = torch.randn(3, inputs) * 0.2
+            pairs[f"{key}.lora_B.weight"] = torch.randn(out, 3) * 0.2
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file(pairs, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    ours = streamed(plan(tmp_path / "base", [(folder, 0.5)], tmp_path / "out"))
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for layer in range(2):
+        start = f"model.layers.{layer}"
+        for owner, parts in (("self_attn.qkv_proj", ["q_proj", "k_proj", "v_proj"]), ("mlp.gate_up_proj", ["gate_proj", "up_proj"])):  # fmt: skip
+            keys = [f"base_model.model.{start}.{owner.split('.')[0]}.{part}" for part in parts]
+            d = torch.cat([pairs[f"{k}.lora_B.weight"] @ pairs[f"{k}.lora_A.weight"] for k in keys])
+            assert torch.equal(ours[f"{start}.{owner}.weight"], base[f"{start}.{owner}.weight"] + d)
+
+
+def test_adapters_of_single_experts_have_the_bits_of_their_sum(tmp_path: Path, seed: int) -> None:
+    make_base(tmp_path / "base", "mixtral", seed, "bfloat16")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    torch.manual_seed(seed)
+    pairs: dict[str, torch.Tensor] = {}
+    names = [n.removesuffix(".weight") for n in base if ".experts." in n]
+    assert any("block_sparse_moe.experts.1.w1" in n for n in names)
+    for name in names:
+        out, inputs = base[f"{name}.weight"].shape
+        pairs[f"base_model.model.{name}.lora_A.weight"] = torch.randn(3, inputs) * 0.2
+        pairs[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, 3) * 0.2
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file(pairs, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    ours = streamed(plan(tmp_path / "base", [(folder, 1.0)], tmp_path / "out"))
+    for name in names:
+        key = f"base_model.model.{name}"
+        d = pairs[f"{key}.lora_B.weight"] @ pairs[f"{key}.lora_A.weight"] * 2
+        assert torch.equal(ours[f"{name}.weight"], base[f"{name}.weight"] + d.to(torch.bfloat16)), name
+
+
+def test_repeated_layers_make_the_model_that_peft_runs_live(tmp_path: Path, seed: int) -> None:
+    import peft
+
+    model = make_base(tmp_path / "base", "llama", seed)
+    more = {"layer_replication": [[0, 2], [0, 1], [1, 2]]}
+    folder = make_adapter(tmp_path / "a", "llama", model, seed, **more)
+    done = task.run(plan(tmp_path / "base", [(folder, 1.0)], tmp_path / "out"), Report())
+    merged = load(Path(done.folder))
+    assert merged.config.num_hidden_layers == 4
+    ids = tokens(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = logits(peft.PeftModel.from_pretrained(model, folder).eval(), ids)
+    assert (logits(merged, ids) - theirs).abs().max() < TOLERANCE
+    other = make_adapter(tmp_path / "b", "llama", load(tmp_path / "base"), seed + 1)
+    with pytest.raises(WeftError) as caught:
+        open_stream(plan(tmp_path / "base", [(folder, 1.0), (other, 1.0)], tmp_path / "no"))
+    assert caught.value.kind is ErrorKind.UNSUPPORTED
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["whole", "pair"])
+def test_an_adapter_with_new_tokens_brings_them(tmp_path: Path, tied: bool, how: str, seed: int) -> None:
+    import peft
+
+    model = make_base(tmp_path / "base", "llama", seed, tie_word_embeddings=tied)
+    grown = load(tmp_path / "base")
+    grown.resize_token_embeddings(100)
+    if how == "whole":
+        settings: dict[str, Any] = {"modules_to_save": ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]}
+        settings |= {"ensure_weight_tying": True} if tied else {}
+    else:
+        settings = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    if tied and how == "pair":
+        settings = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    folder = make_adapter(tmp_path / "a", "llama", grown, seed, **settings)
+    names = load_file(folder / "adapter_model.safetensors")
+    assert any(100 in t.shape for t in names.values())
+    if tied and not any(n.endswith(("embed_tokens.weight", "embed_tokens.base_layer.weight")) for n in names):
+        pytest.skip("this PEFT does not save the embedding of a tied model")
+    done = task.run(plan(tmp_path / "base", [(folder, 1.0)], tmp_path / "out"), Report())
+    merged = load(Path(done.folder))
+    assert merged.config.vocab_size == 100
+    ids = torch.cat([tokens(seed), torch.randint(96, 100, (2, 4))], dim=1)
+    grown = load(tmp_path / "base")
+    grown.resize_token_embeddings(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = logits(peft.PeftModel.from_pretrained(grown, folder).eval(), ids)
+    assert (logits(merged, ids) - theirs).abs().max() < TOLERANCE, done.notes
+    with pytest.raises(WeftError) as caught:
+        open_stream(plan(tmp_path / "base", [(folder, 0.5)], tmp_path / "no"))
+    assert "weight 1" in caught.value.message
+    assert model.config.vocab_size == 96
+
+
+def test_a_trained_bias_goes_into_the_bias(tmp_path: Path, seed: int) -> None:
+    model = make_base(tmp_path / "base", "phi", seed, "bfloat16")
+    folder = make_adapter(tmp_path / "a", "phi", model, seed, lora_bias=True, r=3)
+    peft_merge(tmp_path / "base", "bfloat16", [(folder, 0.6)], tmp_path / "peft")
+    assert_same_bits(streamed(plan(tmp_path / "base", [(folder, 0.6)], tmp_path / "out")), saved(tmp_path / "peft"))
+    make_base(tmp_path / "llama", "llama", seed)
+    other = make_adapter(tmp_path / "b", "llama", load(tmp_path / "llama"), seed, lora_bias=True)
+    with pytest.raises(WeftError) as caught:
+        open_stream(plan(tmp_path / "llama", [(other, 1.0)], tmp_path / "no"))
+    assert caught.value.kind is ErrorKind.UNSUPPORTED
+    assert "bias" in caught.value.message
+
+
+def test_names_without_a_prefix_and_pickled_bases(tmp_path: Path, seed: int) -> None:
+    """The first GPT-2 has `h.0.…` on disk; older models are pickled files, tied matrices twice in them."""
+    model = make_base(tmp_path / "base", "gpt2", seed)
+    stack: Stack = [(make_adapter(tmp_path / "a", "gpt2", model, seed), 0.9)]
+    ids = tokens(seed)
+    expected = merged_logits(random_model("gpt2", seed), stack, ids)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    save_file(bare, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    done = task.run(plan(tmp_path / "base", stack, tmp_path / "out"), Report())
+    assert (logits(load(Path(done.folder)), ids) - expected).abs().max() < TOLERANCE
+    (tmp_path / "base" / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    torch.save(tensors, tmp_path / "base" / "pytorch_model.bin")
+    done = task.run(plan(tmp_path / "base", stack, tmp_path / "from bin"), Report())
+    assert (logits(load(Path(done.folder)), ids) - expected).abs().max() < TOLERANCE
+    assert all(p.suffix != ".bin" for p in Path(done.folder).iterdir())
