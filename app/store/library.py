@@ -161,15 +161,15 @@ class LibraryStore:
             sort: name, format, kind, base, rank, alpha, targets, run, bytes, root, modified or problem.
         """
         tail, parameters = _query(_ADAPTER_SORTS, text, sort, descending, limit, offset)
-        rows = self._database.rows(f"SELECT entry FROM adapters {tail}", parameters)
-        return [msgspec.msgpack.decode(row[0], type=AdapterEntry) for row in rows]
+        rows = self._database.rows(f"SELECT entry, name FROM adapters {tail}", parameters)
+        return [_adapter(row) for row in rows]
 
     def adapter(self, adapter: str) -> AdapterEntry:
         """One adapter by id. Raises WeftError NOT_FOUND."""
-        row = self._database.row("SELECT entry FROM adapters WHERE id = ?", (adapter,))
+        row = self._database.row("SELECT entry, name FROM adapters WHERE id = ?", (adapter,))
         if row is None:
             raise WeftError(ErrorKind.NOT_FOUND, f"{adapter} is not in the library.", "Refresh the library.")
-        return msgspec.msgpack.decode(row[0], type=AdapterEntry)
+        return _adapter(row)
 
     def adapter_ids(
         self,
@@ -188,15 +188,30 @@ class LibraryStore:
         found: dict[str, AdapterEntry] = {}
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
-            rows = self._database.rows(f"SELECT entry FROM adapters WHERE id IN ({', '.join('?' * len(part))})", part)
-            entries = (msgspec.msgpack.decode(row[0], type=AdapterEntry) for row in rows)
-            found.update((entry.id, entry) for entry in entries)
+            marks = ", ".join("?" * len(part))
+            rows = self._database.rows(f"SELECT entry, name FROM adapters WHERE id IN ({marks})", part)
+            found.update((entry.id, entry) for entry in map(_adapter, rows))
         return [found[key] for key in ids if key in found]
 
     def adapter_count(self, text: str = "") -> int:
         """How many adapters `adapters(text)` gives."""
         tail, parameters = _filter(text)
         return int(self._database.row(f"SELECT count(*) FROM adapters{tail}", parameters)[0])
+
+    def rename_adapter(self, adapter: str, name: str) -> None:
+        """As `rename_model`, for an adapter."""
+        name = " ".join(name.split())[:255]
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT entry, signature FROM adapters WHERE id = ?", (adapter,)).fetchone()
+            if row is None:
+                raise WeftError(ErrorKind.NOT_FOUND, f"{adapter} is not in the library.", "Refresh the library.")
+            entry = msgspec.msgpack.decode(row[0], type=AdapterEntry)
+            connection.execute("DELETE FROM names WHERE id = ?", (adapter,))
+            if name and name != entry.name:
+                values = (adapter, name, _sort_name(name), name.casefold())
+                connection.execute("INSERT INTO names (id, name, sort_name, haystack) VALUES (?, ?, ?, ?)", values)
+            places = ", ".join("?" * 18)  # the trigger `adapters_own_name` puts the user's name over it
+            connection.execute(f"INSERT OR REPLACE INTO adapters VALUES ({places})", _adapter_row(entry, row[1]))
 
     # Finding by name ----------------------------------------------------------------------------------
 
@@ -241,7 +256,7 @@ class LibraryStore:
         """The adapter that a person means: a library name, an id, or a path. Raises as `find` does."""
         found = self._by_id_or_path("adapters", name_or_path)
         if found:
-            return msgspec.msgpack.decode(found[0], type=AdapterEntry)
+            return _adapter(found)
         if Path(name_or_path).exists():
             from app.core.recognise import recognise_adapter
 
@@ -401,6 +416,11 @@ def _model(row: Any) -> ModelEntry:
     if row[1] or row[2] != entry.name:
         entry = msgspec.structs.replace(entry, last_used=row[1] or 0.0, name=row[2])
     return entry
+
+
+def _adapter(row: Any) -> AdapterEntry:
+    entry = msgspec.msgpack.decode(row[0], type=AdapterEntry)
+    return entry if row[1] == entry.name else msgspec.structs.replace(entry, name=row[1])
 
 
 def _sort_name(name: str) -> str:

@@ -209,4 +209,14 @@ CREATE TABLE stacks (
 );
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS, _LORAS)
+_ADAPTER_NAMES = """
+CREATE TRIGGER adapters_own_name AFTER INSERT ON adapters WHEN EXISTS (SELECT 1 FROM names WHERE id = new.id) BEGIN
+    UPDATE adapters SET
+        name = (SELECT name FROM names WHERE id = new.id),
+        sort_name = (SELECT sort_name FROM names WHERE id = new.id),
+        haystack = haystack || ' ' || (SELECT haystack FROM names WHERE id = new.id)
+    WHERE id = new.id;
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS, _LORAS, _ADAPTER_NAMES)

@@ -33,7 +33,12 @@ def files_of(entry: ModelEntry) -> list[Path]:
 
 
 def move_to_trash(entry: ModelEntry) -> Callable[[], None] | None:
-    """Move a model's files to the trash. Blocks while the system moves them.
+    """Move a model's files to the trash: see `trash_files`."""
+    return trash_files(files_of(entry))
+
+
+def trash_files(files: list[Path]) -> Callable[[], None] | None:
+    """Move files and folders to the trash. Blocks while the system moves them.
 
     Returns:
         What takes them back, or None where the system's trash does not tell where they went.
@@ -44,7 +49,7 @@ def move_to_trash(entry: ModelEntry) -> Callable[[], None] | None:
     from send2trash import TrashPermissionError, send2trash
 
     moved: list[tuple[Path, Path]] = []
-    for path in files_of(entry):
+    for path in files:
         before = _trash_entries(path.name)
         try:
             send2trash(os.fspath(path))
@@ -63,7 +68,7 @@ def move_to_trash(entry: ModelEntry) -> Callable[[], None] | None:
         new = [place for place in _trash_entries(path.name) if place not in before]
         if len(new) == 1:
             moved.append((path, new[0]))
-    if len(moved) != len(files_of(entry)):
+    if len(moved) != len(files):
         return None
 
     def undo() -> None:
