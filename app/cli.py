@@ -19,6 +19,7 @@ from app import (
     cli_combine,
     cli_compare,
     cli_download,
+    cli_export,
     cli_import,
     cli_merge,
     cli_perplexity,
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_perplexity.add_parser(commands)
     cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
+    cli_export.add_parser(commands)
     cli_merge.add_parser(commands)
     for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")

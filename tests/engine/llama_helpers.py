@@ -107,6 +107,7 @@ class Bare:
 
         self.library: Any = llama_cpp
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        assert self.model, f"llama.cpp cannot load {path}"
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_threads, params.n_threads_batch = context, threads, threads
         for name, value in fields.items():

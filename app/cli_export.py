@@ -1,0 +1,86 @@
+"""`weft export`: a model, with or without adapters, as a GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from app.cli_library import find_model, find_stack
+from app.cli_task import run_task
+from app.core.export_plan import TYPES, ExportPlan, ExportResult, gguf_type
+from app.core.paths import default_paths
+from app.engine.environments import USABLE, Environments
+from app.terminal import readable_bytes
+
+ENVIRONMENT = "export"
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Put `export` among the commands."""
+    command = commands.add_parser(
+        "export",
+        help="make a GGUF file of a model, with adapters merged in",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="types:\n"
+        + "\n".join(
+            f"  {each.name:8} {each.help}{' Needs --imatrix.' if each.imatrix else ''}" for each in TYPES.values()
+        ),
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a path")
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[=WEIGHT]",
+        help="an adapter to merge in (may be repeated)",
+    )
+    command.add_argument("--to", type=Path, required=True, metavar="FILE.gguf", help="the file that is made")
+    command.add_argument("--type", default="q4_k_m", metavar="TYPE", help="see below; q4_k_m is the usual choice")
+    command.add_argument("--name", default="", help="what the file calls the model")
+    command.add_argument("--imatrix", type=Path, metavar="TEXT", help="a text by which quantizing weighs what matters")
+    command.add_argument(
+        "--imatrix-chunks", type=int, default=100, metavar="N", help="how many pieces of 512 tokens of it; 0 for all"
+    )
+    command.add_argument(
+        "--pre-tokenizer",
+        default="",
+        metavar="NAME",
+        help="llama.cpp's name of the tokenizer's kind, where it does not recognise it",
+    )
+    command.add_argument("--modelfile", action="store_true", help="write a Modelfile for Ollama beside it")
+    command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def ensure_environment() -> None:
+    """Install what exports run in, with its progress on stderr, where it is not there. Raises WeftError."""
+    environments = Environments(default_paths().environments)
+    if environments.state(ENVIRONMENT) not in USABLE:
+        environments.install_for_command_line(ENVIRONMENT)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    gguf_type(parsed.type)  # before minutes are spent on an installation
+    plan = ExportPlan(
+        model=find_model(parsed.model, "transformers").path,
+        stack=find_stack(parsed.adapter),
+        target=str(parsed.to.expanduser().absolute()),
+        type=parsed.type.lower(),
+        name=parsed.name,
+        imatrix=str(parsed.imatrix.expanduser().absolute()) if parsed.imatrix else "",
+        imatrix_chunks=parsed.imatrix_chunks,
+        pre_tokenizer=parsed.pre_tokenizer,
+        modelfile=parsed.modelfile,
+    )
+    ensure_environment()
+    made = msgspec.convert(run_task(ENVIRONMENT, "export_gguf", plan), ExportResult)
+    if parsed.json:
+        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        return 0
+    print(f"{made.file}: {made.type}, {readable_bytes(made.bytes)}, {made.tensors} tensors.")
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0

@@ -1,0 +1,353 @@
+"""Make a GGUF file of a model, with adapters merged in on the way, of any type that llama.cpp has.
+
+The converter is llama.cpp's own; the merge streams into it, so f32, f16, bf16 and q8_0 need no copy on the way. All other
+types are quantized from a 16-bit file beside the target, which is removed again. Killed at any moment it leaves nothing
+under the target's name and goes on from the last complete tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from app.adapters.merge_staging import Staging, fingerprint, require_space, sync_file, sync_folder, write_error
+from app.core.errors import ErrorKind, WeftError
+from app.core.export_plan import ExportPlan, ExportResult, gguf_type
+from app.core.merge_plan import MergePlan
+from app.engine.reporting import Report
+from app.generation.hf_files import Stage, stage_tokenizer
+
+Parameters = ExportPlan
+VERSION = 1  # of what an export's bytes depend on, beside its plan
+_MARGIN = 64 * 1024 * 1024
+
+
+def run(parameters: ExportPlan, report: Report) -> ExportResult:
+    """Export.
+
+    Raises:
+        WeftError: BAD_INPUT, UNSUPPORTED, NOT_FOUND, CORRUPT, HOSTILE before anything is written; DISK_FULL, PERMISSION, CANCELLED.
+    """
+    return _Export(parameters, report).run()
+
+
+class _Export:
+    def __init__(self, plan: ExportPlan, report: Report) -> None:
+        self.plan, self.report = plan, report
+        self.type = gguf_type(plan.type)
+        self.target = Path(plan.target)
+        self.started = time.monotonic()
+        self.notes: list[str] = []
+        self.resumed = 0
+        self.tensors = 0
+
+    def run(self) -> ExportResult:
+        check_plan(self.plan)
+        intermediate = 0
+        with Staging(self.target) as staging:
+            staging.begin(self._mark())
+            try:
+                made = staging.folder / "model.gguf"
+                if Path(self.plan.model).suffix.lower() == ".gguf":
+                    source = self._gguf_source(staging)
+                elif self.type.direct:
+                    source = self._convert(staging, made, self.type.name)
+                else:
+                    source = self._convert(staging, staging.folder / "sixteen.gguf", "auto")
+                    intermediate = source.stat().st_size
+                if source != made:
+                    self._quantize(source, made, requantize=not intermediate)
+                result = self._publish(made, intermediate)
+            except OSError as error:
+                staging.discard()
+                raise write_error(staging.folder, error) from error
+            except BaseException:
+                # Only a death leaves something to go on from: what was refused or cancelled gives its space back.
+                staging.discard()
+                raise
+            staging.discard()
+        return result
+
+    def _mark(self) -> str:
+        import torch
+
+        model = Path(self.plan.model)
+        files = sorted(model.iterdir()) if model.is_dir() else [model]
+        base = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+        stack = [(a.path, a.weight, *_stamp(Path(a.path))) for a in self.plan.stack.adapters if a.weight]
+        plan = self.plan
+        text = _stamp(Path(plan.imatrix)) if plan.imatrix else ()
+        return fingerprint(
+            [
+                VERSION,
+                torch.__version__,
+                plan.model,
+                plan.type,
+                plan.name,
+                plan.pre_tokenizer,
+                plan.imatrix_chunks,
+                text,
+                base,
+                stack,
+            ]
+        )
+
+    # From a folder -------------------------------------------------------------------------------
+
+    def _convert(self, staging: Staging, file: Path, kind: str) -> Path:
+        """Write the merged model as a GGUF of one of the converter's own types. Finished files of an earlier run are kept."""
+        if file.is_file() and not file.with_suffix(".note").exists() and (staging.folder / "converted").exists():
+            self.notes.append("The 16-bit file of an earlier run was used.")
+            self.resumed = file.stat().st_size
+            return file
+        from app.adapters.gguf_convert_torch import model_of, refusal
+        from app.adapters.gguf_file_writer import write_model
+        from app.adapters.merge_stream_torch import merged_tensors
+
+        self.report.progress("Reading the model and the adapters")
+        with self._merge(staging) as (merge, stage, side):
+            size = sum(math.prod(t.shape) for t in merge.tensors)
+            self._require_space(staging, size, kind)
+            try:
+                model = model_of(
+                    side,
+                    merge.config,
+                    merged_tensors(merge),
+                    kind,
+                    name=self._name(),
+                    pre_tokenizer=self.plan.pre_tokenizer,
+                )
+                done, self.resumed = write_model(
+                    model, file, self._mark(), self._progress("Converting"), lambda: self.report.cancelled
+                )
+            except Exception as error:
+                told = (
+                    refusal(error)
+                    if not isinstance(error, WeftError | OSError) or isinstance(error, FileNotFoundError)
+                    else None
+                )
+                if told is None:
+                    raise
+                raise told from error
+            self.tensors = sum(len(shard) for shard in model.gguf_writer.tensors)
+            self.notes += merge.notes
+            assert done == file.stat().st_size and stage is not None
+        (staging.folder / "converted").touch()
+        return file
+
+    @contextlib.contextmanager
+    def _merge(self, staging: Staging) -> Generator[tuple[Any, Stage, Path]]:
+        """The merged model's tensors, and a folder of what goes with them."""
+        from app.adapters.merge_folder import write_side_files
+        from app.adapters.merge_stream_torch import Merge, NeedsPeft
+        from app.tasks.merge import run as merge_into_folder
+        from app.tasks.merge import stage_of
+
+        plan = MergePlan(model=self.plan.model, stack=self.plan.stack, target=str(staging.root / "merged"))
+        stage = stage_of(Path(plan.model))
+        try:
+            try:
+                merge = Merge(plan, stage.weights, stage.config, str(stage.path))
+            except NeedsPeft:
+                made = merge_into_folder(plan, self.report)
+                self.notes += made.notes
+                stage.close()
+                plan = MergePlan(model=plan.target, target=str(staging.root / "unused"))
+                stage = stage_of(Path(plan.model))
+                merge = Merge(plan, stage.weights, stage.config, str(stage.path))
+            with merge:
+                # First all as it stands there, then what runs code or points elsewhere is taken out of it.
+                raw, side = staging.root / "raw", staging.root / "side"
+                for folder in (raw, side):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                self.notes += write_side_files(plan, stage.config, merge.config, raw, merge.notes)
+                for name in ("config.json", "README.md", "generation_config.json"):
+                    if (raw / name).is_file():
+                        shutil.move(raw / name, side / name)
+                stage_tokenizer(raw, side)  # links into raw
+                yield merge, stage, side
+        finally:
+            stage.close()
+
+    def _name(self) -> str:
+        if self.plan.name:
+            return self.plan.name
+        adapters = [a.name or Path(a.path).name for a in self.plan.stack.adapters if a.weight]
+        return " + ".join([Path(self.plan.model).name, *adapters])
+
+    def _require_space(self, staging: Staging, weights: int, kind: str) -> None:
+        converted = weights * {"f32": 4, "q8_0": 1.0625}.get(kind, 2)
+        total = converted + (0 if self.type.name == kind else weights * self.type.bits / 8)
+        if self.type.name != kind:
+            self.report.log(
+                "info",
+                f"A 16-bit file of {converted / 1e9:.2f} GB is made on the way to {self.type.name}, and removed again.",
+            )
+        require_space(
+            staging.root, int(total) + _MARGIN - staging.allocated(), "The GGUF file, with what is made on the way,"
+        )
+
+    # From a GGUF ---------------------------------------------------------------------------------
+
+    def _gguf_source(self, staging: Staging) -> Path:
+        """The GGUF that is quantized: the base itself, or one with the stack merged in."""
+        from app.core.formats import read_gguf_header
+
+        base = Path(self.plan.model)
+        header = read_gguf_header(base)
+        self.tensors = len(header.tensors)
+        if any(a.weight for a in self.plan.stack.adapters):
+            from app.adapters.merge_gguf import merge_into_gguf
+
+            merged = staging.folder / "merged.gguf"
+            self.notes += merge_into_gguf(
+                base, self.plan.stack, merged, self._progress("Merging"), lambda: self.report.cancelled
+            )
+            return merged
+        weights = sum(math.prod(t.shape) for t in header.tensors)
+        require_space(staging.root, int(weights * self.type.bits / 8) + _MARGIN, "The GGUF file")
+        self.notes.append("It was made from a GGUF: what was rounded there stays rounded.")
+        return base
+
+    # Quantizing ----------------------------------------------------------------------------------
+
+    def _quantize(self, source: Path, made: Path, *, requantize: bool) -> None:
+        from app.adapters.gguf_quantize import quantize
+
+        matrix = self._imatrix(source) if self.plan.imatrix else None
+        self.report.progress("Quantizing")
+        steps = self._progress("Quantizing", "tensors")
+        quantize(
+            source,
+            made,
+            self.type.name,
+            imatrix=matrix,
+            threads=self.plan.threads,
+            requantize=requantize,
+            progress=steps,
+        )
+        if self.report.cancelled:
+            raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
+
+    def _imatrix(self, source: Path) -> dict[str, Any]:
+        from app.adapters.imatrix import measure
+
+        text = Path(self.plan.imatrix).read_text("utf-8", errors="replace")
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+        found = measure(
+            source,
+            text,
+            self.plan.imatrix_chunks,
+            threads=self.plan.threads or usable,
+            progress=self._progress("Reading the text for the importance matrix", "chunks"),
+            cancelled=lambda: self.report.cancelled,
+        )
+        self.notes.append(f"Quantized with an importance matrix of {Path(self.plan.imatrix).name}.")
+        return found
+
+    # The end -------------------------------------------------------------------------------------
+
+    def _publish(self, made: Path, intermediate: int) -> ExportResult:
+        from app.core.formats import read_gguf_header
+
+        self.report.progress("Waiting for the disk")
+        sync_file(made)
+        # What cannot be read and loaded again never gets its name.
+        header = read_gguf_header(made)
+        check_loads(made)
+        if self.target.exists():
+            raise WeftError(
+                ErrorKind.BAD_INPUT, f"{self.target} has appeared in the meantime.", "Export under another name."
+            )
+        modelfile = self._modelfile(header) if self.plan.modelfile else ""
+        made.rename(self.target)
+        sync_folder(self.target.absolute().parent)
+        return ExportResult(
+            file=str(self.target),
+            bytes=self.target.stat().st_size,
+            type=self.type.name,
+            tensors=len(header.tensors),
+            intermediate=intermediate,
+            resumed=self.resumed,
+            modelfile=modelfile,
+            notes=list(dict.fromkeys(self.notes)),
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _modelfile(self, header: Any) -> str:
+        """Ollama's description of the model: it reads the template from the file itself."""
+        path = self.target.with_name(self.target.stem + ".Modelfile")
+        context = header.metadata.get(f"{header.text('general.architecture')}.context_length")
+        lines = [f"FROM ./{self.target.name}"]
+        lines += [f"PARAMETER num_ctx {min(int(context), 8192)}"] if isinstance(context, int) else []
+        if path.exists():
+            self.notes.append(f"{path.name} was there already and stays as it is.")
+        else:
+            path.write_text("\n".join(lines) + "\n", "utf-8")
+        return str(path)
+
+    def _progress(self, phase: str, unit: str = "bytes") -> Callable[[int, int], None]:
+        return lambda done, total: self.report.progress(phase, done, total, unit)
+
+
+def check_loads(file: Path) -> None:
+    """Have llama.cpp load a file, mapped and not read. Raises WeftError UNSUPPORTED with its reason."""
+    import llama_cpp
+
+    from app.generation.llama_log import library_log
+
+    log = library_log(llama_cpp)
+    log.attach(llama_cpp)
+    log.clear()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(file), parameters)
+    if not model:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"llama.cpp cannot load what its converter made of this model: {log.reason()[:300]}.",
+            "Merge into safetensors instead; the converter expects other shapes of this architecture.",
+        )
+    llama_cpp.llama_model_free(model)
+
+
+def check_plan(plan: ExportPlan) -> None:
+    """Refuse what cannot be an export, before anything is written.
+
+    Raises:
+        WeftError: BAD_INPUT, NOT_FOUND.
+    """
+    from app.adapters.gguf_quantize import needs_imatrix
+
+    kind, model, target = gguf_type(plan.type), Path(plan.model), Path(plan.target)
+    if not model.exists():
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no model {model}.", "Check the path.")
+    if target.suffix.lower() != ".gguf":
+        raise WeftError(
+            ErrorKind.BAD_INPUT, f"{target.name} does not end in .gguf.", "Name a file such as my-model.gguf."
+        )
+    if target.exists() or target.is_symlink():
+        raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or move it away first.")
+    if kind.imatrix and not plan.imatrix:
+        raise needs_imatrix(plan.type)
+    if plan.imatrix and not Path(plan.imatrix).is_file():
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {plan.imatrix}.", "Check the path.")
+    if plan.imatrix and kind.direct:
+        raise WeftError(ErrorKind.BAD_INPUT, f"The type {plan.type} takes no importance matrix.", "Leave it out.")
+    for adapter in plan.stack.adapters:
+        if not math.isfinite(adapter.weight):
+            raise WeftError(
+                ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number."
+            )
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
