@@ -209,14 +209,14 @@ class _Import:
             raise _not_one(adapter)
         alpha = self._options.alphas.get(source)
         file = _usable(adapter, entry, alpha)
-        if file.needs_alpha:
-            return ImportResult(source, Outcome.NEEDS_ALPHA, rank=entry.rank)
         given = alpha is not None and read_adapter_file(adapter).needs_alpha
         if not given and not unpacked and self._inside_roots(adapter):
             return ImportResult(source, Outcome.PRESENT, entry, entry.rank)
         existing, content = self._existing(file)
         if existing is not None and not self._options.duplicates:
             return ImportResult(source, Outcome.DUPLICATE, existing, existing.rank)
+        if file.needs_alpha:
+            return ImportResult(source, Outcome.NEEDS_ALPHA, rank=entry.rank)
         if not self._options.copy and not unpacked and not given:
             return ImportResult(source, Outcome.IN_PLACE, entry, entry.rank)
         target = self._copy(adapter, entry, file, given, top, str(unpacked or adapter))

@@ -13,6 +13,8 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.module_names import place_of
 from app.engine.reporting import Report
 
+Parameters = HealthPlan
+
 
 def run(parameters: HealthPlan, report: Report) -> HealthReport:
     """Read all of an adapter's tensors once.
