@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import QObject, QTimer, Slot
+from PySide6.QtCore import QObject, QProcess, QStandardPaths, QTimer, Slot
 from PySide6.QtWidgets import QApplication, QWidget
 
 from app import logs
@@ -491,11 +491,15 @@ class House(QObject):
         return found
 
     def _notify(self, heading: str, text: str) -> None:
-        """Tell the desktop, where it has a tray; everywhere the task bar's entry asks for attention."""
+        """Tell the desktop: through its tray, else through its notification service; the task bar's entry asks for attention."""
         from PySide6.QtWidgets import QSystemTrayIcon
 
         self._application.alert(self.window)
         if not QSystemTrayIcon.isSystemTrayAvailable() or not QSystemTrayIcon.supportsMessages():
+            # GNOME has no tray. Its service is spoken to by the command that every desktop brings for it.
+            command = QStandardPaths.findExecutable("notify-send")
+            if command:
+                QProcess.startDetached(command, ["--app-name=Weft", "--", heading, text])
             return
         tray = QSystemTrayIcon(self.window.windowIcon(), self)
         tray.messageClicked.connect(self.window.come_to_front)
