@@ -13,6 +13,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.formats import JsonObject
 
 MAX_PATTERN = 200  # characters of a pattern of module names
+_CHANGING = ("pissa", "olora", "corda", "lora_ga")
 _LORA_KINDS = ("", "LORA", "ADALORA")
 _LAYERS = 4096
 
@@ -32,6 +33,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         layer_replication: ranges of layers that the adapted model is made of; empty for a plain one.
         tied: tied embeddings stay tied.
         base, revision: the base model as recorded.
+        init: how its matrices began, where a word says so (`pissa`, `gaussian`).
     """
 
     kind: str = "LORA"
@@ -53,6 +55,16 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     tied: bool = False
     base: str = ""
     revision: str = ""
+    init: str = ""
+
+    @property
+    def needs_changed_base(self) -> bool:
+        """Whether it was trained on a base that its own initialisation had changed, and was saved without being converted.
+
+        PEFT takes the initial B·A out of the base's weights then, when it trains and again when it loads (measured: used on
+        the plain base, logits are off by 3 and more). A converted adapter says `init_lora_weights: true`.
+        """
+        return self.init.lower().startswith(_CHANGING)
 
     @property
     def is_lora(self) -> bool:
@@ -115,6 +127,7 @@ def parse_adapter_config(config: JsonObject) -> AdapterConfig:
         tied=config.get("ensure_weight_tying") is True,
         base=_text(config, "base_model_name_or_path"),
         revision=_text(config, "revision"),
+        init=_text(config, "init_lora_weights")[:64],
     )
 
 

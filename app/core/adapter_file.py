@@ -193,6 +193,11 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, tensors: Iterable[Te
     found = AdapterFile(path=path, config=config, modules={}, unknown=[], problems=[])
     if not config.is_lora and config.kind != "TRAINABLE_TOKENS":
         found.problems.append(f"It is of the kind {config.kind}, which cannot be stacked yet; LoRA and its kin can.")
+    if config.needs_changed_base:
+        found.problems.append(
+            f"It began as {config.init[:32]} and was saved without being converted, so it belongs to a base with other weights. "
+            "Save it again with PEFT's path_initial_model_for_weight_conversion (or take the converted folder beside it)."
+        )
     parts: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for tensor in tensors:
         _sort(found, parts, tensor)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from app.core.adapter_config import AdapterConfig
 from app.core.adapter_file import WEIGHT_FILES
 from app.core.adapter_note import read_note
 from app.core.errors import ErrorKind, WeftError
@@ -64,6 +65,8 @@ def peft_adapter(folder: Path) -> AdapterEntry | None:
     else:
         header, damage = _header(weights)
         problem = problem or damage
+    if not problem and AdapterConfig(init=text(config, "init_lora_weights")).needs_changed_base:
+        problem = f"It began as {text(config, 'init_lora_weights')[:32]} and was saved without being converted for the plain base."
     modules = _modules(tensor.name for tensor in header.tensors) if header else {}
     targets = _config_targets(config) or tuple(modules)
     status = weights.stat() if weights else config_path.stat()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
+from app.core.errors import WeftError
 from tests.engine.adapter_kit import logits, merged, random_adapter, random_model, tokens
 
 
@@ -150,3 +151,26 @@ def test_sixteen_bit_models_are_no_further_from_the_merge_than_from_themselves(
     rounding = (logits(rounded, ids).double() - logits(merged(plain, pairs), ids)).abs().max()
     print(f"{family} {dtype}: live {ours:.4f}, merged in 16 bits {rounding:.4f}")
     assert ours < 3 * rounding
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])
+def test_adapters_that_changed_their_base_are_refused_and_all_others_are_peft_s(
+    tmp_path: Path, init: str, seed: int
+) -> None:
+    """PEFT takes the initial B·A of PiSSA and OLoRA out of the base when it loads; a live stack has the base as it is."""
+    import peft
+
+    model = random_model("llama", seed)
+    ids = tokens(seed)
+    folder = random_adapter(tmp_path / init, "llama", model, seed, init_lora_weights=init)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = logits(peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval(), ids)
+    off = (theirs - logits(merged(model, [(folder, 1.0)]), ids)).abs().max()
+    print(f"{init}: PEFT against W + s·B·A {off:.2g}")
+    if off > 1e-3:
+        with pytest.raises(WeftError, match=init):
+            open_adapter(folder)
+    else:
+        assert (live_logits(model, folder, 1.0, ids) - theirs).abs().max() < 1e-4
+    assert (off > 1e-3) == (init in ("pissa", "olora"))

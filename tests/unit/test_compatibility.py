@@ -358,3 +358,14 @@ def test_repeated_layers_are_held_against_the_layers_that_they_repeat(tmp_path: 
     assert beyond.verdict is Verdict.PARTLY and "repeats layer 3" in beyond.unmatched[0].reason
     assert any("on Transformers" in warning for warning in check_paths(made, base).warnings)
     assert "repeated layers" in adapter_extras(made)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
+def test_adapters_of_a_base_that_was_changed_are_refused_in_words(tmp_path: Path, init: str) -> None:
+    base = model(tmp_path / "m", "llama")
+    made = adapter(tmp_path / "unconverted", "llama", init_lora_weights=init)
+    assert init in made.problems[0] and "path_initial_model_for_weight_conversion" in made.problems[0]
+    assert check_paths(made, base).verdict is Verdict.NOT_AT_ALL
+    for harmless in (True, False, "gaussian", "eva", "orthogonal"):
+        fine = adapter(tmp_path / f"fine {harmless}", "llama", init_lora_weights=harmless)
+        assert not fine.problems and check_paths(fine, base).verdict is Verdict.FITS

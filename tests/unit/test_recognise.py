@@ -481,3 +481,35 @@ def test_names_with_every_kind_of_letter(tmp_path: Path) -> None:
         folder = write_folder(tmp_path / name)
         assert model(folder).name == name
         shutil.rmtree(folder)
+
+
+def test_an_adapter_of_a_changed_base_says_so_in_the_list(tmp_path: Path) -> None:
+    entry = adapter(write_peft(tmp_path / "p", init_lora_weights="pissa_niter_4"))
+    assert "pissa_niter_4" in entry.problem and "converted" in entry.problem
+    assert not adapter(write_peft(tmp_path / "q", init_lora_weights=True)).problem
+
+
+def test_mlx_adapters_are_recognised_with_their_rank_and_scale(tmp_path: Path) -> None:
+    names = {
+        "model.layers.0.mlp.up_proj.lora_a": ("F32", (16, 6)),
+        "model.layers.0.mlp.up_proj.lora_b": ("F32", (6, 48)),
+    }
+    (tmp_path / "adapters.safetensors").write_bytes(safetensors_bytes(names))
+    parameters = {"rank": 6, "scale": 20.0, "dropout": 0.0}
+    write_json(
+        tmp_path / "adapter_config.json", {"fine_tune_type": "dora", "model": "mlx/base", "lora_parameters": parameters}
+    )
+    entry = adapter(tmp_path)
+    assert (entry.rank, entry.alpha, entry.base, entry.kind) == (6, 120.0, "mlx/base", "DoRA")
+    assert entry.targets == ("up_proj",) and not entry.problem and not entry.needs_alpha
+    assert [Path(f).name for f in entry.files] == ["adapters.safetensors"]
+
+
+def test_what_does_not_say_alpha_is_marked(tmp_path: Path) -> None:
+    assert not adapter(write_peft(tmp_path / "said")).needs_alpha
+    assert adapter(write_peft(tmp_path / "unsaid", lora_alpha=None)).needs_alpha
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(safetensors_bytes(lora_tensors()))
+    assert adapter(lone).needs_alpha
+    lone.write_bytes(safetensors_bytes(lora_tensors(), {"lora_alpha": "8"}))
+    assert not adapter(lone).needs_alpha
