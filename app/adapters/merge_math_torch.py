@@ -65,6 +65,10 @@ class Matrices:
                     self._kept.popitem(last=False)
         return value
 
+    def read(self, edit: Edit, info: TensorInfo) -> Tensor:
+        """A matrix, not remembered."""
+        return self._adapters[edit.adapter].read(info)
+
     def rows(self, edit: Edit, info: TensorInfo, start: int, end: int) -> Tensor:
         """Some rows of a matrix (or numbers of a vector), without reading the others where the file allows it."""
         read = self._adapters[edit.adapter].read

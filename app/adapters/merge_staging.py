@@ -46,16 +46,30 @@ class Staging:
         self.root = target.absolute().parent / f"{PREFIX}{name}"
         self.folder = self.root / _MODEL
         self._journal = -1
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise write_error(self.root, error) from error
-        if not _locked(self._lock):
-            os.close(self._lock)
-            raise WeftError(
-                ErrorKind.BUSY, f"Another merge is making {target} already.", "Wait for it, or choose another name."
-            )
+        self._lock = self._take_lock()
+
+    def _take_lock(self) -> int:
+        while True:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # removed between the two by a merge that ended
+            except OSError as error:
+                raise write_error(self.root, error) from error
+            if not _locked(descriptor):
+                os.close(descriptor)
+                raise WeftError(
+                    ErrorKind.BUSY,
+                    f"Another merge is making {self.target} already.",
+                    "Wait for it, or choose another name.",
+                )
+            try:
+                if os.name == "nt" or os.path.samestat(os.fstat(descriptor), (self.root / _LOCK).stat()):
+                    return descriptor
+            except OSError:
+                pass  # the folder went away while we waited for its lock: take a new one
+            os.close(descriptor)
 
     def finished(self, fingerprint: str) -> bool:
         """Whether an earlier run was killed between giving its result the final name and tidying up."""
@@ -159,6 +173,11 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close_journal()
+        try:
+            if [path.name for path in self.root.iterdir()] == [_LOCK]:
+                shutil.rmtree(self.root, ignore_errors=True)  # refused before it began
+        except OSError:
+            pass  # discarded already
         os.close(self._lock)
 
 

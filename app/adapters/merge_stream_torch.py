@@ -20,6 +20,7 @@ from app.adapters.merge_files import FLOATS, TORCH_NAMES, BaseFiles, StoredTenso
 from app.adapters.merge_math_torch import Change, Matrices, pieces
 from app.adapters.merge_names_torch import Block, Layout, blocks_of, meta_model, skeleton, through_transformers
 from app.adapters.tensors_torch import OpenAdapter, open_adapter
+from app.core.adapter_file import TensorInfo
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import DTYPES, MergePlan
 from app.core.module_names import place_of
@@ -328,10 +329,11 @@ class Merge:
 
     def _untie(self, layout: Layout, edits: Edits, stored: Mapping[str, StoredTensor]) -> list[MergedTensor]:
         """A head of its own, where what adapters do to the embedding is not what they do to the head."""
-        ours, heads = (
-            (edits.by_parameter.get(p, []), edits.grown.get(p)) for p in (layout.embedding, layout.head)
-        )  # fmt: skip
-        if ours == heads:
+        names = (layout.embedding, layout.head)
+        ours, heads = (edits.by_parameter.get(p, []) for p in names)
+        grown = [edits.grown.get(p) for p in names]
+        same_grown = grown[0] == grown[1] or (None not in grown and self._same_values(*[info for _, info in grown]))  # type: ignore[union-attr]
+        if same_grown and self._alike(ours, heads):
             return []
         source = next(
             stored[name] for name, blocks in layout.blocks.items() if blocks[0].parameter == layout.embedding
@@ -343,6 +345,40 @@ class Merge:
         )
         blocks = [Block(0, source.rows, layout.head)]
         return [self._made(layout.head, source, blocks, edits)]
+
+    def _alike(self, ours: list[Edit], heads: list[Edit]) -> bool:
+        """Whether an embedding and its head are changed alike. PEFT may save what it tied twice, once for each."""
+        if len(ours) != len(heads):
+            return False
+        for one, other in zip(ours, heads, strict=True):
+            if one == other:
+                continue
+            if (one.adapter, one.kind, one.weight, one.scale) != (other.adapter, other.kind, other.weight, other.scale):
+                return False
+            if one.kind == "pair" and one.a and one.b and other.a and other.b:
+                read = self.matrices.read
+                a, b = read(one, one.a), read(one, one.b)
+                if not torch.equal(b.T, read(other, other.a)) or not torch.equal(a.T, read(other, other.b)):
+                    return False
+            elif (
+                one.kind != "whole" or not one.value or not other.value or not self._same_values(one.value, other.value)
+            ):
+                return False
+        return True
+
+    def _same_values(self, one: TensorInfo, other: TensorInfo) -> bool:
+        if one.shape != other.shape or one.type != other.type or one.file != other.file or len(one.shape) != 2:
+            return False
+        edit = next(
+            Edit(i, 1.0, "whole")
+            for i, (a, _) in enumerate(self.adapters)
+            if a.file.path in (one.file, one.file.parent)
+        )
+        rows = self.matrices.rows
+        return all(
+            torch.equal(rows(edit, one, start, end), rows(edit, other, start, end))
+            for start, end in pieces(one.shape[0], one.shape[1], ELEMENTS)
+        )
 
     def _vocabulary(self, layout: Layout, edits: Edits) -> None:
         sizes = {info.shape[0] for _, info in edits.grown.values()}
@@ -362,8 +398,9 @@ class Merge:
     def _compare_copies(self, layout: Layout, edits: Edits) -> None:
         """Keep those copies of an embedding that differ from the base's own."""
         for parameter, copies in edits.copies.items():
+            place = layout.embedding if layout.tied and parameter == layout.head else parameter
             source = next(
-                (self.files.tensors.get(n) for n, bs in layout.blocks.items() if bs[0].parameter == parameter), None
+                (self.files.tensors.get(n) for n, bs in layout.blocks.items() if bs[0].parameter == place), None
             )
             for copy in copies:
                 if source is not None and self._same(source, copy):
