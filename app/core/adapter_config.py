@@ -100,6 +100,7 @@ def parse_adapter_config(config: JsonObject) -> AdapterConfig:
             rank=_whole(mlx.get("rank")),
             factor=_number(mlx.get("scale"), "scale"),
             dora=kind == "dora",
+            tied=True,  # an adapted embedding is adapted where it serves as output head, too
             base=_text(config, "model"),
         )
     rank_pattern = {k: _whole(v) for k, v in _table(config, "rank_pattern").items()}

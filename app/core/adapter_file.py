@@ -26,6 +26,7 @@ from app.core.recognise_gguf import adapter_problem
 PREFIX = "base_model.model."
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 MAX_RANK = 65_536
+_EXPERTS = 1024
 
 # What stands behind a module's name, and what it is of that module. Adapter names may stand inside (`lora_A.default.weight`).
 _NAME = r"(?:\.(?!weight$|bias$)[\w-]+)?"
@@ -201,7 +202,7 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, tensors: Iterable[Te
     parts: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for tensor in tensors:
         _sort(found, parts, tensor)
-    for (module, depth), pair in parts.items():
+    for (module, depth), pair in _each_expert(parts).items():
         lora = _pair(found, module, depth, pair)
         if lora is not None:
             _module(found, module).loras.append(lora)
@@ -210,6 +211,36 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, tensors: Iterable[Te
     if not found.modules and not found.problems:
         found.problems.append("It holds no LoRA tensors.")
     return found
+
+
+def _each_expert(
+    parts: Mapping[tuple[str, int], dict[str, TensorInfo]],
+) -> dict[tuple[str, int], dict[str, TensorInfo]]:
+    """Pairs that MLX keeps for all experts in one (`switch_mlp`), taken apart; all others as they are.
+
+    Its lora_a is (experts, rank, in) or (experts·rank, in), its lora_b (experts, out, rank): not transposed as elsewhere.
+    """
+    found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
+    for (module, depth), pair in parts.items():
+        a, b = pair.get("transposed_A"), pair.get("transposed_B")
+        experts = b.shape[0] if b is not None and len(b.shape) == 3 else 0
+        fits = a is not None and a.shape and 0 < experts <= _EXPERTS and a.shape[0] % experts == 0
+        if a is None or b is None or not fits or ".switch_mlp." not in module:
+            found[module, depth] = pair
+            continue
+        rank = a.shape[1] if len(a.shape) == 3 else a.shape[0] // experts
+        for expert in range(experts):
+            name = module.replace(".switch_mlp.", f".experts.{expert}.")
+            found[name, depth] = {
+                "A": _slice(a, expert, experts, (rank, a.shape[-1])),
+                "B": _slice(b, expert, experts, b.shape[1:]),
+            }
+    return found
+
+
+def _slice(tensor: TensorInfo, number: int, count: int, shape: tuple[int, ...]) -> TensorInfo:
+    size = tensor.bytes // count
+    return tensor._replace(shape=shape, offset=tensor.offset + number * size, bytes=size)
 
 
 def _module(found: AdapterFile, name: str) -> AdaptedModule:

@@ -289,3 +289,47 @@ def test_mlx_s_embeddings_and_heads_have_their_places(tmp_path: Path, seed: int)
     live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path)),)), lambda *_: None)
     ids = tokens(seed)
     assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_mlx_s_experts_are_taken_apart(tmp_path: Path, flat: bool, seed: int) -> None:
+    """lora_a (experts, rank, in), in older versions (experts·rank, in); lora_b (experts, out, rank)."""
+    model = random_model("mixtral", seed)
+    torch.manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    expected = copy.deepcopy(model).double()
+    expected.config._experts_implementation = "eager"
+    for layer in range(2):
+        for name, out, inputs, rows in (("gate_proj", 48, 32, slice(0, 48)), ("up_proj", 48, 32, slice(48, 96)), ("down_proj", 32, 48, slice(0, 32))):  # fmt: skip
+            a, b = torch.randn(3, 2, inputs) * 0.3, torch.randn(3, out, 2) * 0.3
+            start = f"model.layers.{layer}.block_sparse_moe.switch_mlp.{name}"
+            tensors[f"{start}.lora_a"], tensors[f"{start}.lora_b"] = a.reshape(6, inputs) if flat else a, b
+            experts = expected.model.layers[layer].mlp.experts
+            whole = experts.down_proj if name == "down_proj" else experts.gate_up_proj
+            with torch.no_grad():
+                whole[:, rows] += 0.5 * 3.0 * b.double() @ a.double()
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}})
+    )
+    live = ModelStack(model)
+    live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path), weight=0.5),)), lambda *_: None)
+    ids = tokens(seed)
+    assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
+
+
+def test_mlx_s_embedding_stays_tied_to_the_head(tmp_path: Path, seed: int) -> None:
+    model = random_model("llama", seed, tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    a, b = torch.randn(96, 3) * 0.2, torch.randn(3, 32) * 0.2
+    save_file({"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.0}})
+    )
+    expected = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected.model.embed_tokens.weight += 2.0 * a @ b  # the head is the same matrix
+    live = ModelStack(model)
+    live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path)),)), lambda *_: None)
+    ids = tokens(seed)
+    assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
