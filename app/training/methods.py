@@ -30,6 +30,8 @@ def check(config: RunConfig) -> list[str]:
         raise _bad("No modules are to be trained.", 'Set targets = "all-linear" under [method].')
     numbers(method.layers, "layers")
     ranges(method.layer_replication, "layer_replication")
+    if method.layers and method.target_regex:
+        raise _bad("layers and target_regex exclude each other.", "Name the layers in the regular expression.")
     for name in ("rank_pattern", "alpha_pattern"):
         values = pattern(getattr(method, name), name)
         if name == "rank_pattern" and any(value != int(value) for value in values.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,36 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from app.training.methods import converts
-from app.training.methods_torch import ADAPTER, layers, plain_name, whole
+from app.training.methods_torch import ADAPTER, decomposable, experts, layers, plain_name, whole
 from app.training.run_config import RunConfig
 
 
 def adapter_tensors(config: RunConfig, model: Any, first: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What goes into adapter_model.safetensors, converted where the base was changed; contiguous, on the processor."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes lora_bias for a damaged B
         found = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         if converts(config):
-            for name, _ in layers(model):
-                for part, sign, dimension in (("lora_A", 1.0, 0), ("lora_B", -1.0, 1)):
-                    key = f"{name}.{part}.weight"
-                    start = first[f"{name}.{part}"].to(found[key].dtype)
-                    found[key] = torch.cat([found[key], sign * start], dimension)
+            for name, module in layers(model):
+                a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+                count = experts(module)
+                # B₀ is zero where the base was not changed.
+                keep = 1.0 if decomposable(module) else 0.0
+                found[a] = joined_a(found[a], first[f"{name}.lora_A"].to(found[a].dtype), count)
+                found[b] = joined_b(found[b], -keep * first[f"{name}.lora_B"].to(found[b].dtype), count)
     return {key: value.clone().contiguous() for key, value in found.items()}
+
+
+def joined_a(first: torch.Tensor, second: torch.Tensor, experts: int) -> torch.Tensor:
+    """Two A, (experts · rank, in) each, as one of the ranks' sum."""
+    parts = [each.reshape(experts, -1, each.shape[1]) for each in (first, second)]
+    return torch.cat(parts, 1).reshape(-1, first.shape[1])
+
+
+def joined_b(first: torch.Tensor, second: torch.Tensor, experts: int) -> torch.Tensor:
+    """Two B, (out, rank · experts) each with the experts innermost, as one."""
+    parts = [each.reshape(each.shape[0], -1, experts) for each in (first, second)]
+    return torch.cat(parts, 1).reshape(first.shape[0], -1)
 
 
 def adapter_settings(config: RunConfig, model: Any, base: str) -> dict[str, Any]:

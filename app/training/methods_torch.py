@@ -7,6 +7,7 @@ run which reads A₀ and B₀ from its folder rebuilds the same base bit for bit
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from peft.tuners.lora.layer import LoraLayer
 from app.core.errors import ErrorKind, WeftError
 from app.training import loftq_torch, run_file
 from app.training.methods import changes_base
-from app.training.run_config import CONVERTED, MethodConfig, RunConfig
+from app.training.run_config import MethodConfig, RunConfig
 
 ADAPTER = "default"
 Batches = Callable[[], Iterator[dict[str, torch.Tensor]]]
@@ -67,6 +68,9 @@ def lora_config(config: RunConfig, model: Any, token_ids: list[int]) -> peft.Lor
         "fan_in_fan_out": False,
     }
     if method.layers:
+        # PEFT wants names here, no pattern and no "all-linear".
+        if arguments["target_modules"] == "all-linear":
+            arguments["target_modules"] = sorted(module_names(model))
         arguments["layers_to_transform"] = run_file.numbers(method.layers, "layers")
         arguments["layers_pattern"] = method.layers_pattern or None
     if method.target_parameters:
@@ -77,7 +81,7 @@ def lora_config(config: RunConfig, model: Any, token_ids: list[int]) -> peft.Lor
         arguments["layer_replication"] = run_file.ranges(method.layer_replication, "layer_replication")
     if token_ids:
         arguments["trainable_token_indices"] = token_ids
-    if method.dora_offload:
+    if method.dora_offload and torch.cuda.is_available():
         arguments["runtime_config"] = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     if method.init == "eva":
         arguments["eva_config"] = peft.EvaConfig(rho=method.eva_rho)
@@ -174,7 +178,9 @@ def initialise(
         _corda(config, model, batches)
     found = list(layers(model))
     for index, (name, module) in enumerate(found):
-        if init in CONVERTED:
+        if not decomposable(module):
+            continue
+        if init in ("pissa", "olora"):
             say(f"Preparing {init}", index, len(found))
             _from_base(config, module)
         elif init == "loftq":
@@ -183,17 +189,41 @@ def initialise(
             _, a, b = loftq_torch.decompose(
                 weight, int(config.method.loftq_bits), module.r[ADAPTER], config.method.loftq_iterations
             )
-            _set(module, a, b / module.scaling[ADAPTER])
+            _set(module, *_shared(module, a, b))
         elif init == "loftq_replace":
             say("Preparing LoftQ", index, len(found))
             original = loftq_torch.original_weight(base_files, plain_name(name))
             a, b = loftq_torch.replace(module.get_base_layer(), original, module.r[ADAPTER])
-            _set(module, a, b / module.scaling[ADAPTER])
+            _set(module, *_shared(module, a, b))
+
+
+def decomposable(module: LoraLayer) -> bool:
+    """Whether its weight can be taken apart. Experts in one tensor cannot, nor a router smaller than the rank: these begin plain."""
+    weight = getattr(module.get_base_layer(), "weight", None)
+    if weight is None or experts(module) > 1:
+        return False
+    return weight.dim() == 2 and (is_quantized(weight) or module.r[ADAPTER] <= min(weight.shape))
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether bitsandbytes holds it packed."""
+    return not weight.is_floating_point()
+
+
+def experts(module: LoraLayer) -> int:
+    """How many experts a module's parameter holds; 1 for everything else."""
+    return int(getattr(module, "num_experts", None) or 1)
 
 
 def plain_name(name: str) -> str:
     """A module's name in the base model, from its name under PEFT."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _shared(module: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B with the adapter's scale taken out of both alike."""
+    root = math.sqrt(module.scaling[ADAPTER])
+    return a / root, b / root
 
 
 def _set(module: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -202,36 +232,26 @@ def _set(module: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _from_base(config: RunConfig, module: LoraLayer) -> None:
-    """PiSSA, OLoRA or CorDA by PEFT's own methods, the base put back afterwards."""
+    """PiSSA or OLoRA by PEFT's own methods, the base put back afterwards."""
     base = module.get_base_layer()
     original = base.weight.data
     base.weight.data = original.clone()
     a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
     method = config.method
-    if module.r[ADAPTER] > min(original.shape):
-        raise WeftError(
-            ErrorKind.BAD_INPUT,
-            f"{method.init} cannot find {module.r[ADAPTER]} directions in a matrix of {tuple(original.shape)}.",
-            f"Take a rank of at most {min(original.shape)}.",
-        )
     try:
         with torch.no_grad():
             if method.init == "pissa":
                 module.pissa_init(
                     ADAPTER, "pissa" if method.pissa_niter is None else f"pissa_niter_{method.pissa_niter}"
                 )
-            elif method.init == "olora":
-                _olora(module)
             else:
-                module.corda_init(ADAPTER, "corda")
+                _olora(module)
     finally:
         base.weight.data = original
     first_a, first_b = module.lora_A[ADAPTER].weight.data, module.lora_B[ADAPTER].weight.data
-    # corda_init replaces the Parameters: one object for good, so that optimizers and tying see the same.
+    # One Parameter for good, in its own dtype, so that everybody who holds it sees the same.
     module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight = a, b
     _set(module, first_a, first_b)
-    if hasattr(base, "eigens"):
-        del base.eigens
 
 
 def _olora(module: LoraLayer) -> None:
@@ -259,24 +279,23 @@ def _eva(config: RunConfig, model: Any, batches: Batches) -> None:
 
 
 def _corda(config: RunConfig, model: Any, batches: Batches) -> None:
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import CordaEigens, collect_eigens_for_layer
+    """CorDA's first A and B: W weighted by the covariance of its inputs, decomposed (Yang and others, 2024).
 
-    settings = peft.LoraConfig(
-        init_lora_weights="corda", corda_config=CordaConfig(corda_method=config.method.corda_mode)
-    )
+    PEFT's `preprocess_corda` does the same; it wants the attrs package and batches of one row, keeps all decompositions at once,
+    and its base is changed on the spot.
+    """
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, int] = {}
 
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
-        # As PEFT's calib_cov_distribution, but for batches of several rows: each counts by itself.
-        for row in inputs[0].detach().float().reshape(-1, *inputs[0].shape[-2:]):
+        seen = inputs[0].detach().float()
+        for row in seen.reshape(-1, *seen.shape[-2:]):
             row = row / row.max().abs().clamp_min(1e-12)
             sums[id(module)] = sums.get(id(module), 0) + row.T @ row
             counts[id(module)] = counts.get(id(module), 0) + 1
 
-    bases = [(module, module.get_base_layer()) for _, module in layers(model)]
-    hooks = [base.register_forward_hook(hook) for _, base in bases]
+    found = [module for _, module in layers(model) if decomposable(module)]
+    hooks = [module.get_base_layer().register_forward_hook(hook) for module in found]
     try:
         with torch.no_grad(), model.disable_adapter():
             model.eval()
@@ -285,18 +304,36 @@ def _corda(config: RunConfig, model: Any, batches: Batches) -> None:
     finally:
         for each in hooks:
             each.remove()
-    for module, base in bases:
-        rank = module.r[ADAPTER]
-        base.covariance_matrix = sums.pop(id(base)) / counts[id(base)]
-        found = collect_eigens_for_layer(base, settings)
-        del base.covariance_matrix
-        part = slice(0, rank) if config.method.corda_mode == "ipm" else slice(-rank, None)
-        device = base.weight.device
-        base.eigens = CordaEigens(
-            S_WC=found.S_WC[part].clone().to(device),
-            U_WC=found.U_WC[:, part].clone().to(device),
-            V_WC=found.V_WC[:, part].clone().to(device),
+    for module in found:
+        key = id(module.get_base_layer())
+        if key not in sums:
+            raise WeftError(
+                ErrorKind.BAD_INPUT,
+                "CorDA's calibration text did not reach every trained module.",
+                "Take more calibration samples, or leave experts out.",
+            )
+        a, b = corda_factors(
+            weight_of(module).float(), sums.pop(key) / counts[key], module.r[ADAPTER], config.method.corda_mode
         )
+        _set(module, *_shared(module, a, b))
+
+
+def corda_factors(
+    weight: torch.Tensor, covariance: torch.Tensor, rank: int, mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B with B·A the part of `weight` (out, in) that matters most (ipm) or least (kpm) to inputs of that covariance."""
+    damp = 0.01
+    eye = torch.eye(len(covariance), device=covariance.device)
+    while True:
+        fixed = covariance + eye * covariance.diag().mean() * damp
+        inverse = torch.linalg.inv(fixed)
+        if torch.dist(fixed @ inverse, eye) < 0.05 or damp > 1e6:
+            break
+        damp *= 2
+    left, values, right = torch.linalg.svd(weight @ fixed, full_matrices=False)
+    part = slice(0, rank) if mode == "ipm" else slice(-rank, None)
+    roots = values[part].sqrt()
+    return roots[:, None] * (right @ inverse)[part], left[:, part] * roots
 
 
 # The base of this run --------------------------------------------------------------------------------
@@ -311,12 +348,20 @@ def first_state(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def set_first(model: Any, first: dict[str, torch.Tensor]) -> None:
+    """Give A and B the values that `first_state` told."""
+    for name, module in layers(model):
+        _set(module, first[f"{name}.lora_A"], first[f"{name}.lora_B"])
+
+
 def change_base(config: RunConfig, model: Any, first: dict[str, torch.Tensor]) -> None:
     """W becomes W - s·B₀A₀ (LoftQ: its quantization). The same from the same A₀, B₀ and W, bit for bit."""
     if not changes_base(config):
         return
     with torch.no_grad():
         for name, module in layers(model):
+            if not decomposable(module):
+                continue
             base = module.get_base_layer()
             a = first[f"{name}.lora_A"].to(base.weight.device)
             b = first[f"{name}.lora_B"].to(base.weight.device)

@@ -99,7 +99,7 @@ class Run:
         mark = fingerprint(self.parameters, base.files, data.files)
         before = self._begin(mark)
         check = self._packing(base, data)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        pad = pad_token(tokenizer, data, base)
         chunked = config.train.chunked_loss and self.accelerator is None
         train, held = objectives(config, data, pad, check, base.device, chunked=chunked)
         self.report.progress("Preparing")
@@ -232,7 +232,9 @@ class Run:
         torch.manual_seed(config.train.seed)
         if kept is not None:
             settings = resumed_settings(kept[0], config)
-            return methods_torch.inject(config, base.model, settings), kept[1]
+            model = methods_torch.inject(config, base.model, settings)
+            methods_torch.set_first(model, kept[1])  # what is not trained (LoRA-FA's A) stands in no checkpoint
+            return model, kept[1]
         settings = methods_torch.lora_config(config, base.model, token_ids)
         late = config.method.low_memory_init and config.method.init == "eva"
         model = methods_torch.inject(config, base.model, settings, late=late)
@@ -419,9 +421,27 @@ def resumed_settings(kept: dict[str, Any], config: RunConfig) -> peft.LoraConfig
     for name in ("eva_config", "corda_config", "loftq_config", "runtime_config", "lora_ga_config"):
         known.pop(name, None)
     known["init_lora_weights"] = True
-    if config.method.dora_offload:
+    if config.method.dora_offload and torch.cuda.is_available():
         known["runtime_config"] = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     return peft.LoraConfig(**known)
+
+
+def pad_token(tokenizer: Any, data: RunData, base: Base) -> int:
+    """What fills rows up: any token that the model has, since it is masked.
+
+    Raises:
+        WeftError: CORRUPT when the data holds tokens that the model has no embedding for.
+    """
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    highest = max((max(example.input_ids) for example in data.examples if example.input_ids), default=0)
+    if highest >= rows:
+        raise WeftError(
+            ErrorKind.CORRUPT,
+            f"The tokenizer knows token {highest}, and the model has {rows} embeddings.",
+            "Tokenizer and weights do not belong together: download the model again.",
+        )
+    wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in wanted if number is not None and number < rows), 0)
 
 
 def versions() -> dict[str, str]:

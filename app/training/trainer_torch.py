@@ -155,7 +155,7 @@ class Trainer:
             WeftError: CANCELLED (a checkpoint was written); OUT_OF_MEMORY.
         """
         if self.counters.step == 0 and not self.counters.held_out:
-            self._measure(force=True)
+            self._measure()
         self.model.train()
         self._mark()
         try:
@@ -164,10 +164,14 @@ class Trainer:
                 self._step(epoch, group)
                 self._after_step()
         except Ended as ended:
-            return ended.how
+            if ended.how != "stopped":
+                return ended.how
+            how = "stopped"
+        else:
+            how = "complete"
         if not self.counters.held_out or self.counters.held_out[-1][0] != self.counters.step:
-            self._measure(force=True)
-        return "complete"
+            self._measure()
+        return how
 
     def _between(self) -> None:
         """Obey: between batches, with the state of the last complete step at hand."""
@@ -321,7 +325,7 @@ class Trainer:
         if ended:
             raise Ended(ended)
 
-    def _measure(self, force: bool = False) -> str | None:
+    def _measure(self) -> str | None:
         """Held-out loss and sample answers. Returns "early" when the run is to end, "nan" when it diverged."""
         counters = self.counters
         began = time.monotonic()

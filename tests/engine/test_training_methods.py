@@ -1,0 +1,228 @@
+"""Every initialisation, variant and optimizer trains a small model for real, and its adapter holds in plain PEFT."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from app.core.errors import WeftError
+from app.core.library import ModelEntry
+from app.training.run_model_torch import undo_bf16_packing
+from tests.engine import tiny_models, training_kit
+from tests.engine.training_kit import Captured, config, forward, in_plain_peft, train
+
+SEED = random.randrange(10**6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelEntry:
+    print(f"seed {SEED}")
+    return tiny_models.make(tmp_path_factory.mktemp("model"), "llama", seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training_kit.examples(tmp_path_factory.mktemp("data") / "examples.jsonl", SEED)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "gaussian": {"init": "gaussian"},
+    "off": {"init": "off"},
+    "pissa": {"init": "pissa"},
+    "pissa_niter": {"init": "pissa", "pissa_niter": 4},
+    "corda_ipm": {"init": "corda", "calibration_samples": 12},
+    "corda_kpm": {"init": "corda", "corda_mode": "kpm", "calibration_samples": 12},
+    "olora": {"init": "olora"},
+    "eva": {"init": "eva", "calibration_samples": 12},
+    "eva_late": {"init": "eva", "calibration_samples": 12, "low_memory_init": True, "eva_rho": 1},
+    "orthogonal": {"init": "orthogonal"},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "dora_dropout": {"dora": True, "dropout": 0.1, "dora_offload": True},
+    "pissa_rslora": {"init": "pissa", "rslora": True},
+    "pissa_dora": {"init": "pissa", "dora": True},
+    "pissa_patterns": {
+        "init": "pissa",
+        "rank_pattern": {"q_proj": 6, "layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"q_proj": 5},
+    },
+    "olora_patterns_rslora": {
+        "init": "olora",
+        "rslora": True,
+        "rank_pattern": {"v_proj": 3},
+        "alpha_pattern": {"o_proj": 3},
+    },
+    "targets": {"targets": ["q_proj", "v_proj"]},
+    "regex": {"target_regex": r".*layers\.[01]\.self_attn\.(q|o)_proj"},
+    "layers": {"layers": "0, 2"},
+    "exclude": {"exclude": ["down_proj"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "patterns": {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"k_proj": 2.5}},
+    "embedding": {"targets": ["embed_tokens", "q_proj"]},
+    "lora_bias": {"lora_bias": True},
+    "replication": {"layer_replication": [[0, 2], [1, 3]]},
+    "tokens": {"trainable_tokens": "5 9 <|im_end|>"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_learns_and_its_adapter_holds_in_plain_peft(
+    name: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, model, data, method=METHODS[name]), model)
+    assert result.ended == "complete"
+    assert result.base_held_out_loss is not None and result.held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2, result
+    plain = in_plain_peft(Path(model.path), Path(result.adapter))
+    assert captured.logits is not None
+    assert (forward(plain, ids) - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
+    with plain.disable_adapter():
+        base = forward(plain, ids)
+    assert (base - captured.logits).abs().max() > 1e-2  # it is the adapter that made the difference
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "corda_kpm", "eva", "orthogonal"])
+def test_it_begins_as_the_base(name: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
+    """Whatever the initialisation changes, the model's first held-out loss is the base's."""
+    plain = train(config(tmp_path / "a", model, data, train={"max_steps": 1}), model)
+    other = train(config(tmp_path / "b", model, data, method=METHODS[name], train={"max_steps": 1}), model)
+    assert other.base_held_out_loss == pytest.approx(plain.base_held_out_loss, abs=2e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "lora_plus", "lora_plus_8bit", "lora_fa", "sgd"])
+def test_an_optimizer_learns(optimizer: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
+    rate = {"sgd": 0.05, "lora_plus": 2e-3, "lora_plus_8bit": 2e-3}.get(optimizer, 1e-2)
+    result = train(config(tmp_path, model, data, train={"optimizer": optimizer, "learning_rate": rate}), model)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    saved = json.loads((Path(result.adapter) / "adapter_config.json").read_text())
+    assert saved["r"] == 4
+    in_plain_peft(Path(model.path), Path(result.adapter))
+
+
+def test_paged_optimizers_say_what_they_need(model: ModelEntry, data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a graphics card here: tests/gpu trains with them")
+    with pytest.raises(WeftError, match="graphics card"):
+        train(config(tmp_path, model, data, train={"optimizer": "paged_adamw_8bit"}), model)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_qlora_trains_on_a_quantized_base(
+    quantization: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, model, data, model={"quantization": quantization}), model)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    kind = (
+        {"load_in_8bit": True}
+        if quantization == "int8"
+        else {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantization,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.float32,
+        }
+    )
+    found = in_plain_peft(
+        Path(model.path), Path(result.adapter), quantization_config=transformers.BitsAndBytesConfig(**kind)
+    )
+    undo_bf16_packing(found)
+    assert captured.logits is not None
+    assert (forward(found, ids) - captured.logits).abs().max() < 2e-2 * captured.logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["loftq", "loftq_2", "loftq_8", "loftq_replace"])
+def test_loftq_learns_and_begins_nearer_to_the_base(
+    name: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method: dict[str, Any] = {
+        "loftq": {"init": "loftq"},
+        "loftq_2": {"init": "loftq", "loftq_iterations": 3},
+        "loftq_8": {"init": "loftq", "loftq_bits": "8"},
+        "loftq_replace": {"init": "loftq_replace"},
+    }[name]
+    quantized = {"quantization": "nf4", "double_quant": False} if name == "loftq_replace" else {}
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, model, data, method=method, model=quantized), model)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    assert captured.logits is not None
+    size = captured.logits.abs().max()
+    if name in ("loftq", "loftq_replace"):  # fits the base that bitsandbytes makes of the original
+        four = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        found = in_plain_peft(Path(model.path), Path(result.adapter), quantization_config=four)
+        undo_bf16_packing(found)
+        assert (forward(found, ids) - captured.logits).abs().max() < 5e-3 * size
+    else:  # what was learnt, on the original base: nearer to the trained model than the base is
+        found = in_plain_peft(Path(model.path), Path(result.adapter))
+        error = (forward(found, ids) - captured.logits).pow(2).mean()
+        with found.disable_adapter():
+            assert error < 0.7 * (forward(found, ids) - captured.logits).pow(2).mean()
+
+
+def test_new_tokens_are_trained_and_come_with_the_adapter(
+    model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(5, 300, (1, 16), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("\n".join(json.dumps({**row, "output": "<|think|>" + row["output"]}) for row in rows))
+    result = train(config(tmp_path, model, marked, method={"new_tokens": "<|think|>"}), model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.adapter)
+    number = tokenizer.convert_tokens_to_ids("<|think|>")
+    assert tokenizer.encode("<|think|>", add_special_tokens=False) == [number]
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    grown = len(tokenizer) if any("resize_token_embeddings" in note for note in result.notes) else 0
+    found = forward(in_plain_peft(Path(model.path), Path(result.adapter), grown=grown), ids)
+    assert captured.logits is not None
+    width = model.shape.vocabulary or 300
+    assert (found - captured.logits)[..., : min(width, number)].abs().max() < 2e-3 * captured.logits.abs().max()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "gemma2", "gpt2", "phi", "mistral"])
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_other_architectures(
+    family: str, init: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = tiny_models.make(tmp_path / "model", family, seed=SEED)
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, entry, data, method={"init": init}), entry)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.1
+    assert captured.logits is not None
+    found = forward(in_plain_peft(Path(entry.path), Path(result.adapter)), ids)
+    assert (found - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_preferences_are_learnt(objective: str, init: str, model: ModelEntry, tmp_path: Path) -> None:
+    pairs = training_kit.preferences(tmp_path / "pairs.jsonl", SEED)
+    report = training_kit.Remembering()
+    made = config(tmp_path, model, pairs, method={"init": init}, train={"objective": objective, "learning_rate": 3e-3})
+    result = train(made, model, report)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss
+    steps = [values for _, values in report.metrics if "accuracy" in values]
+    assert steps[-1]["accuracy"] > 0.8
+    if objective == "dpo":
+        assert result.base_held_out_loss == pytest.approx(0.6931, abs=1e-3)  # ln 2: it begins as the reference
