@@ -73,8 +73,11 @@ def base_of(headers: list[GgufHeader]) -> Base:
     return Base(architecture, heads, head.number(f"{architecture}.attention.head_count_kv") or heads, shapes)
 
 
-def converted(path: Path, base: Base, cache: Path) -> tuple[Path, list[str]]:
+def converted(path: Path, base: Base, cache: Path, alpha: float | None = None) -> tuple[Path, list[str]]:
     """A GGUF adapter of the same meaning, from the cache where the same adapter was converted for the same model before.
+
+    Args:
+        alpha: for an adapter that does not say it.
 
     Returns:
         The file, and sentences about what of the adapter is left out.
@@ -82,7 +85,7 @@ def converted(path: Path, base: Base, cache: Path) -> tuple[Path, list[str]]:
     Raises:
         WeftError: UNSUPPORTED for what llama.cpp cannot take live; CORRUPT; BAD_INPUT when alpha is unknown.
     """
-    file = read_adapter_file(path)
+    file = read_adapter_file(path, alpha)
     if file.problems:
         raise WeftError(ErrorKind.CORRUPT, f"{path.name} cannot be used. {file.problems[0]}", "Get the adapter again.")
     if file.needs_alpha:
