@@ -1,0 +1,99 @@
+"""Any sequence of changes during a conversation, with what was read kept where it may be: always the merged model's answers."""
+
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
+pytest.importorskip("peft", reason="peft, which makes the adapters, is not installed in this interpreter")
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from app.adapters.hf_stack import ModelStack
+from app.core.stack import AdapterStack
+from app.generation.hf_batch import Rows
+from app.generation.hf_decode import Decoder
+from tests.engine.adapter_kit import FAMILIES, VOCABULARY, logits, merged
+from tests.engine.conversation_kit import Stacking, chosen, steps
+from tests.engine.test_live_stack import TOLERANCE, make
+
+ACTIONS = ("add", "remove", "reweight", "off", "order", "bake", "batch", "nothing")
+GREEDY = 3  # tokens of an answer
+_MADE: dict[str, tuple[Any, Any, list[Path]]] = {}
+
+
+def _quiet(*_: object) -> None:
+    return
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@settings(
+    max_examples=6,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a conversation takes minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(said=steps(8, ACTIONS), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
+def test_a_conversation_with_any_switches_is_the_merged_models(
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    said: list[tuple[str, int, float, int]],
+    first: int,
+    chance: int,
+) -> None:
+    if family not in _MADE:
+        seed = int.from_bytes(os.urandom(3))  # hypothesis seeds `random`
+        print(f"{family}: seed {seed}")
+        model, folders = make(tmp_path_factory.mktemp(family), family, seed)
+        _MADE[family] = (model, copy.deepcopy(model), folders)
+    model, plain, folders = _MADE[family]
+    decoder, stack, stacking = Decoder(model, torch.device("cpu")), ModelStack(model), Stacking(folders, first)
+    words = torch.Generator().manual_seed(chance)
+    conversation: list[int] = []
+    baked = False
+    stack.set(stacking.stack, _quiet)
+    try:
+        for action, number, weight, count in said:
+            stacking.act(action, number, weight)
+            baked = action == "bake"
+            stale, notes = stack.set(stacking.stack, _quiet, baked=baked)
+            assert not notes and stack.baked <= baked
+            if stale:
+                decoder.reset()
+            if action == "batch":
+                _batch(decoder, stack, stacking, conversation or [5])
+            reference = merged(plain, stacking.pairs)
+            conversation += torch.randint(2, VOCABULARY, (count,), generator=words).tolist()
+            kept = decoder.begin(conversation)
+            assert stale is False or kept == 0
+            found = decoder.read(conversation, _quiet, lambda: False)
+            for _ in range(GREEDY):
+                expected = logits(reference, torch.tensor([conversation]))[0, -1]
+                assert (found - expected).abs().max() < TOLERANCE, (family, action, stacking.pairs)
+                token = int(found.argmax())
+                assert chosen(expected, token), "what a run without any cache would say"
+                conversation.append(token)
+                found = decoder.step(token)
+    finally:
+        stack.close()
+        decoder.close()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def _batch(decoder: Decoder, stack: ModelStack, stacking: Stacking, prompt: list[int]) -> None:
+    """Rows under other stacks in the middle of a conversation leave no trace."""
+    others = [AdapterStack(), stacking.stack, Stacking(stacking.folders[2:4], 2).stack]
+    with stack.rows(others, _quiet) as rows:
+        if not rows.reason:
+            assert Rows(decoder, [prompt] * 3).read(_quiet, lambda: False) is not None
+        else:
+            assert "Experts" in rows.reason
