@@ -19,6 +19,7 @@ from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, resources
 from app.engine.environments import Environments
 from app.house_downloads import DownloadsHouse
+from app.house_exports import ExportHouse
 from app.house_questions import HouseQuestions
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -98,6 +99,7 @@ class House(QObject):
             self.database, self.settings_view, paths, machine=self.machine.now, state=window.state, parent=self
         )
         self._library_worker: LibraryWorker | None = None
+        self.exports = ExportHouse(self)
         self._arguments: list[str] = []
         self.window = window
         self.questions = HouseQuestions(window, self.loadout, self.environments, self.engines, paths.logs, self)
@@ -133,6 +135,7 @@ class House(QObject):
             refresh=self.refresh_library,
         )
         page.code_wanted.connect(self.questions.review_code)
+        page.export_wanted.connect(self.exports.open_model)
         return page
 
     def _jobs_page(self) -> Page:
@@ -172,6 +175,7 @@ class House(QObject):
         bar.models_wanted.connect(self._show_models)
         bar.jobs_wanted.connect(self._show_jobs)
         bar.options_wanted.connect(self._show_options)
+        bar.export_wanted.connect(self.exports.open_loaded)
         return bar
 
     # Workers ----------------------------------------------------------------------------------------
@@ -455,6 +459,13 @@ class House(QObject):
                 group="Model",
                 icon="reload",
                 run=loadout.reload,
+                enabled=loadout.model is not None,
+            ),
+            PaletteCommand(
+                title="Merge and export…",
+                group="Model",
+                icon="export",
+                run=self.exports.open_loaded,
                 enabled=loadout.model is not None,
             ),
         ]

@@ -11,15 +11,18 @@ import contextlib
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from app.adapters.merge_staging import Staging, fingerprint, require_space, sync_file, sync_folder, write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult, gguf_type
-from app.core.merge_plan import MergePlan
+from app.core.merge_plan import MergeAdjustment, MergePlan
 from app.engine.reporting import Report
 from app.generation.hf_files import Stage, stage_tokenizer
 
@@ -46,6 +49,21 @@ class _Export:
         self.notes: list[str] = []
         self.resumed = 0
         self.tensors = 0
+        self._paused = threading.Event()
+        report.on_adjust(self._adjust)
+
+    def _adjust(self, text: str) -> None:
+        # In the reader's thread.
+        if msgspec.json.decode(text, type=MergeAdjustment).paused:
+            self._paused.set()
+        else:
+            self._paused.clear()
+
+    def _stopped(self) -> bool:
+        """Asked between tensors: whether it is cancelled. Waits here while it is paused."""
+        while self._paused.is_set() and not self.report.cancelled:
+            time.sleep(0.05)
+        return self.report.cancelled
 
     def run(self) -> ExportResult:
         check_plan(self.plan)
@@ -123,9 +141,7 @@ class _Export:
                     name=self._name(),
                     pre_tokenizer=self.plan.pre_tokenizer,
                 )
-                done, self.resumed = write_model(
-                    model, file, self._mark(), self._progress("Converting"), lambda: self.report.cancelled
-                )
+                done, self.resumed = write_model(model, file, self._mark(), self._progress("Converting"), self._stopped)
             except Exception as error:
                 told = (
                     refusal(error)
@@ -207,9 +223,7 @@ class _Export:
             from app.adapters.merge_gguf import merge_into_gguf
 
             merged = staging.folder / "merged.gguf"
-            self.notes += merge_into_gguf(
-                base, self.plan.stack, merged, self._progress("Merging"), lambda: self.report.cancelled
-            )
+            self.notes += merge_into_gguf(base, self.plan.stack, merged, self._progress("Merging"), self._stopped)
             return merged
         weights = sum(math.prod(t.shape) for t in header.tensors)
         require_space(staging.root, int(weights * self.type.bits / 8) + _MARGIN, "The GGUF file")
@@ -247,7 +261,7 @@ class _Export:
             self.plan.imatrix_chunks,
             threads=self.plan.threads or usable,
             progress=self._progress("Reading the text for the importance matrix", "chunks"),
-            cancelled=lambda: self.report.cancelled,
+            cancelled=self._stopped,
         )
         self.notes.append(f"Quantized with an importance matrix of {Path(self.plan.imatrix).name}.")
         return found

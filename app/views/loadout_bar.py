@@ -84,6 +84,7 @@ class LoadoutBar(QWidget):
     models_wanted = Signal()
     jobs_wanted = Signal()
     options_wanted = Signal(object)
+    export_wanted = Signal()
 
     def __init__(
         self,
@@ -123,6 +124,7 @@ class LoadoutBar(QWidget):
         self.cancel = button("Cancel", loadout.cancel_load)
         self.end = button("End it", loadout.end_engine, kind="danger", tip="End the engine that does not answer")
         self.options = icon_button("settings", "Options of this model", self._open_options)
+        self.export = icon_button("export", "Merge and export", self.export_wanted.emit)
         self.reload = icon_button("reload", "Load the model again", self._reload)
         self.eject = icon_button("eject", "Eject the model and give its memory back", loadout.unload)
         layout = row(
@@ -145,6 +147,7 @@ class LoadoutBar(QWidget):
             self.cancel,
             self.end,
             self.options,
+            self.export,
             self.reload,
             self.eject,
         ):
@@ -201,6 +204,7 @@ class LoadoutBar(QWidget):
         self.cancel.setVisible(loading)
         self.end.setVisible(now.state is LoadoutState.UNRESPONSIVE)
         self.options.setVisible(model is not None)
+        self.export.setVisible(model is not None and not model.problem)
         self.reload.setVisible(now.is_loaded)
         self.eject.setVisible(now.is_loaded or now.state is LoadoutState.FAILED)
 

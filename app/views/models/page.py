@@ -49,6 +49,7 @@ class ModelsPage(Page):
     """
 
     code_wanted = Signal(object)
+    export_wanted = Signal(object)
 
     def __init__(
         self,
@@ -368,6 +369,7 @@ class ModelsPage(Page):
         load.setEnabled(not entry.problem)
         load.setToolTip(entry.problem)
         menu.addSeparator()
+        menu.addAction(icon("export"), "Merge and export…", lambda: self.export_wanted.emit(entry))
         menu.addAction(icon("folder"), "Show in file manager", lambda: reveal(Path(entry.path)))
         menu.addAction(icon("copy"), "Copy path", lambda: QGuiApplication.clipboard().setText(entry.path))
         rename = menu.addAction(icon("edit"), "Rename", self.rename_selected)

@@ -1,0 +1,210 @@
+"""Merge and export in one dialog: choose, watch, see what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PySide6.QtCore import QSize, Qt, QTimer, Signal, Slot
+from PySide6.QtWidgets import QDialog, QLabel, QProgressBar, QSizePolicy, QStackedWidget, QWidget
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.export_plan import ExportResult
+from app.core.merge_plan import MergeResult
+from app.viewmodels.export import ExportDraft
+from app.viewmodels.units import readable_bytes, readable_seconds
+from app.views.dialogs import reveal
+from app.views.export.form import ExportForm
+from app.views.widgets import Banner, ElidedLabel, IconLabel, button, column, label, row, title
+
+_FORM, _RUNNING, _DONE = range(3)
+
+
+class ExportDialog(QDialog):
+    """One export.
+
+    Signals:
+        load_wanted(path): the result is to be loaded.
+    """
+
+    load_wanted = Signal(str)
+
+    def __init__(self, draft: ExportDraft, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.setWindowTitle("Merge and export")
+        self.setAccessibleName("Merge and export")
+        self.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        self.setMinimumWidth(560)
+        self._draft = draft
+        self._path = ""
+        self._turned = False
+        draft.setParent(self)
+        self.form = ExportForm(draft)
+        self.pages = QStackedWidget()
+        for page in (self.form, self._running_page(), self._done_page()):
+            self.pages.addWidget(page)
+        self.error = Banner("negative")
+        self.error.hide()
+        self._build_buttons()
+        column(
+            title("Merge and export"), self.error, self.pages, 1, parent=self, spacing=16, margins=(24, 24, 24, 16)
+        ).addLayout(self._buttons)
+        draft.changed.connect(self._show)
+        draft.done.connect(self._done)
+        draft.failed.connect(self._failed)
+        self._show()
+        self.form.name.setFocus()
+        self.form.name.selectAll()
+
+    @property
+    def job(self) -> int:
+        """Number of the job that it shows; 0 before one runs."""
+        return self._draft.job.id if self._draft.job is not None else 0
+
+    def sizeHint(self) -> QSize:
+        return QSize(640, super().sizeHint().height())
+
+    def _build_buttons(self) -> None:
+        self.start = button("Export", self._start, kind="primary")
+        self.start.setDefault(True)
+        self.pause = button("Pause", self._pause)
+        self.stop = button("Cancel", self._draft.cancel)
+        self.background = button(
+            "Continue in the background", self.close, kind="link", tip="It goes on as a job; see Jobs"
+        )
+        self.show_it = button("Show in folder", self._reveal)
+        self.load = button("Load it", self._load, kind="primary")
+        self.close_button = button("Close", self.close)
+        self._buttons = row(
+            self.background, 1, self.pause, self.stop, self.close_button, self.show_it, self.load, self.start
+        )
+
+    def _running_page(self) -> QWidget:
+        page = QWidget()
+        self.target = ElidedLabel("", Qt.TextElideMode.ElideMiddle)
+        self.phase = label()
+        self.bar = QProgressBar()
+        self.bar.setTextVisible(False)
+        self.bar.setAccessibleName("Progress of the export")
+        self.figures = label(tone="muted")
+        column(self.target, self.phase, self.bar, self.figures, 1, parent=page, spacing=8)
+        return page
+
+    def _done_page(self) -> QWidget:
+        page = QWidget()
+        self.outcome = label(wrap=True)
+        self.place = ElidedLabel("", Qt.TextElideMode.ElideMiddle)
+        self.notes = label(tone="muted", wrap=True, selectable=True)
+        head = row(IconLabel("done", 24, "positive"), self.outcome, spacing=12)
+        head.setStretch(1, 1)
+        self._result = column(parent=page, spacing=8)
+        self._result.addLayout(head)
+        for widget in (self.place, self.notes):
+            self._result.addWidget(widget)
+        self._result.addStretch(1)
+        return page
+
+    # State ----------------------------------------------------------------------------------------
+
+    @Slot()
+    def _show(self) -> None:
+        draft = self._draft
+        running = draft.running
+        page = _DONE if self._path else _RUNNING if running else _FORM
+        self._turn_to(page)
+        self.start.setVisible(page == _FORM)
+        self.start.setEnabled(not draft.problem() if page == _FORM else False)
+        for shown, where in (
+            (self.stop, _RUNNING),
+            (self.background, _RUNNING),
+            (self.show_it, _DONE),
+            (self.load, _DONE),
+        ):
+            shown.setVisible(page == where)
+        self.pause.setVisible(page == _RUNNING and not draft.waits_for_installation)
+        self.pause.setText("Go on" if draft.paused else "Pause")
+        self.pause.setAccessibleName(self.pause.text())
+        self.close_button.setVisible(page != _RUNNING)
+        if page == _RUNNING:
+            self._show_progress()
+
+    def _turn_to(self, page: int) -> None:
+        if page == self.pages.currentIndex() and self._turned:
+            return
+        self._turned = True
+        for place in range(self.pages.count()):
+            # A stack is as high as its highest page: only the shown one counts here.
+            policy = QSizePolicy.Policy.Preferred if place == page else QSizePolicy.Policy.Ignored
+            self.pages.widget(place).setSizePolicy(QSizePolicy.Policy.Preferred, policy)
+        self.pages.setCurrentIndex(page)
+        QTimer.singleShot(0, self, self.adjustSize)
+
+    def _show_progress(self) -> None:
+        draft, progress = self._draft, self._draft.progress
+        self.target.setText(str(draft.target))
+        if draft.waits_for_installation:
+            self._text(self.phase, "Installing what exports run in; the export follows by itself.")
+        elif progress is None:
+            self._text(self.phase, "Waiting for its turn" if draft.job is not None else "Starting")
+        else:
+            self._text(self.phase, "Paused" if draft.paused else progress.phase)
+        fraction = progress.fraction if progress is not None else None
+        self.bar.setRange(0, 0 if fraction is None else 1000)
+        self.bar.setValue(round(1000 * (fraction or 0)))
+        parts: list[str] = []
+        if progress is not None and progress.total and progress.unit == "bytes":
+            parts.append(f"{readable_bytes(progress.done)} of {readable_bytes(progress.total)}")
+            if draft.speed:
+                parts.append(f"{readable_bytes(draft.speed)}/s")
+        elif progress is not None and progress.total:
+            parts.append(f"{progress.done:g} of {progress.total:g} {progress.unit}")
+        if draft.seconds_left is not None and not draft.paused:
+            parts.append(f"{readable_seconds(draft.seconds_left)} left")
+        self._text(self.figures, " · ".join(parts))
+
+    @staticmethod
+    def _text(shown: QLabel, text: str) -> None:
+        if shown.text() != text:
+            shown.setText(text)
+
+    # Acts -----------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self.error.hide()
+        try:
+            self._draft.start()
+        except WeftError as error:
+            self._failed(error)
+
+    def _pause(self) -> None:
+        self._draft.pause(not self._draft.paused)
+
+    @Slot(object)
+    def _failed(self, error: WeftError) -> None:
+        self.error.setVisible(error.kind is not ErrorKind.CANCELLED)
+        self.error.text.setText(str(error))
+        self._show()
+
+    @Slot(object)
+    def _done(self, result: MergeResult | ExportResult) -> None:
+        self._path = result.folder if isinstance(result, MergeResult) else result.file
+        self.error.hide()
+        self.outcome.setText(_outcome(result))
+        self.place.setText(self._path)
+        self.notes.setText("\n".join(result.notes))
+        self.notes.setVisible(bool(result.notes))
+        self._show()
+        self.load.setDefault(True)
+
+    def _reveal(self) -> None:
+        reveal(Path(self._path))
+
+    def _load(self) -> None:
+        self.load_wanted.emit(self._path)
+        self.close()
+
+
+def _outcome(result: MergeResult | ExportResult) -> str:
+    took = f"in {readable_seconds(result.seconds)}" if result.seconds >= 1 else "in under a second"
+    if isinstance(result, MergeResult):
+        return f"Merged: {readable_bytes(result.bytes)}, {result.changed} of {result.tensors} tensors changed, {took}."
+    return f"Exported as {result.type.upper()}: {readable_bytes(result.bytes)}, {result.tensors} tensors, {took}."

@@ -1,0 +1,266 @@
+"""The merge-and-export dialog: what it offers, what it refuses, and a real merge through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from PySide6.QtCore import QObject, Qt, Signal
+from pytestqt.qtbot import QtBot
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.export_plan import ExportPlan, ExportResult
+from app.core.jobs import Job, JobState, Progress
+from app.core.library import ModelFormat
+from app.core.merge_plan import MergePlan, MergeResult
+from app.core.stack import AdapterStack, StackedAdapter
+from app.viewmodels import export as export_module
+from app.viewmodels.export import SAFETENSORS, ExportDraft, ExportOptions, choices, default_name
+from app.views.export.dialog import ExportDialog
+from tests.qt.shell_parts import GB, model
+
+STACK = AdapterStack(
+    adapters=(
+        StackedAdapter(path="/loras/pirate", name="pirate", weight=0.7),
+        StackedAdapter(path="/loras/off", name="off", weight=0.0),
+    )
+)
+
+
+class Queue(QObject):
+    """As much of a TaskQueue as a draft uses; the test says what happens."""
+
+    progressed = Signal(int, object)
+    warned = Signal(int, str)
+    ended = Signal(object, object, object)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.submitted: list[tuple[str, str, Any, str]] = []
+        self.asked: list[object] = []
+        self.active = False
+
+    def submit(self, task: str, title: str, parameters: Any, *, environment: str = "core") -> Job:
+        self.submitted.append((task, title, parameters, environment))
+        self.active = True
+        return Job(id=7, task=task, title=title)
+
+    def is_active(self, _job: int) -> bool:
+        return self.active
+
+    def cancel(self, job: int) -> None:
+        self.asked.append(("cancel", job))
+
+    def adjust(self, job: int, parameters: object) -> None:
+        self.asked.append((job, parameters))
+
+    def end(self, result: object, error: WeftError | None = None) -> None:
+        self.active = False
+        state = JobState.DONE if error is None else JobState.FAILED
+        answer = None if result is None else msgspec.to_builtins(result)
+        self.ended.emit(Job(id=7, task="merge", title="Merge", state=state), answer, error)
+
+
+class Jobs(QObject):
+    """As much of a JobCenter as a draft uses."""
+
+    environment_ready = Signal(str)
+    environment_failed = Signal(str, object)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = {"core"}
+        self.installs: list[str] = []
+
+    def is_ready(self, name: str) -> bool:
+        return name in self.ready
+
+    def install(self, name: str) -> None:
+        self.installs.append(name)
+
+
+@pytest.fixture
+def queue(qapp: object) -> Queue:
+    return Queue()
+
+
+@pytest.fixture
+def jobs(qapp: object) -> Jobs:
+    return Jobs()
+
+
+def folder_model(**fields: Any) -> Any:
+    return model("maker/tiny-1B", format=ModelFormat.SAFETENSORS, quantization="BF16", parameters=GB, **fields)
+
+
+@pytest.fixture
+def draft(queue: Queue, jobs: Jobs, tmp_path: Path) -> Iterator[ExportDraft]:
+    made = ExportDraft(
+        folder_model(),
+        STACK,
+        queue=queue,
+        jobs=jobs,
+        models=tmp_path,
+        memory_free=lambda: 8 * GB,  # type: ignore[arg-type]
+    )
+    yield made
+
+
+@pytest.fixture
+def dialog(draft: ExportDraft, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> ExportDialog:
+    monkeypatch.setattr(export_module, "free_at", lambda _folder: 100 * GB)
+    made = ExportDialog(draft)
+    made.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose, False)
+    qtbot.addWidget(made)
+    made.show()
+    return made
+
+
+def test_one_click_merges_the_stack_that_is_on_under_a_name_made_of_both(
+    dialog: ExportDialog, queue: Queue, qtbot: QtBot, tmp_path: Path
+) -> None:
+    assert dialog.form.stack.text() == "pirate × 0.7" and dialog.form.name.text() == "tiny-1B-pirate"
+    assert dialog.start.isEnabled() and dialog.start.isDefault()
+    dialog.start.click()
+    (task, title, plan, environment) = queue.submitted[0]
+    assert (task, environment) == ("merge", "core") and "tiny-1B-pirate" in title
+    assert isinstance(plan, MergePlan) and plan.target == str(tmp_path / "tiny-1B-pirate")
+    assert [a.name for a in plan.stack.adapters] == ["pirate"]
+    queue.progressed.emit(7, Progress(phase="Merging", done=GB, total=2 * GB, unit="bytes"))
+    assert "1.0 GB of 2.0 GB" in dialog.figures.text() and dialog.bar.value() == 500
+    dialog.pause.click()
+    assert queue.asked[-1] == (7, {"paused": True}) and dialog.pause.text() == "Go on"
+    dialog.pause.click()
+    assert queue.asked[-1] == (7, {"paused": False})
+    loads: list[str] = []
+    dialog.load_wanted.connect(loads.append)
+    queue.end(MergeResult(folder=plan.target, bytes=2 * GB, tensors=10, changed=4, seconds=3.0, notes=["A note."]))
+    assert "4 of 10 tensors" in dialog.outcome.text() and dialog.notes.text() == "A note."
+    dialog.load.click()
+    assert loads == [plan.target]
+
+
+def test_gguf_installs_what_it_needs_first_and_goes_on_by_itself(
+    dialog: ExportDialog, queue: Queue, jobs: Jobs, tmp_path: Path
+) -> None:
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("q4_k_m"))
+    assert "installed first" in dialog.form.note.text.text()
+    dialog.start.click()
+    assert jobs.installs == ["export"] and not queue.submitted
+    assert "Installing" in dialog.phase.text() and not dialog.pause.isVisible()
+    jobs.environment_ready.emit("core")
+    assert not queue.submitted
+    jobs.environment_ready.emit("export")
+    (task, _, plan, environment) = queue.submitted[0]
+    assert (task, environment) == ("export_gguf", "export") and isinstance(plan, ExportPlan)
+    assert plan.target == str(tmp_path / "tiny-1B-pirate" / "tiny-1B-pirate-Q4_K_M.gguf")
+    queue.end(ExportResult(file=plan.target, bytes=GB, type="q4_k_m", tensors=9, seconds=70))
+    assert "Q4_K_M" in dialog.outcome.text() and "1 min" in dialog.outcome.text()
+
+
+def test_a_failed_installation_and_a_failed_job_come_back_to_the_form(
+    dialog: ExportDialog, queue: Queue, jobs: Jobs
+) -> None:
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("q8_0"))
+    dialog.start.click()
+    jobs.environment_failed.emit("export", WeftError(ErrorKind.NETWORK, "Offline.", "Connect."))
+    assert dialog.error.isVisible() and "Connect." in dialog.error.text.text() and dialog.start.isVisible()
+    jobs.ready.add("export")
+    dialog.start.click()
+    assert not dialog.error.isVisible()
+    queue.end(None, WeftError(ErrorKind.DISK_FULL, "The drive became full.", "Make room."))
+    assert "Make room." in dialog.error.text.text() and dialog.start.isEnabled()
+
+
+def test_what_is_wrong_is_said_before_the_button(
+    dialog: ExportDialog, draft: ExportDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, words in (("", "needs a name"), ("a/b", "none of"), ("x" * 121, "at most 120"), (".hidden", "point")):
+        dialog.form.name.setText(name)
+        assert words in dialog.form.note.text.text(), name
+        assert not dialog.start.isEnabled()
+    (tmp_path / "there").mkdir()
+    dialog.form.name.setText("there")
+    assert "exists there already" in dialog.form.note.text.text()
+    dialog.form.name.setText("fine")
+    assert dialog.start.isEnabled()
+    monkeypatch.setattr(export_module, "free_at", lambda _folder: GB // 2)
+    draft.changed.emit()
+    assert "missing on that drive" in dialog.form.note.text.text() and not dialog.start.isEnabled()
+
+
+def test_low_types_ask_for_a_text_and_sizes_say_what_is_made_on_the_way(
+    dialog: ExportDialog, draft: ExportDraft
+) -> None:
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("iq2_xs"))
+    assert "importance matrix" in dialog.form.note.text.text() and dialog.form.more.header.isChecked()
+    draft.set_options(ExportOptions(imatrix="/texts/some.txt"))
+    assert dialog.start.isEnabled() and dialog.form.imatrix.text() == "some.txt"
+    assert "more while it is made" in dialog.form.need.text()
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("q8_0"))
+    assert "more while it is made" not in dialog.form.need.text()
+
+
+def test_what_can_be_made_of_what(tmp_path: Path) -> None:
+    assert choices(folder_model(), STACK)[0].key == SAFETENSORS
+    assert choices(folder_model(), AdapterStack())[0].key == "f32"
+    assert SAFETENSORS not in [c.key for c in choices(model(), STACK)]
+    assert choices(model(format=ModelFormat.GPTQ), STACK) == []
+    assert default_name(model("maker/Tiny-Q4_K_M"), STACK) == "Tiny-pirate"
+    odd = StackedAdapter(path="/x/a b/ü:1", name="a b/ü:1")
+    assert default_name(folder_model(), AdapterStack(adapters=(odd,))) == "tiny-1B-a-b-ü-1"
+
+
+def test_escape_leaves_a_running_export_at_work(dialog: ExportDialog, queue: Queue, qtbot: QtBot) -> None:
+    dialog.start.click()
+    dialog.reject()
+    assert not dialog.isVisible() and not queue.asked
+
+
+@pytest.mark.skipif(not os.environ.get("WEFT_PYTHON_CORE"), reason="WEFT_PYTHON_CORE names no interpreter with PyTorch")
+def test_a_real_merge_through_the_dialog_lands_in_the_library(qtbot: QtBot, tmp_path: Path) -> None:
+    from app.core.paths import default_paths, resources
+    from app.core.recognise import recognise_model
+    from app.engine import launch
+    from app.store.database import Database
+    from app.store.jobs import JobStore
+    from app.viewmodels.tasks import TaskQueue
+    from app.workers.task_worker import TaskWorker
+
+    database = Database(tmp_path / "weft.db")
+    queue = TaskQueue(
+        JobStore(database),
+        make_client=lambda name, log: launch.task_engine(name, default_paths(), log.stem),
+        make_worker=TaskWorker,
+        logs=tmp_path / "logs",
+    )
+    entry = recognise_model(resources() / "starter" / "model")
+    assert entry is not None
+    voice = StackedAdapter(path=str(resources() / "starter" / "voice-adapter"), name="voice")
+    draft = ExportDraft(
+        entry,
+        AdapterStack(adapters=(voice,)),
+        queue=queue,
+        jobs=Jobs(),  # type: ignore[arg-type]
+        models=tmp_path / "models",
+        memory_free=lambda: 8 * GB,
+    )
+    dialog = ExportDialog(draft)
+    dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose, False)
+    qtbot.addWidget(dialog)
+    dialog.show()
+    try:
+        with qtbot.waitSignal(draft.done, timeout=120_000) as got:
+            dialog.start.click()
+        result = got.args[0]
+        made = recognise_model(Path(result.folder))
+        assert made is not None and not made.problem and made.has_chat_template
+        assert result.changed == 28 and "28 of" in dialog.outcome.text()
+        qtbot.waitUntil(lambda: not queue.busy, timeout=20_000)
+    finally:
+        queue.close()
+        database.close()
