@@ -16,32 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from app.adapters.conversion_cache import Cache
-from app.adapters.to_gguf import BY_HEAD, INTERLEAVED, PLAIN
 from app.core.adapter_file import AdapterFile, TensorInfo, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
 from app.core.library import ModelEntry
-from app.core.module_names import Place, place_of, role_of
+from app.core.module_names import BY_HEAD, INTERLEAVED, PLAIN, Place, gguf_architectures, place_of, role_of
 
 if TYPE_CHECKING:
     import numpy
 
 VERSION = 1  # of the conversion: a higher one makes all cached folders anew
 _CHUNK = 1 << 22
-# What GGUF calls an architecture that transformers calls otherwise.
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "mistral": ("llama", "mistral3"),
-    "mixtral": ("llama",),
-    "phi": ("phi2",),
-    "cohere": ("command-r",),
-    "gemma3_text": ("gemma3",),
-    "gpt_neox": ("gptneox",),
-    "gpt_bigcode": ("starcoder",),
-    "qwen2_moe": ("qwen2moe",),
-    "qwen3_moe": ("qwen3moe",),
-    "gpt_oss": ("gpt-oss",),
-    "granitemoe": ("granitemoe",),
-}
 
 
 class HfBase(NamedTuple):
@@ -139,7 +124,7 @@ def _usable(path: Path, base: HfBase) -> AdapterFile:
     file = read_adapter_file(path)
     if file.problems:
         raise WeftError(ErrorKind.CORRUPT, f"{path.name} cannot be used. {file.problems[0]}", "Get the adapter again.")
-    wanted = ARCHITECTURES.get(base.model_type, (base.model_type,))
+    wanted = gguf_architectures(base.model_type)
     if file.architecture and file.architecture not in wanted:
         raise WeftError(
             ErrorKind.UNSUPPORTED,
@@ -191,7 +176,7 @@ def _restored(b: numpy.ndarray, module: str, file: AdapterFile, base: HfBase) ->
         WeftError: UNSUPPORTED where llama.cpp's order is not known.
     """
     role = role_of(place_of(module))
-    architecture = file.architecture or ARCHITECTURES.get(base.model_type, (base.model_type,))[0]
+    architecture = file.architecture or gguf_architectures(base.model_type)[0]
     if role not in ("attn_q", "attn_k", "attn_qkv") or architecture in PLAIN:
         return b
     if architecture in INTERLEAVED and role != "attn_qkv":

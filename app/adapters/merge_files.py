@@ -6,6 +6,7 @@ Safetensors through `pread`; pickled files through torch's restricted loader, ma
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,7 @@ class BaseFiles:
         self.notes: list[str] = []
         self._files: dict[Path, int] = {}
         self._loaded: dict[str, Any] = {}  # bytes of pickled tensors, by name
+        self._lock = threading.Lock()
         for path in files:
             if path.suffix == ".safetensors":
                 found = read_safetensors_header(path).tensors
@@ -149,7 +151,7 @@ class BaseFiles:
         done, offset = 0, tensor.offset + start
         try:
             while done < len(into):
-                got = pread_into(self._files[tensor.file], into[done:], offset + done)
+                got = self._pread(self._files[tensor.file], into[done:], offset + done)
                 if got == 0:
                     raise WeftError(
                         ErrorKind.CORRUPT,
@@ -159,6 +161,15 @@ class BaseFiles:
                 done += got
         except OSError as error:
             raise os_error(tensor.file, error) from error
+
+    def _pread(self, descriptor: int, into: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(descriptor, [into], offset)
+        with self._lock:  # no positional read on Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(into))
+        into[: len(data)] = data
+        return len(data)
 
     def fd(self, tensor: StoredTensor) -> int:
         """The open file of a tensor for the kernel to copy from; -1 where there are only bytes in memory."""
@@ -178,14 +189,3 @@ class BaseFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def pread_into(descriptor: int, into: memoryview, offset: int) -> int:
-    """Read at an offset into a buffer. Returns how many bytes came."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [into], offset)
-    # Windows has no positional read: the caller's threads must not share a descriptor there.
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(into))
-    into[: len(data)] = data
-    return len(data)

@@ -18,26 +18,13 @@ from app.core.compatibility import adapter_extras
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import GgufHeader
 from app.core.gguf_header import os_error
-from app.core.module_names import Place, is_expert, place_of, role_of
+from app.core.module_names import BY_HEAD, INTERLEAVED, PLAIN, Place, is_expert, place_of, role_of
 
 if TYPE_CHECKING:
     import numpy
 
 VERSION = 1  # of the conversion: a higher one makes all cached files anew
 _CHUNK = 1 << 22
-
-# Architectures whose query and key rows llama.cpp keeps in rotary pairs: the even and odd halves of a head interleaved.
-INTERLEAVED = frozenset(
-    "llama deci granite granitemoe arcee smollm3 minicpm internlm2 olmo xverse nanbeige llada bailingmoe deepseek arctic "
-    "chameleon afmoe cogvlm".split()
-)
-# Those that keep the rows as transformers has them, known from llama.cpp's converter.
-PLAIN = frozenset(
-    "qwen qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 gemma3 phi2 phi3 command-r cohere2 dbrx gpt2 stablelm starcoder starcoder2 "
-    "mpt olmo2 olmoe opt exaone exaone4 glm4 gpt-oss seed_oss".split()
-)
-# Those with query, key and value of each head together, where llama.cpp puts all queries first.
-BY_HEAD = frozenset({"bloom", "gptneox"})
 
 
 class Base(NamedTuple):
@@ -186,7 +173,7 @@ def _content(
         for lora, first in found:
             a, b = read_array(lora.a), read_array(lora.b)
             a, b = (a.T, b.T) if lora.transposed else (a, b)
-            b = _reordered(b, name.rpartition(".")[2] if "." in name else name, base)
+            b = reordered(b, name.rpartition(".")[2] if "." in name else name, base)
             if own:
                 b = (b.astype(numpy.float64) * lora.scale).astype(numpy.float32)
             if b.shape[0] != (base.shapes[name][1] if lora.embedding else base.shapes[name][0]):
@@ -208,7 +195,7 @@ def _content(
     return metadata, tensors
 
 
-def _reordered(b: numpy.ndarray, role: str, base: Base) -> numpy.ndarray:
+def reordered(b: numpy.ndarray, role: str, base: Base) -> numpy.ndarray:
     """B with its rows as llama.cpp keeps this tensor's.
 
     Raises:
