@@ -340,17 +340,38 @@ def test_a_match_is_never_below_the_bar_that_found_it(desk: Desk) -> None:
     desk.qtbot.waitUntil(lambda: not desk.page.finder.working and desk.page.finder.count == 8)
     transcript = desk.page.transcript
     bottom = desk.page.find_bar.geometry().bottom()
-    for step in (-1, -1, -1, 1, 1):
+    for step in (-1, -1, -1, 1, 1, 1, 1):
         desk.page.finder.step(step)
         desk.settle()
         at = desk.page.controller.path[2 * desk.page.finder.at - 1].id
         view = transcript.view_of(at)
         assert view is not None
         top = view.mapTo(transcript.viewport(), view.view.geometry().topLeft()).y()
-        if transcript.verticalScrollBar().value() > 0:
-            assert top >= bottom, (step, top, bottom)
+        assert top >= bottom, (step, top, bottom)
     assert desk.page.finding.close()
     assert transcript.covered == 0
+
+
+def test_a_match_in_the_first_line_of_all_is_seen_too(desk: Desk) -> None:
+    desk.ask("needle", "hay")
+    first = desk.page.controller.path[0].id
+    transcript = desk.page.transcript
+    desk.settle()
+
+    def top() -> int:
+        desk.settle()
+        view = transcript.view_of(first)
+        assert view is not None
+        return view.y()
+
+    before = top()
+    desk.page.find_in_page()
+    desk.page.find_bar.field.setText("needle")
+    desk.qtbot.keyClick(desk.page.find_bar.field, Qt.Key.Key_Return)
+    desk.qtbot.waitUntil(lambda: desk.page.finder.count == 1)
+    assert top() >= desk.page.find_bar.geometry().bottom()
+    desk.page.finding.close()
+    assert top() == before
 
 
 def test_it_follows_the_answer_until_the_user_scrolls_up(desk: Desk) -> None:

@@ -46,7 +46,7 @@ class ConversationFind(QObject):
         """Put the bar into the corner of the transcript."""
         self.bar.adjustSize()
         self.bar.move(self._transcript.viewport().width() - self.bar.width() - 2 * GRID, GRID)
-        self._transcript.covered = self.bar.geometry().bottom() if self.bar.isVisible() else 0
+        self._transcript.set_covered(self.bar.geometry().bottom() if self.bar.isVisible() else 0)
 
     @Slot(str)
     def _search(self, text: str) -> None:
@@ -61,7 +61,7 @@ class ConversationFind(QObject):
 
     @Slot()
     def _bar_closed(self) -> None:
-        self._transcript.covered = 0
+        self._transcript.set_covered(0)
         self.finder.stop()
         self._clear_marks()
         self.closed.emit()

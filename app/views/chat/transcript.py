@@ -67,7 +67,7 @@ class Transcript(QAbstractScrollArea):
         self._tops: list[int] = []
         self._views: dict[int, MessageView] = {}  # by message id, the most recently used last
         self._follow = True
-        self.covered = 0  # pixels at the top that something lies over, so that nobody looks for anything there
+        self._covered = 0
         self._enabled = True
         self._arranging = False
         self._pending = QTimer(self)
@@ -240,7 +240,7 @@ class Transcript(QAbstractScrollArea):
 
     def _stack(self) -> int:
         """Tops from heights; returns the whole height."""
-        tops, y = [], TOP
+        tops, y = [], TOP + self._covered
         for height in self._heights:
             tops.append(y)
             y += height + GAP
@@ -336,6 +336,16 @@ class Transcript(QAbstractScrollArea):
         )
         self._latest.raise_()
 
+    @property
+    def covered(self) -> int:
+        """Pixels at the top that something lies over: what is shown stands below, the very first message too."""
+        return self._covered
+
+    def set_covered(self, pixels: int) -> None:
+        if pixels != self._covered:
+            self._covered, anchor = pixels, self._anchor()
+            self._arrange(anchor)
+
     # -- going places -----------------------------------------------------------------------------
 
     @property
@@ -358,9 +368,9 @@ class Transcript(QAbstractScrollArea):
         for _ in range(3):  # heights around it become known on the way
             top = self._tops[index] + offset
             extent = height or min(self._heights[index], tall // 2)
-            if top < bar.value() + self.covered + GRID or top + extent > bar.value() + tall - GRID:
+            if top < bar.value() + self._covered + GRID or top + extent > bar.value() + tall - GRID:
                 self._follow = False
-                bar.setValue(max(0, top - max(tall // 4, self.covered + GRID)))
+                bar.setValue(max(0, top - max(tall // 4, self._covered + GRID)))
         self._arrange()
 
     def neighbour(self, message: int, step: int) -> int:
