@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+import app
 from app.cli_library import find_model
 from app.cli_task import run_task
 from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
 from app.core.library import ModelEntry
-from app.core.paths import default_paths
+from app.core.paths import default_paths, resources
 from app.engine.environments import USABLE, Environments
 from app.store.toml_text import dump
+from app.terminal import ProgressLine
 from app.training import methods, run_file
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
 
@@ -32,24 +39,38 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--preview", action="store_true", help="show what the model would be trained on, and train nothing"
     )
+    command.add_argument(
+        "--launch", type=Path, metavar="CONFIG", help="train in several processes, as this accelerate config file says"
+    )
+    command.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="write a folder that trains on another machine, and train nothing here",
+    )
+    command.add_argument("--with-model", action="store_true", help="with --export: copy the model too, however large")
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command. Returns the exit status. Raises WeftError."""
-    text = parsed.file
-    config = run_file.read(text)
+    config = run_file.read(parsed.file)
     if parsed.preview:
         return _preview(config, parsed.json)
-    for note in methods.check(config):
+    told = methods.check(config)
+    for note in told:
         print(f"note: {note}", file=sys.stderr)
     model = model_of(config)
-    _environment()
     parameters = TrainParameters(
         config=config, model=model, resume="yes" if parsed.resume else "no", run_file=dump(run_file.to_table(config))
     )
-    told = methods.check(config)
-    result = run_task(ENVIRONMENT, "train", parameters, on_metric=_Metrics(), on_news=_news(told))
+    if parsed.export is not None:
+        return _export(parameters, parsed)
+    _environment()
+    if parsed.launch is not None:
+        result = _launch(parameters, parsed.launch, told)
+    else:
+        result = run_task(ENVIRONMENT, "train", parameters, on_metric=_Metrics(), on_news=_news(told))
     if parsed.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
     else:
@@ -82,6 +103,89 @@ def _preview(config: RunConfig, as_json: bool) -> int:
     else:
         print(render(msgspec.convert(found, PreviewResult)))
     return 0
+
+
+def _export(parameters: TrainParameters, parsed: argparse.Namespace) -> int:
+    from app.training.run_export import export
+
+    definition = tomllib.loads((resources() / "environments" / "core.toml").read_text("utf-8"))
+    pins = [pin for layer in definition["layers"] for pin in layer["requirements"]]
+    folder = parsed.export.expanduser().absolute()
+    todo = export(parameters, folder, "\n".join(pins) + "\n", parameters.run_file, with_model=parsed.with_model)
+    if parsed.json:
+        sys.stdout.write(msgspec.json.encode({"folder": str(folder), "next": todo}).decode() + "\n")
+    else:
+        print(folder)
+        print("\n".join(f"next: {each}" for each in todo), file=sys.stderr)
+    return 0
+
+
+def _launch(parameters: TrainParameters, config: Path, told: list[str]) -> dict[str, Any]:
+    """Run under `accelerate launch`; its first process speaks in lines on stdout."""
+    if not config.is_file():
+        raise WeftError(
+            ErrorKind.NOT_FOUND, f"There is no file {config}.", "Make one with `accelerate config --config_file FILE`."
+        )
+    paths = default_paths()
+    python = Environments(paths.environments).python(ENVIRONMENT)
+    metrics, news, line = _Metrics(), _news(told), ProgressLine()
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    log = paths.logs / "train-launched.log"
+    with tempfile.TemporaryDirectory(prefix="weft-launch-") as place, log.open("w", encoding="utf-8") as errors:
+        file = Path(place) / "run.json"
+        file.write_bytes(msgspec.json.encode(parameters))
+        command = [str(python), "-m", "accelerate.commands.launch", "--config_file", str(config.absolute())]
+        command += ["-m", "app.training.run_launched", str(file)]
+        root = str(Path(app.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": root, "PYTHONSAFEPATH": "1"}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=place, env=environment
+        )
+        try:
+            found = _follow(process, metrics, news, line)
+        except BaseException:
+            process.terminate()  # the launcher ends its processes
+            raise
+        finally:
+            line.clear()
+            process.wait()
+    if "result" in found:
+        return found["result"]
+    if found:
+        raise WeftError(ErrorKind(found["error"]), found["message"], found["hint"])
+    raise WeftError(
+        ErrorKind.CRASHED, f"The launched processes ended with status {process.returncode}.", f"The log {log} says why."
+    )
+
+
+def _follow(
+    process: subprocess.Popen[str], metrics: _Metrics, news: Callable[[str], str | None], line: ProgressLine
+) -> dict[str, Any]:
+    """Print what the first process says. Returns its last word, {} when it died without one."""
+    assert process.stdout is not None
+    last: dict[str, Any] = {}
+    for text in process.stdout:
+        if not text.startswith("{"):
+            continue  # a library's own print
+        event = msgspec.json.decode(text)
+        said: str | None = None
+        match event["kind"]:
+            case "progress":
+                line.show(Progress(phase=event["phase"], done=event["done"], total=event["total"], unit=event["unit"]))
+            case "metric":
+                said = metrics(event["step"], event["values"])
+            case "news":
+                said = news(event["json"])
+            case "log" if event["level"] in ("warning", "error"):
+                said = f"{event['level']}: {event['text']}"
+            case "done" | "failed":
+                last = event
+            case _:
+                pass
+        if said:
+            line.clear()
+            print(said, file=sys.stderr)
+    return last
 
 
 class _Metrics:

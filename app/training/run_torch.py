@@ -45,7 +45,8 @@ def run(parameters: TrainParameters, report: Report, accelerator: Any = None) ->
     notes = methods.check(parameters.config)
     target = Path(parameters.config.output.dir)
     main = accelerator is None or accelerator.is_main_process
-    claim(target, parameters)
+    if main:
+        claim(target, parameters)
     folder = RunFolder(target, lambda text: report.log("warning", text)) if main else None
     try:
         return Run(parameters, report, folder, accelerator, notes).go()
@@ -98,6 +99,8 @@ class Run:
         grown = self._make_room(tokenizer, base)
         mark = fingerprint(self.parameters, base.files, data.files)
         before = self._begin(mark)
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()  # the others have looked before the first one writes
         check = self._packing(base, data)
         pad = pad_token(tokenizer, data, base)
         chunked = config.train.chunked_loss and self.accelerator is None
@@ -141,6 +144,10 @@ class Run:
         )
         if before is not None:
             trainer.restore(*before[1:])
+        if self.accelerator is not None:  # each process drops out on its own
+            torch.manual_seed(
+                config.train.seed + 1_000_003 * (self.accelerator.process_index + 1) + trainer.counters.step
+            )
         silent = trainer.try_out(plan.longest())
         if silent:
             self._note(

@@ -375,8 +375,8 @@ class Trainer:
             set_random_states(self._before)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors, on the processor."""
-        return {name: p.detach().cpu().contiguous().clone() for name, p in self.trained.items()}
+        """The trained tensors, whole, on the processor."""
+        return {name: whole_tensor(p).cpu().contiguous().clone() for name, p in self.trained.items()}
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the last complete step."""
@@ -406,6 +406,12 @@ class Trainer:
         self._saved = self.counters.step
 
     _clock: float = 0.0
+
+
+def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP may have spread over processes, gathered (all of them have to ask)."""
+    gather = getattr(parameter, "full_tensor", None)
+    return (gather() if gather is not None else parameter).detach()
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -1,0 +1,183 @@
+"""RUN.toml: the smallest file, every option, errors that name the key, and back again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.options import describe
+from app.store.toml_text import dump
+from app.training import methods, run_file
+from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
+
+SMALLEST = """
+[model]
+path = "starter"            # or a folder, or a library name
+[data]
+files = ["examples.jsonl"]
+[method]
+kind = "lora"
+[train]
+epochs = 3
+[output]
+dir = "my-adapter"
+"""
+
+
+def test_the_smallest_file_has_the_documented_defaults(tmp_path: Path) -> None:
+    place = tmp_path / "RUN.toml"
+    place.write_text(SMALLEST)
+    config = run_file.read(place)
+    assert (config.model.path, config.output.dir) == ("starter", str(tmp_path / "my-adapter"))
+    assert config.data.files == (str(tmp_path / "examples.jsonl"),)
+    method, train = config.method, config.train
+    assert (method.r, method.alpha, method.targets, method.init, method.rslora, method.dora) == (
+        16,
+        16,
+        "all-linear",
+        "default",
+        False,
+        False,
+    )
+    assert (
+        train.batch_size,
+        train.gradient_accumulation,
+        train.learning_rate,
+        train.max_length,
+        train.packing,
+        train.seed,
+    ) == (2, 8, 2e-4, 1024, "fit", 0)
+    assert config.data.held_out == 0.05
+    assert methods.check(config) == []
+    made = config.data_config()
+    assert (made.max_length, made.packing, made.seed) == (1024, "fit", 0)
+
+
+def test_every_option_goes_to_toml_and_back() -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    texts = {
+        "targets": "q_proj, v_proj", "exclude": "lm_head", "modules_to_save": "embed_tokens, lm_head", "layers": "0-3, 7", "rank_pattern": "q_proj = 8\n^model.x = 4",
+        "alpha_pattern": "v_proj = 2.5", "layer_replication": "0-4, 2-5", "samples": "One?\nTwo?", "new_tokens": "<a> <b>", "trainable_tokens": "5 <x>",
+        "target_parameters": "mlp.experts.gate_up_proj",
+    }  # fmt: skip
+    for _ in range(30):
+        table: dict[str, dict[str, Any]] = {}
+        for section, kind in (
+            ("model", ModelConfig),
+            ("method", MethodConfig),
+            ("train", TrainConfig),
+            ("output", OutputConfig),
+        ):
+            values: dict[str, Any] = {}
+            for field in describe(kind):
+                if rng.random() < 0.5:
+                    continue
+                low, high = field.minimum or 0, min(field.maximum or 100, 100)
+                values[field.name] = {
+                    "bool": lambda: rng.random() < 0.5,
+                    "int": lambda low=low, high=high: rng.randint(int(low), int(high)),
+                    "float": lambda low=low, high=high: rng.uniform(low, high),
+                    "choice": lambda field=field: rng.choice(field.choices),
+                    "text": lambda field=field: texts.get(field.name, "some text"),
+                }[field.kind]()
+            table[section] = values
+        config = run_file.from_table(table)
+        assert run_file.parse(dump(run_file.to_table(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[modle]", "model"),
+        ("[method]\nrnak = 8", "rank"),
+        ("[method]\nr = 0", "from 1 to 4096"),
+        ('[train]\noptimizer = "adamm"', "adamw"),
+        ("[train]\nlearning_rat = 1", "learning_rate"),
+        ("[data]\nmax_length = 8", r"\[train\]"),
+        ("[data]\nfiles = 3", "files"),
+        ("[train", "TOML"),
+        ("model = 3", "table"),
+        ("[method]\ntargets = [['a']]", "targets"),
+    ],
+)
+def test_a_mistake_is_named_with_what_was_meant(text: str, says: str) -> None:
+    with pytest.raises(WeftError, match=says) as caught:
+        run_file.parse(text)
+    assert caught.value.kind is ErrorKind.BAD_INPUT and caught.value.hint
+
+
+def test_names_of_peft_and_transformers_are_understood() -> None:
+    config = run_file.parse(
+        '[method]\nlora_alpha = 32\ntarget_modules = ["q_proj"]\nuse_dora = true\nlayer_replication = [[0, 4], [2, 5]]\nrank_pattern = {q_proj = 8}\n'
+        '[train]\nlr = 1e-4\npacking = true\nper_device_train_batch_size = 4\n[data]\nfiles = "a.jsonl"'
+    )
+    assert (config.method.alpha, config.method.targets, config.method.dora) == (32, "q_proj", True)
+    assert run_file.ranges(config.method.layer_replication, "") == [(0, 4), (2, 5)]
+    assert run_file.pattern(config.method.rank_pattern, "") == {"q_proj": 8}
+    assert (config.train.learning_rate, config.train.packing, config.train.batch_size) == (1e-4, "fit", 4)
+    assert config.data.files == ("a.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        ("method", {"init": "orthogonal", "r": 7}, "even"),
+        ("method", {"init": "loftq_replace"}, "4 bits"),
+        ("method", {"target_regex": "("}, "regular expression"),
+        ("method", {"targets": " "}, "No modules"),
+        ("method", {"rank_pattern": "q_proj: 3"}, "q_proj: 3"),
+        ("method", {"layers": "a-b"}, "range"),
+        ("method", {"layer_replication": "5-2"}, "range"),
+        ("method", {"lora_bias": True, "dora": True}, "lora_bias"),
+        ("output", {"dir": " "}, "folder"),
+        ("model", {"path": ""}, "model"),
+    ],
+)
+def test_what_excludes_each_other_is_refused_before_anything_starts(
+    section: str, changes: dict[str, Any], says: str
+) -> None:
+    config = run_file.parse(SMALLEST)
+    part = msgspec.structs.replace(getattr(config, section), **changes)
+    with pytest.raises(WeftError, match=says) as caught:
+        methods.check(msgspec.structs.replace(config, **{section: part}))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "loftq"])
+def test_a_quantized_base_is_not_changed(init: str) -> None:
+    config = run_file.from_table(
+        {"model": {"path": "x", "quantization": "nf4"}, "method": {"init": init}, "output": {"dir": "y"}}
+    )
+    with pytest.raises(WeftError, match=init):
+        methods.check(config)
+
+
+def test_the_form_can_show_every_section() -> None:
+    for kind in (ModelConfig, MethodConfig, TrainConfig, OutputConfig):
+        fields = describe(kind)
+        assert all(field.title and field.help and field.group for field in fields)
+    assert RunConfig().train.packing == "fit"
+
+
+def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "model").mkdir()
+    place = tmp_path / "runs" / "RUN.toml"
+    place.write_text(
+        '[model]\npath = "model"\n[data]\nfiles = ["../a.jsonl"]\nheld_out_files = ["b"]\n[method]\ncalibration = "c.txt"\n[output]\ndir = "out"'
+    )
+    config = run_file.read(place)
+    assert config.model.path == str(tmp_path / "runs" / "model")
+    assert Path(config.data.files[0]).resolve() == tmp_path / "a.jsonl"
+    assert config.data.held_out_files == (str(tmp_path / "runs" / "b"),)
+    assert config.method.calibration == str(tmp_path / "runs" / "c.txt")
+    with pytest.raises(WeftError) as caught:
+        run_file.read(tmp_path / "none.toml")
+    assert caught.value.kind is ErrorKind.NOT_FOUND
