@@ -23,6 +23,7 @@ from app.adapters.merge_staging import Staging, fingerprint, require_space, sync
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergeAdjustment, MergePlan
+from app.core.stack import AdapterStack
 from app.engine.reporting import Report
 from app.generation.hf_files import Stage, stage_tokenizer
 
@@ -174,7 +175,7 @@ class _Export:
                 made = merge_into_folder(plan, self.report)
                 self.notes += made.notes
                 stage.close()
-                plan = MergePlan(model=plan.target, target=str(staging.root / "unused"))
+                plan = MergePlan(model=plan.target, stack=AdapterStack(), target=str(staging.root / "unused"))
                 stage = stage_of(Path(plan.model))
                 merge = Merge(plan, stage.weights, stage.config, str(stage.path))
             with merge:
@@ -313,9 +314,11 @@ class _Export:
 
 def check_loads(file: Path) -> None:
     """Have llama.cpp load a file, mapped and not read. Raises WeftError UNSUPPORTED with its reason."""
-    import llama_cpp
+    import importlib
 
     from app.generation.llama_log import library_log
+
+    llama_cpp: Any = importlib.import_module("llama_cpp")
 
     log = library_log(llama_cpp)
     log.attach(llama_cpp)

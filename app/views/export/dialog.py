@@ -134,7 +134,9 @@ class ExportDialog(QDialog):
         for place in range(self.pages.count()):
             # A stack is as high as its highest page: only the shown one counts here.
             policy = QSizePolicy.Policy.Preferred if place == page else QSizePolicy.Policy.Ignored
-            self.pages.widget(place).setSizePolicy(QSizePolicy.Policy.Preferred, policy)
+            shown = self.pages.widget(place)
+            if shown is not None:
+                shown.setSizePolicy(QSizePolicy.Policy.Preferred, policy)
         self.pages.setCurrentIndex(page)
         QTimer.singleShot(0, self, self.adjustSize)
 

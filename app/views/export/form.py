@@ -56,6 +56,10 @@ class ExportForm(QWidget):
         self.need = label(wrap=True, tone="muted")
         fields.addRow(label("Takes", tone="muted"), self.need)
         self.more = Fold("More options", self._more())
+        for wrapped in (self.help, self.need):
+            # A form gives a wrapped label the height it had at another width.
+            wrapped.setMinimumHeight(2 * wrapped.fontMetrics().lineSpacing())
+            wrapped.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
         self.note = Banner("info")
         column(parent=self, spacing=12).addLayout(fields)
         layout = self.layout()
