@@ -13,7 +13,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
 
 _CHUNK = 1 << 20
-_FIT_RULES = 1  # raise it when `compatibility` answers differently: what was cached is then asked anew
+_FIT_RULES = 2  # raise it when `compatibility` answers differently: what was cached is then asked anew
 
 
 class AdapterContent(msgspec.Struct, frozen=True, kw_only=True):

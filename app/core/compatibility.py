@@ -14,9 +14,21 @@ from app.core.adapter_file import AdaptedModule, AdapterFile
 from app.core.errors import WeftError
 from app.core.formats import SafetensorsTensor, read_gguf_header, read_safetensors_header
 from app.core.library import ModelEntry, ModelFormat
-from app.core.module_names import Place, expected, has, is_expert, place_of, role_of
+from app.core.module_names import (
+    BY_HEAD,
+    INTERLEAVED,
+    PLAIN,
+    Place,
+    expected,
+    gguf_architectures,
+    has,
+    is_expert,
+    place_of,
+    role_of,
+)
 
 Shape = tuple[int, int]
+_KNOWN_ORDER = PLAIN | INTERLEAVED | BY_HEAD
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their Conv1D keeps (in, out)
 _WEIGHT = re.compile(r"(?P<module>.+)\.(?P<kind>weight|qweight|q_weight|W_q|trellis)")
 
@@ -165,6 +177,8 @@ def _reason(adapter: AdapterFile, module: AdaptedModule, model: ModelModules, la
     """Why a module does not fit; "" when it does."""
     place = place_of(module.name)
     role = place.tail if adapter.gguf else role_of(place)
+    if reason := _other_architecture(adapter, model):
+        return reason
     if layers and place.layer >= layers and not place.tower:
         return f"the model has only {layers} layers"
     if adapter.config.layer_replication and place.layer >= 0 and not place.tower:
@@ -194,6 +208,14 @@ def _reason(adapter: AdapterFile, module: AdaptedModule, model: ModelModules, la
         if module.tokens.shape[-1] != shape[1] or max(module.indices, default=0) >= shape[0]:
             return "its trained tokens are not in the model's vocabulary"
     return ""
+
+
+def _other_architecture(adapter: AdapterFile, model: ModelModules) -> str:
+    """Why a GGUF adapter cannot be used with a model whatever its shapes are: llama.cpp looks at this first."""
+    if not adapter.gguf or not adapter.architecture or not model.entry.model_type:
+        return ""
+    known = (model.entry.architecture,) if model.gguf else gguf_architectures(model.entry.model_type)
+    return "" if adapter.architecture in known else f"it was made for {adapter.architecture}, the model is {known[0]}"
 
 
 def _find(place: Place, role: str, model: ModelModules, gguf: bool) -> tuple[bool, Shape | None]:
@@ -257,9 +279,13 @@ def _warnings(adapter: AdapterFile, model: ModelModules) -> list[str]:
         warnings.append(
             f"{len(adapter.unknown)} of its tensors are of no known kind and are left out, such as {adapter.unknown[0][:80]}."
         )
-    if adapter.gguf and adapter.architecture and model.gguf and adapter.architecture != model.entry.architecture:
+    revision = adapter.config.revision
+    if revision not in ("", "main") and f"/{revision}" not in Path(model.entry.path).as_posix():
+        warnings.append(f"It was trained on the revision {revision[:40]} of its base.")
+    if model.gguf and not adapter.gguf and model.entry.architecture not in _KNOWN_ORDER and _has_attention(adapter):
         warnings.append(
-            f"It was made for the architecture {adapter.architecture}, the model is {model.entry.architecture}."
+            f"How llama.cpp orders the attention of the architecture {model.entry.architecture!r} is not known here: "
+            "use it with Transformers, or convert it with llama.cpp's own script."
         )
     if model.gguf and not adapter.gguf:
         kinds = adapter_extras(adapter)
@@ -270,6 +296,12 @@ def _warnings(adapter: AdapterFile, model: ModelModules) -> list[str]:
             "It repeats layers of the base (layer replication): it goes with adapters that repeat the same ones, on Transformers."
         )
     return warnings
+
+
+def _has_attention(adapter: AdapterFile) -> bool:
+    """Whether it adapts what llama.cpp may keep in another order."""
+    roles = ("attn_q", "attn_k", "attn_qkv")
+    return any(module.loras and role_of(place_of(name)) in roles for name, module in adapter.modules.items())
 
 
 def adapter_extras(adapter: AdapterFile) -> list[str]:

@@ -127,6 +127,38 @@ _FAMILIES: dict[str, frozenset[str]] = {
 _FAMILY_ROLES = {family: frozenset(ROLES[tail] for tail in tails) for family, tails in _FAMILIES.items()}
 
 
+# Architectures whose query and key rows llama.cpp keeps in rotary pairs: the even and odd halves of a head interleaved.
+INTERLEAVED = frozenset(
+    "llama deci granite granitemoe arcee smollm3 minicpm internlm2 olmo xverse nanbeige llada bailingmoe deepseek arctic "
+    "chameleon afmoe cogvlm".split()
+)
+# Those that keep the rows as transformers has them, known from llama.cpp's converter.
+PLAIN = frozenset(
+    "qwen qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 gemma3 phi2 phi3 command-r cohere2 dbrx gpt2 stablelm starcoder starcoder2 "
+    "mpt olmo2 olmoe opt exaone exaone4 glm4 gpt-oss seed_oss".split()
+)
+# Those with query, key and value of each head together, where llama.cpp puts all queries first.
+BY_HEAD = frozenset({"bloom", "gptneox"})
+# What GGUF calls the architectures that transformers calls otherwise.
+_ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "mistral": ("llama", "mistral3"),
+    "mixtral": ("llama",),
+    "phi": ("phi2",),
+    "cohere": ("command-r",),
+    "gemma3_text": ("gemma3",),
+    "gpt_neox": ("gptneox",),
+    "gpt_bigcode": ("starcoder",),
+    "qwen2_moe": ("qwen2moe",),
+    "qwen3_moe": ("qwen3moe",),
+    "gpt_oss": ("gpt-oss",),
+}
+
+
+def gguf_architectures(model_type: str) -> tuple[str, ...]:
+    """What GGUF may call the architecture of a model_type; never empty."""
+    return _ARCHITECTURES.get(model_type, (model_type,))
+
+
 class Place(NamedTuple):
     """Where a module stands: its layer (-1 outside of the layers), what follows the layer's number, and which tower."""
 

@@ -369,3 +369,40 @@ def test_adapters_of_a_base_that_was_changed_are_refused_in_words(tmp_path: Path
     for harmless in (True, False, "gaussian", "eva", "orthogonal"):
         fine = adapter(tmp_path / f"fine {harmless}", "llama", init_lora_weights=harmless)
         assert not fine.problems and check_paths(fine, base).verdict is Verdict.FITS
+
+
+def test_a_gguf_adapter_fits_models_of_its_architecture_in_both_formats(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    metadata = {
+        "general.type": "adapter",
+        "general.architecture": "llama",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+    }
+    pairs = [
+        (f"blk.{i}.attn_q.weight.lora_{s}", shape, 0)
+        for i in range(2)
+        for s, shape in (("a", (HIDDEN, 4)), ("b", (4, Q)))
+    ]
+    path.write_bytes(gguf_bytes(metadata, pairs))
+    made = read_adapter_file(path)
+    for family, fits in (("llama", True), ("mistral", True), ("qwen2", False), ("gemma", False)):
+        base = model(tmp_path / family, family)
+        for found in (check_paths(made, base), rank_bases(made, [base])[0].compatibility):
+            assert (found.verdict is Verdict.FITS) == fits, (family, summary(found))
+    assert (
+        "it was made for llama, the model is qwen2"
+        in check_paths(made, model(tmp_path / "q", "qwen2")).unmatched[0].reason
+    )
+    assert check_paths(made, gguf_model(tmp_path / "llama.gguf", "llama")).verdict is Verdict.FITS
+    assert check_paths(made, gguf_model(tmp_path / "qwen2.gguf", "qwen2")).verdict is Verdict.NOT_AT_ALL
+
+
+def test_revisions_and_unknown_orders_are_told(tmp_path: Path) -> None:
+    made = adapter(tmp_path / "a", "llama", revision="0123abcd")
+    assert any("revision 0123abcd" in w for w in check_paths(made, model(tmp_path / "m", "llama")).warnings)
+    assert not check_paths(made, model(tmp_path / "snapshots" / "0123abcd", "llama")).warnings
+    base = entry(
+        tmp_path / "odd.gguf", "novel", (str(gguf_model(tmp_path / "odd.gguf", "llama").path),), format=ModelFormat.GGUF
+    )
+    assert any("orders the attention" in w for w in check_paths(made, base).warnings)
