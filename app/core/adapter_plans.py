@@ -46,29 +46,3 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
     whole: tuple[str, ...] = ()
     sentences: tuple[str, ...] = ()
     seconds: float = 0.0
-
-
-class ConvertPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """`adapter_convert`: an adapter in the other world's format, for one model.
-
-    A target that ends in .gguf is a GGUF adapter, for llama.cpp; any other is a PEFT folder.
-
-    Attributes:
-        adapter: a PEFT folder, lone file or GGUF adapter. alpha: for one that does not say it.
-        model: the model that it is for, of the target's format: a GGUF file, or a folder of safetensors. Its shapes and
-            heads decide the order of rows.
-        target: must not exist.
-    """
-
-    adapter: str
-    model: str
-    target: str
-    alpha: float | None = None
-
-
-class ConvertResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the converted adapter lies, its size in bytes, and sentences about what of it was left out."""
-
-    path: str
-    bytes: int
-    notes: tuple[str, ...] = ()
