@@ -8,6 +8,10 @@ library and jinja2 only. One JSON object a line each way:
 `source` is left out when it is the one sent last; without `messages` the template is only compiled. Kinds:
 `syntax`, `raised` (the template itself refuses the conversation), `security`, `memory`, `failed`.
 
+    {"many": [{"messages": […], "variables": {…}}, …], "cpu": 3}  ->  {"many": [one answer as above for each]}
+
+Of many, those after the first LARGEST characters of text are left out (kind `skipped`).
+
 The template's surroundings are those that transformers gives it (trim_blocks, lstrip_blocks, loop controls,
 `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, the `generation` tag), in jinja2's immutable
 sandbox. Address space and CPU time are limited, files cannot grow, and repetition is bounded before it allocates.
@@ -163,10 +167,22 @@ class Host:
         self.environment = environment()
         self.template: jinja2.Template | None = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, str]:
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Compile and render as asked; every failure becomes an answer."""
+        limit_cpu(request.get("cpu", 3))
+        if "many" not in request:
+            return self.answer_one(request)
+        answers: list[dict[str, str]] = []
+        size = 0
+        for each in request["many"]:
+            late = size > LARGEST
+            answers.append({"error": "too much at once", "kind": "skipped"} if late else self.answer_one(each))
+            size += len(answers[-1].get("text", ""))
+        return {"many": answers}
+
+    def answer_one(self, request: dict[str, Any]) -> dict[str, str]:
+        """One conversation, or the template to compile."""
         try:
-            limit_cpu(request.get("cpu", 3))
             if "source" in request:
                 self.template = None
                 self.template = self.environment.from_string(request["source"])

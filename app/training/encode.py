@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,7 +20,9 @@ from app.training.templates import NAMED
 from app.training.tokenizer import own_template, start_tokens
 
 MASKED = -100  # the label that every loss in transformers and torch leaves out
-_AT_ONCE = 256  # texts that are handed to the tokenizer together
+_AT_ONCE = 256  # rows that are handed to template and tokenizer together
+_LARGEST_CHUNK = 2_000_000  # characters of them
+_LONGEST_CONVERSATION = 2_000_000  # characters; the process that renders templates has little memory, on purpose
 Cancelled = Callable[[], bool]
 
 
@@ -170,6 +172,12 @@ def _special_tokens(tokenizer: Any) -> dict[str, str]:
     return {"bos_token": "", "eos_token": "", **found}
 
 
+class _Said(NamedTuple):
+    messages: list[Message]
+    trained: tuple[int, ...]
+    part: str = ""  # chosen, rejected
+
+
 @dataclass(slots=True)
 class _Text:
     """A text on its way to the tokenizer, with the characters in it that are learnt."""
@@ -216,23 +224,41 @@ class _Encoder:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """All rows, in their order, some at a time to keep the tokenizer busy."""
-        waiting: list[_Text] = []
+        chunk: list[Row] = []
+        size = 0
         for count, row in enumerate(self.rows, 1):
             if count % 64 == 0:
                 progress(self.rows.report.rows)
                 if self.cancelled():
                     raise WeftError(ErrorKind.CANCELLED, "Reading the data was cancelled.")
-            try:
-                waiting += self._texts(row)
-            except BadRowError as error:
-                self._bad(row, str(error))
-            if len(waiting) >= _AT_ONCE or (row.kind == "text" and waiting):
+            chunk.append(row)
+            size += row.size()
+            if len(chunk) == _AT_ONCE or size > _LARGEST_CHUNK or row.more:
+                self._rows(chunk)
+                chunk, size = [], 0
+        self._rows(chunk)
+        progress(self.rows.report.rows)
+
+    def _rows(self, chunk: list[Row]) -> None:
+        spoken = {id(row): self._spoken(row) for row in chunk if row.size() <= _LONGEST_CONVERSATION}
+        self.finder.prepare([(said.messages, said.trained) for parts in spoken.values() for said in parts])
+        waiting: list[_Text] = []
+        for row in chunk:
+            if row.kind == "text":
                 self._tokenize(waiting)
                 waiting = []
-            if row.kind == "text":
                 self._raw(row)
+                continue
+            if id(row) not in spoken and not (self.plain and isinstance(row.prompt, str)):
+                self._bad(
+                    row, f"It is a conversation of {row.size():,} characters; {_LONGEST_CONVERSATION:,} are the most."
+                )
+                continue
+            try:
+                waiting += [self._render(row, said) for said in spoken.get(id(row), ())] or self._plain_texts(row)
+            except BadRowError as error:
+                self._bad(row, str(error))
         self._tokenize(waiting)
-        progress(self.rows.report.rows)
 
     def run_held_out(self, rows: Rows, progress: Callable[[int], None]) -> None:
         """The rows of held-out files, marked as such."""
@@ -248,44 +274,35 @@ class _Encoder:
 
     # Conversations, pairs and preferences: text with spans ------------------------------------------
 
-    def _texts(self, row: Row) -> list[_Text]:
+    def _spoken(self, row: Row) -> list[_Said]:
+        """The conversations of a row that are rendered through the template; none for what is taken as plain text."""
         if row.kind == "chat":
             assert isinstance(row.prompt, list)
-            return [self._conversation(row, row.prompt, row.trained)]
-        if row.kind == "pair":
-            assert isinstance(row.prompt, str) and isinstance(row.answers[0], str)
-            if self.plain:
-                return [self._plain(row, row.prompt, row.answers[0])]
-            spoken = _spoken(row.system, row.prompt, row.answers[0])
-            return [self._conversation(row, spoken, (len(spoken) - 1,))]
-        if row.kind == "preference":
-            return [self._preferred(row, part, answer) for part, answer in zip(PARTS, row.answers, strict=True)]
-        return []
+            return [_Said(row.prompt, row.trained)]
+        if row.kind == "text" or (isinstance(row.prompt, str) and self.plain):
+            return []
+        found: list[_Said] = []
+        for part, answer in zip(PARTS if row.kind == "preference" else ("",), row.answers, strict=True):
+            before = row.prompt if isinstance(row.prompt, list) else _asked(row.system, row.prompt)
+            after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+            trained = [len(before) + n for n, message in enumerate(after) if message["role"] == "assistant"]
+            found.append(_Said([*before, *after], tuple(trained), part))
+        return found
 
-    def _conversation(self, row: Row, spoken: list[Message], trained: tuple[int, ...]) -> _Text:
-        found = self.finder.find(spoken, trained)
+    def _render(self, row: Row, said: _Said) -> _Text:
+        found = self.finder.find(said.messages, said.trained)
         self.templated = True
         for note in found.notes:
             self.note(note)
-        return _Text(row, found.text, found.spans, opening=self.bring_start)
+        return _Text(row, found.text, found.spans, opening=self.bring_start, part=said.part)
 
-    def _plain(self, row: Row, prompt: str, answer: str) -> _Text:
-        return _Text(row, prompt + answer, ((len(prompt), len(prompt) + len(answer)),), closing=True)
-
-    def _preferred(self, row: Row, part: str, answer: str | list[Message]) -> _Text:
-        if isinstance(row.prompt, str) and isinstance(answer, str):
-            if self.plain:
-                text = self._plain(row, row.prompt, answer)
-            else:
-                spoken = _spoken(row.system, row.prompt, answer)
-                text = self._conversation(row, spoken, (len(spoken) - 1,))
-        else:
-            assert isinstance(row.prompt, list) and isinstance(answer, list)
-            spoken = [*row.prompt, *answer]
-            trained = [n for n in range(len(row.prompt), len(spoken)) if spoken[n]["role"] == "assistant"]
-            text = self._conversation(row, spoken, tuple(trained))
-        text.part = part
-        return text
+    def _plain_texts(self, row: Row) -> list[_Text]:
+        found: list[_Text] = []
+        for part, answer in zip(PARTS if row.kind == "preference" else ("",), row.answers, strict=True):
+            assert isinstance(row.prompt, str) and isinstance(answer, str)
+            start, end = len(row.prompt), len(row.prompt) + len(answer)
+            found.append(_Text(row, row.prompt + answer, ((start, end),), closing=True, part=part))
+        return found
 
     # Tokens -----------------------------------------------------------------------------------------
 
@@ -420,9 +437,9 @@ class _Encoder:
 PARTS = ("chosen", "rejected")
 
 
-def _spoken(system: str, prompt: str, answer: str) -> list[Message]:
+def _asked(system: str, prompt: str) -> list[Message]:
     before = [{"role": "system", "content": system}] if system.strip() else []
-    return [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def _first_trained(example: Example) -> int:

@@ -58,6 +58,11 @@ class Row:
     more: bool = False
     system: str = ""
 
+    def size(self) -> int:
+        """Characters of its texts."""
+        parts = (self.prompt, *self.answers)
+        return sum(len(p) if isinstance(p, str) else sum(len(m["content"]) for m in p) for p in parts)
+
     def digest(self) -> bytes:
         """Equal for rows of equal content."""
         content = msgspec.json.encode((self.kind, self.prompt, self.answers, self.trained, self.system))

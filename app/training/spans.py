@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import re
 import secrets
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from app.core.errors import ErrorKind, WeftError
 from app.generation.hf_prompt import TURN_ENDS
-from app.generation.renderer import Renderer, TemplateRefusal, remaining
+from app.generation.renderer import Renderer, TemplateRefusal
 from app.generation.template import LARGEST_SOURCE, ROLES_JOINED, SYSTEM_MOVED
 from app.training.formats import BadRowError, Message
 
@@ -72,6 +73,7 @@ class SpanFinder:
             )
         self._renderer = Renderer(source)
         self._variables: dict[str, Any] = {"tools": None, "documents": None, **special_tokens}
+        self._known: dict[bytes, str | WeftError] = {}  # renderings made ahead
         self._marked = bool(_GENERATION.search(source))
         ends = {*TURN_ENDS, special_tokens.get("eos_token", "")} - {""}
         self._ends = "|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True))
@@ -95,10 +97,32 @@ class SpanFinder:
         Raises:
             TemplateRefusal: the template does not take it. WeftError: CORRUPT, HOSTILE.
         """
-        ends = time.monotonic() + SECONDS
+        known = None if variables else self._known.get(_key(messages, opened))
+        if isinstance(known, WeftError):
+            raise known
+        if known is not None:
+            return known
         return self._renderer.render(
-            list(messages), {**self._variables, "add_generation_prompt": opened, **variables}, remaining(ends)
+            list(messages), {**self._variables, "add_generation_prompt": opened, **variables}, SECONDS
         )
+
+    def prepare(self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]]) -> None:
+        """Render in one go what `find` will most likely want for these; forgets what was rendered ahead before.
+
+        Raises:
+            WeftError: CORRUPT (no template), HOSTILE.
+        """
+        wanted: dict[bytes, tuple[list[Message], bool]] = {}
+        for messages, trained in conversations:
+            spoken = list(messages)
+            wanted[_key(spoken, False)] = (spoken, False)
+            for number in () if self._marked else trained:
+                wanted[_key(spoken[:number], True)] = (spoken[:number], True)
+                if number + 1 < len(spoken):
+                    wanted[_key(spoken[: number + 1], False)] = (spoken[: number + 1], False)
+        asked = [(part, {**self._variables, "add_generation_prompt": opened}) for part, opened in wanted.values()]
+        found = self._renderer.render_many(asked, SECONDS + 0.01 * len(asked)) if asked else []
+        self._known = {key: text for key, text in zip(wanted, found, strict=True) if text is not None}
 
     def find(self, messages: Sequence[Message], trained: Sequence[int]) -> Rendered:
         """Render, and find the messages numbered in `trained` (at least one, all of the assistant).
@@ -227,6 +251,10 @@ class SpanFinder:
         if opened.rstrip()[-8:] != before.rstrip()[-8:]:
             return 0  # the prompt ends with something that stands in no finished conversation
         return max(0, len(before) - len(before.rstrip()) - len(opened) + len(opened.rstrip()))
+
+
+def _key(messages: Sequence[Message], opened: bool) -> bytes:
+    return msgspec.json.encode((opened, messages))
 
 
 def _as_written(content: str) -> tuple[str, ...]:

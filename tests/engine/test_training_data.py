@@ -448,6 +448,58 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(rows) == [] and "Parquet" in rows.report.files[0].problem
 
 
+@pytest.mark.attack
+def test_a_book_as_a_conversation_is_a_bad_row(tmp_path: Path) -> None:
+    made = tokenizer(tiny_models.CHATML)
+    records = [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": "a " * 3_000_000},
+        {"prompt": "r", "completion": "a"},
+    ]
+    data = encoded(tmp_path, records, made)
+    assert [example.line for example in data.examples] == [1, 3]
+    assert "6,000,001 characters" in data.report.bad_rows[0].reason and data.report.bad_rows[0].line == 2
+    assert (data.report.kept, data.report.bad) == (2, 1)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+            ErrorKind.HOSTILE,
+        ),
+        ("{{ messages[0].content.__class__.__mro__ }}", ErrorKind.HOSTILE),
+        ("{% for m in messages %}", ErrorKind.CORRUPT),
+        ("{{ raise_exception('no') }}", ErrorKind.BAD_INPUT),
+    ],
+)
+def test_templates_that_attack_fail_or_refuse(tmp_path: Path, template: str, kind: ErrorKind) -> None:
+    with pytest.raises(WeftError) as caught:
+        encoded(tmp_path, [{"prompt": "q", "completion": "a"}] * 3, tokenizer(template))
+    assert caught.value.kind == kind and caught.value.hint
+
+
+def test_many_rows_in_a_row_give_what_each_gives_alone(tmp_path: Path, rng: random.Random) -> None:
+    """Rendering ahead, in one go, changes nothing; a row that the template refuses spoils no other."""
+    made = tokenizer(LLAMA_2)
+    records = []
+    for _ in range(300):
+        turns = rng.randint(1, 3)
+        spoken = [
+            m
+            for _ in range(turns)
+            for m in ({"role": "user", "content": words(rng)}, {"role": "assistant", "content": words(rng)})
+        ]
+        records.append({"messages": spoken[rng.random() < 0.1 :]})
+    data = encoded(tmp_path, records, made, max_length=100_000)
+    for number in rng.sample(range(len(data.examples)), 10):
+        alone = encoded(tmp_path, [records[data.examples[number].line - 1]], made, max_length=100_000)
+        assert alone.examples[0].input_ids == data.examples[number].input_ids
+        assert alone.examples[0].labels == data.examples[number].labels
+
+
 # Preview ----------------------------------------------------------------------------------------------
 
 
