@@ -27,6 +27,8 @@ def test_mixed_lengths_train_two_and_a_half_times_as_fast_as_trl() -> None:
         [python, str(ROOT / "tests/benchmarks/training_speed.py"), "2", "64"],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
+    if "No module named 'trl'" in ran.stderr or "No module named 'datasets'" in ran.stderr:
+        pytest.skip("TRL is not installed beside PyTorch")
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     best = {name: max(speeds) for name, speeds in found["tokens_per_second"].items()}
