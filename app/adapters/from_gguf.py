@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from app.adapters.conversion_cache import Cache
+from app.adapters.to_gguf import read_q8_0
 from app.core.adapter_file import AdapterFile, TensorInfo, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
@@ -227,8 +228,7 @@ def _raw(info: TensorInfo, turned: bool = False) -> tuple[str, numpy.ndarray]:
         raise WeftError(ErrorKind.CORRUPT, f"{info.file.name} became shorter while it was read.", "Get it again.")
     kind = info.type.upper()
     if kind == "Q8_0":
-        blocks = numpy.frombuffer(data, numpy.dtype([("d", "<f2"), ("q", "i1", 32)]))
-        array: Any = (blocks["q"].astype(numpy.float32) * blocks["d"].astype(numpy.float32)[:, None]).reshape(-1)
+        array: Any = read_q8_0(data)
         kind = "F32"
     elif kind in ("F32", "F16", "BF16"):
         array = numpy.frombuffer(data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[kind])

@@ -238,6 +238,7 @@ def read_array(info: TensorInfo) -> numpy.ndarray:
         "F64": lambda raw: numpy.frombuffer(raw, "<f8").astype(numpy.float32),
         "BF16": lambda raw: (numpy.frombuffer(raw, "<u2").astype(numpy.uint32) << 16).view(numpy.float32),
     }
+    readers["Q8_0"] = read_q8_0
     if info.type.upper() not in readers:
         raise WeftError(
             ErrorKind.UNSUPPORTED,
@@ -252,6 +253,14 @@ def read_array(info: TensorInfo) -> numpy.ndarray:
             "Get the adapter again, or train it anew with a lower learning rate.",
         )
     return array
+
+
+def read_q8_0(data: bytes) -> numpy.ndarray:
+    """GGML's blocks of 32 bytes under one scale, as float32, flat."""
+    import numpy
+
+    blocks = numpy.frombuffer(data, numpy.dtype([("d", "<f2"), ("q", "i1", 32)]))
+    return (blocks["q"].astype(numpy.float32) * blocks["d"].astype(numpy.float32)[:, None]).reshape(-1)
 
 
 def _key(file: AdapterFile, base: Base) -> str:

@@ -267,6 +267,12 @@ def _usable(adapter: Path, entry: AdapterEntry, alpha: float | None) -> AdapterF
         for name in entry.files:
             pickle_scan.check(Path(name))
     file = read_adapter_file(adapter, alpha)
+    if file.config.needs_changed_base or not (file.config.is_lora or file.config.kind == "TRAINABLE_TOKENS"):
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{adapter.name} cannot be used. {file.problems[0]}",
+            "Get it as LoRA for the plain base.",
+        )
     if entry.problem or file.problems:
         raise WeftError(
             ErrorKind.CORRUPT,

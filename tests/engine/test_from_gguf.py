@@ -132,6 +132,29 @@ def test_sixteen_bit_numbers_keep_their_bits(tmp_path: Path, dtype: str, seed: i
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6.0, "user/base")
 
 
+def test_quantized_matrices_are_unpacked_as_llama_cpp_would(tmp_path: Path, seed: int) -> None:
+    import gguf
+
+    numbers = numpy.random.default_rng(seed)
+    a, b = (numbers.standard_normal(shape).astype(numpy.float32) for shape in ((3, 64), (32, 3)))
+    packed = gguf.quants.quantize(a, gguf.GGMLQuantizationType.Q8_0)
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 6.0)
+    writer.add_tensor("blk.0.ffn_down.weight.lora_a", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_down.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = random_model("llama", seed, intermediate_size=64)
+    back, _ = from_gguf.converted(path, _base_of(model), tmp_path / "cache")
+    found = load_file(back / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"]
+    assert numpy.array_equal(found.numpy(), gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+
+
 def test_fused_matrices_go_to_the_modules_that_a_model_has_apart(tmp_path: Path, seed: int) -> None:
     """Phi-3's qkv of GGUF on a model whose query, key and value are apart: the same change."""
     model = random_model("phi3", seed, tie_word_embeddings=False)

@@ -11,7 +11,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from app.core.adapter_content import content_of
+from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.torch_header import read_torch_header
 
@@ -65,6 +68,16 @@ def test_every_tensor_is_where_torch_finds_it(tmp_path: Path, seed: int) -> None
         found = read(path)
         assert list(found) == list(content)
         assert all(torch.equal(found[key], value) for key, value in content.items())
+
+
+def test_the_same_tensors_are_the_same_adapter_in_either_format(tmp_path: Path, seed: int) -> None:
+    tensors = {f"m.layers.0.q_proj.lora_{s}.weight": torch.randn(shape) for s, shape in (("A", (2, 5)), ("B", (7, 2)))}
+    torch.save(tensors, tmp_path / "x.bin")
+    save_file(tensors, tmp_path / "y.safetensors")
+    first, second = (content_of(read_adapter_file(tmp_path / name, 4.0)) for name in ("x.bin", "y.safetensors"))
+    assert first == second
+    save_file({name: tensor + 1e-6 for name, tensor in tensors.items()}, tmp_path / "z.safetensors")
+    assert not content_of(read_adapter_file(tmp_path / "z.safetensors", 4.0)).same(first)
 
 
 @pytest.mark.parametrize(

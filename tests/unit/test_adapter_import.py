@@ -6,7 +6,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -332,3 +335,40 @@ def test_gguf_adapters_that_would_crash_llama_cpp_are_not_taken_in(tmp_path: Pat
     )
     (result,) = library.take(path)
     assert isinstance(result.error, WeftError) and "alpha" in result.error.message
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(os.name == "nt", reason="kills the POSIX way")
+def test_an_import_that_is_killed_leaves_nothing_that_looks_like_an_adapter(
+    tmp_path: Path, library: Library, seed: int
+) -> None:
+    """A child is killed while it copies; the next import takes its leavings away and succeeds."""
+    source = peft(tmp_path / "given", seed)
+    weights = source / "adapter_model.safetensors"
+    layout = {f"model.layers.0.mlp.up_proj.lora_{s}.weight": ("F32", (1024, 2048)) for s in "AB"}
+    layout["model.layers.0.mlp.up_proj.lora_B.weight"] = ("F32", (2048, 1024))
+    weights.write_bytes(safetensors_bytes(layout))
+    before = snapshot(source)
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from app.core.adapter_import import ImportOptions, import_adapters\n"
+        "def told(name, done, of):\n    if done > of / 2:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import_adapters([Path(sys.argv[1])], ImportOptions(folder=sys.argv[2]), progress=told)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(source), str(library.folder)], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    left = list(library.folder.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".incoming-")
+    refresh(library.store, [Root(path=str(library.folder))])
+    assert library.store.adapter_count() == 0
+    (result,) = library.take(source)
+    assert result.outcome is Outcome.ADDED and [p.name for p in library.folder.iterdir()] == ["given"]
+    assert snapshot(source) == before
+    assert (library.folder / "given" / weights.name).read_bytes() == before[weights.name]
+
+
+def test_kinds_that_cannot_be_stacked_are_refused_in_words(tmp_path: Path, library: Library, seed: int) -> None:
+    (loha,) = library.take(peft(tmp_path / "loha", seed, peft_type="IA3"))
+    (pissa,) = library.take(peft(tmp_path / "pissa", seed, init_lora_weights="pissa"))
+    assert [r.error.kind for r in (pissa, loha) if r.error] == [ErrorKind.UNSUPPORTED] * 2
+    assert loha.error is not None and "IA3" in loha.error.message and pissa.error is not None and pissa.error.hint
