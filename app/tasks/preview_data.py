@@ -21,7 +21,7 @@ def run(parameters: PreviewParameters, report: Report) -> PreviewResult:
     from app.training.rows import load_rows
     from app.training.tokenizer import load_tokenizer
 
-    rows = load_rows(parameters.data)
+    rows = load_rows(parameters.data, parameters.most_rows)
     report.progress("Loading the tokenizer")
     tokenizer = load_tokenizer(Path(parameters.model))
 

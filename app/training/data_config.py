@@ -150,6 +150,7 @@ class DataReport(msgspec.Struct, kw_only=True):
         examples: training sequences made (raw text makes several of a row). held_out: those of them held out.
         tokens, trained_tokens: of all examples. longest: tokens of the longest example as it stands.
         histogram: (upper bound in tokens, examples) with bounds 16, 32, 64, …
+        partial: reading ended early, as asked: there is more.
         template: whose template was used, in words. notes: what had to be done that one might not expect.
     """
 
@@ -167,6 +168,7 @@ class DataReport(msgspec.Struct, kw_only=True):
     trained_tokens: int = 0
     longest: int = 0
     histogram: list[tuple[int, int]] = []
+    partial: bool = False
     template: str = ""
     notes: list[str] = []
 
@@ -181,11 +183,13 @@ class PreviewParameters(msgspec.Struct, frozen=True, kw_only=True):
         data: the data. model: folder or GGUF file that brings the tokenizer.
         first: this many examples from the beginning. wanted: the numbers of further examples, from 0.
         longest: characters of one example that are sent at most.
+        most_rows: reading ends after so many, for an answer at once; 0 reads all.
     """
 
     data: DataConfig
     model: str
     first: int = 20
+    most_rows: int = 0
     wanted: tuple[int, ...] = ()
     longest: int = 20_000
 

@@ -24,7 +24,8 @@ ROLES: dict[str, str] = {
 # Other names that columns have in well-known data sets.
 ALIASES: dict[str, tuple[str, ...]] = {
     "conversations": ("conversation", "dialogue"),
-    "completion": ("response",),
+    "prompt": ("question", "query"),
+    "completion": ("response", "answer"),
     "output": ("response",),
     "input": ("context",),
     "system": ("system_prompt",),

@@ -30,7 +30,8 @@ def _visible(text: str) -> str:
 
 def summary(report: DataReport) -> str:
     """The report in lines."""
-    lines = [f"{report.rows:,} rows read, {report.kept:,} used, {report.bad:,} kept out."]
+    more = " There are more." if report.partial else ""
+    lines = [f"{report.rows:,} rows read, {report.kept:,} used, {report.bad:,} kept out.{more}"]
     for file in report.files:
         what = file.format.replace("_", "/") or "not recognised"
         lines.append(f"  {file.file}: {what}, {file.kept:,} of {file.rows:,} rows used")

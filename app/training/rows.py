@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,15 +21,18 @@ class Rows:
     Equal rows are counted, and left out where the config says so. Memory: one row, and 16 bytes a row for the counting.
     """
 
-    def __init__(self, config: DataConfig, files: list[Path]) -> None:
+    def __init__(self, config: DataConfig, files: list[Path], most: int = 0) -> None:
         self.config = config
         self.files = files
+        self.most = most
         self.report = DataReport()
 
     def __iter__(self) -> Iterator[Row]:
         self.report = DataReport()
         seen: set[bytes] = set()
         for number, path in enumerate(self.files):
+            if self.report.partial:
+                return
             report = FileReport(file=str(path))
             self.report.files.append(report)
             try:
@@ -47,12 +50,12 @@ class Rows:
         except Unreadable as error:
             trouble = error
         columns = dict.fromkeys(name for record in head if record.value for name in record.value)
-        report.columns = tuple(str(name) for name in columns)[:100]
-        if columns:
-            report.format, report.mapping, problem = recognise(columns, self.config.format, self.config.mapping)
-            if not report.format:
-                raise Unreadable(problem)
         for record in chain(head, records if trouble is None else ()):
+            if self.most and self.report.rows >= self.most:
+                self.report.partial = True
+                return
+            if record.value and not report.format:
+                self._recognise(report, columns or record.value)
             row = self._row(number, record, report)
             if row is None:
                 continue
@@ -70,6 +73,12 @@ class Rows:
             raise trouble
         if not report.rows:
             raise Unreadable("It is empty.")
+
+    def _recognise(self, report: FileReport, columns: Iterable[str]) -> None:
+        report.columns = tuple(str(name) for name in columns)[:100]
+        report.format, report.mapping, problem = recognise(columns, self.config.format, self.config.mapping)
+        if not report.format:
+            raise Unreadable(problem)
 
     def _row(self, number: int, record: Record, report: FileReport) -> Row | None:
         report.rows += 1
@@ -94,8 +103,11 @@ class Rows:
             self.report.bad_rows.append(BadRow(report.file, line, reason))
 
 
-def load_rows(config: DataConfig) -> Rows:
+def load_rows(config: DataConfig, most: int = 0) -> Rows:
     """The rows of the files that a config names.
+
+    Args:
+        most: reading ends after so many rows; 0 reads all.
 
     Raises:
         WeftError: NOT_FOUND, BAD_INPUT, PERMISSION for files that are not there; while iterating, ENVIRONMENT when
@@ -108,4 +120,4 @@ def load_rows(config: DataConfig) -> Rows:
             f"The mapping names {', '.join(sorted(unknown))}, which is no field of any format.",
             f"Fields are: {', '.join(sorted(KNOWN_FIELDS))}.",
         )
-    return Rows(config, find_files(config.files))
+    return Rows(config, find_files(config.files), most)

@@ -246,6 +246,22 @@ def test_bad_rows_are_listed_with_line_and_reason_and_kept_out(tmp_path: Path) -
     assert len(rows) == 1 and report.duplicates == 1
 
 
+def test_the_format_is_recognised_behind_many_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("{bad\n" * 150 + '{"question": "q", "answer": "a"}\n')
+    rows, report = load(tmp_path / "x.jsonl")
+    assert (rows[0].prompt, rows[0].answers, rows[0].line) == ("q", ("a",), 151)
+    assert report.files[0].mapping == {"prompt": "question", "completion": "answer"} and report.bad == 150
+
+
+def test_reading_can_end_early(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "t"}\n' * 10)
+    rows = load_rows(DataConfig(files=(str(tmp_path),)), most=4)
+    assert len(list(rows)) == 4 and rows.report.partial and len(rows.report.files) == 1
+    rows = load_rows(DataConfig(files=(str(tmp_path),)), most=20)
+    assert len(list(rows)) == 20 and not rows.report.partial
+
+
 def test_rows_can_be_read_again(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     rows = load_rows(DataConfig(files=(str(tmp_path / "x.jsonl"),)))
