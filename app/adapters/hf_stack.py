@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,7 @@ def _repeated(weights: dict[str, float], names: dict[str, tuple[Path, str]]) -> 
     Raises:
         WeftError: UNSUPPORTED when they disagree: then they are adapters of different models.
     """
-    ranges = {key: _ranges(path) for key, (path, _) in names.items()}
+    ranges = {key: _ranges(key, path) for key, (path, _) in names.items()}
     on = {ranges[key]: name for key, (_, name) in names.items() if weights[key]}
     if len(on) > 1:
         first, second = sorted(on.items())[:2]
@@ -252,7 +253,9 @@ def _repeated(weights: dict[str, float], names: dict[str, tuple[Path, str]]) -> 
     return wanted
 
 
-def _ranges(path: Path) -> tuple[tuple[int, int], ...]:
+@lru_cache(maxsize=256)
+def _ranges(key: str, path: Path) -> tuple[tuple[int, int], ...]:
+    """What an adapter repeats; read once for each state of its files, which `key` tells: a change of weight reads nothing."""
     if path.suffix.lower() == ".gguf":
         return ()
     from app.core.adapter_file import locate
