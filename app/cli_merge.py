@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -13,7 +14,7 @@ from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
-from app.core.merge_plan import DTYPES, MergePlan, MergeResult
+from app.core.merge_plan import DTYPES, MergePlan, MergeResult, Packing
 from app.terminal import readable_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}  # fmt: skip
@@ -32,6 +33,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "--shard-size", default="0", metavar="SIZE", help="largest weight file, such as 5GB; the base's division by default"
     )  # fmt: skip
+    command.add_argument(
+        "--packed",
+        choices=get_args(Packing),
+        default="refuse",
+        help="a base packed by bitsandbytes: refuse it (the 16-bit model is better), make 16 bits of it, or pack it again",
+    )
     command.add_argument("--license", default="", help="for the model card, where the base names none")
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -50,6 +57,7 @@ def _run(parsed: argparse.Namespace) -> int:
         target=str(parsed.to.expanduser().absolute()),
         dtype=parsed.dtype,
         shard_size=parse_size(parsed.shard_size),
+        packed=parsed.packed,
         base_name=model.name,
         license=parsed.license,
     )

@@ -44,7 +44,7 @@ def write_side_files(
     """Write everything but weights into a folder.
 
     Args:
-        config: the base's config.json as it stands there. changes: keys of it with their new values.
+        config: the base's config.json as it stands there. changes: keys of it with their new values; None for what falls away.
         notes: sentences for the card.
 
     Returns:
@@ -68,6 +68,10 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any], dtype:
     made: dict[str, Any] = json.loads(json.dumps(config))
     text = next((made[k] for k in ("text_config", "llm_config") if isinstance(made.get(k), dict)), {})
     for key, value in changes.items():
+        if value is None:  # what the merged model no longer has
+            made.pop(key, None)
+            text.pop(key, None)
+            continue
         if key in text:
             text[key] = value
         if key in made or key not in text:

@@ -159,6 +159,7 @@ class Merge:
         plan: what to merge.
         files: the base's weight files, checked to lie in its folder.
         config: the base's config.json, cleaned. stage: a folder that transformers may read the config from.
+        opened: the files, where somebody has opened them in a way of their own; closed with this.
         quick: use names from headers where these serve; False asks transformers always.
 
     Attributes:
@@ -173,7 +174,14 @@ class Merge:
     """
 
     def __init__(
-        self, plan: MergePlan, files: Sequence[Path], config: Mapping[str, Any], stage: str, *, quick: bool = True
+        self,
+        plan: MergePlan,
+        files: Sequence[Path],
+        config: Mapping[str, Any],
+        stage: str,
+        *,
+        quick: bool = True,
+        opened: BaseFiles | None = None,
     ) -> None:
         if plan.dtype not in DTYPES:
             raise WeftError(ErrorKind.BAD_INPUT, f"{plan.dtype!r} is no data type of weights.", f"Choose one of {', '.join(DTYPES[1:])}.")  # fmt: skip
@@ -184,7 +192,7 @@ class Merge:
         active = [a for a in plan.stack.adapters if a.weight]
         self.adapters: list[tuple[OpenAdapter, float]] = [(open_adapter(Path(a.path)), a.weight) for a in active]
         self.matrices = Matrices([adapter for adapter, _ in self.adapters])
-        self.files = BaseFiles(files)
+        self.files = opened if opened is not None else BaseFiles(files)
         try:
             self.notes += self.files.notes
             self.tensors = self._plan(quick)

@@ -5,10 +5,13 @@ Window and command line build a plan, `app/tasks/merge.py` carries it out in a c
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from app.core.stack import AdapterStack
 
+Packing = Literal["refuse", "16bit", "again"]
 DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -21,6 +24,8 @@ class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
         target: folder that is made; it must not exist, or be empty.
         dtype: of the result's matrices; "" keeps each tensor's own.
         shard_size: bytes of a weight file at most; 0 keeps the base's own division.
+        packed: what becomes of a base that bitsandbytes has packed: nothing (`refuse`, with the 16-bit model to fetch),
+            a model in 16 bits, or one that is packed `again`.
         base_name: how the model card calls the base; "" for the folder's name.
         license: for the card, where the base's own card names none.
     """
@@ -30,6 +35,7 @@ class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     dtype: str = ""
     shard_size: int = 0
+    packed: Packing = "refuse"
     base_name: str = ""
     license: str = ""
 

@@ -16,6 +16,7 @@ import msgspec
 
 from app.adapters.hf_stack import signature
 from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelFormat
 from app.core.merge_plan import MergeAdjustment, MergePlan, MergeResult
 from app.engine.reporting import Report
 from app.generation.hf_files import INDEXES, SINGLES, Stage, read_json
@@ -52,7 +53,7 @@ class _Run:
 
         check_plan(self.plan)
         self.report.progress("Reading the model and the adapters")
-        stage = stage_of(Path(self.plan.model))
+        stage = stage_of(Path(self.plan.model), packed=self.plan.packed != "refuse")
         try:
             try:
                 return self._stream(stage)
@@ -69,7 +70,9 @@ class _Run:
         from app.adapters.merge_write_torch import Writer
 
         plan, target = self.plan, Path(self.plan.target)
-        with Merge(plan, stage.weights, stage.config, str(stage.path)) as merge:
+        unpacked = self._unpacked(stage)
+        with Merge(plan, stage.weights, stage.config, str(stage.path), opened=unpacked) as merge:
+            repacked = self._packing(merge, unpacked)
             tensors = merge.tensors
             shards = divide(tensors, [t.source.file.name for t in tensors], plan.shard_size)
             total = sum(t.bytes for t in tensors)
@@ -88,6 +91,8 @@ class _Run:
                     writer.run(threads())
                     if len(shards) > 1:
                         write_atomically(staging.folder / INDEXES["safetensors"], index_of(shards, tensors))
+                    if lost := loss_of(repacked):
+                        merge.notes.append(lost)
                     notes = merge.notes + write_side_files(
                         plan, stage.original, merge.config, staging.folder, merge.notes
                     )
@@ -102,6 +107,27 @@ class _Run:
                     raise
                 staging.discard()
         return self._result(merge, total, writer.resumed, notes)
+
+    def _unpacked(self, stage: Stage) -> Any:
+        """The files of a packed base, unpacked; None for any other."""
+        if "quantization_config" not in stage.original:
+            return None
+        from app.adapters.merge_bnb_torch import UnpackedFiles
+
+        return UnpackedFiles(stage.weights, str(stage.original.get("dtype") or stage.original.get("torch_dtype")))
+
+    def _packing(self, merge: Any, unpacked: Any) -> list[Any]:
+        """Have a packed base's tensors written as the plan wants them."""
+        if unpacked is None:
+            return []
+        if self.plan.packed == "16bit":
+            merge.config["quantization_config"] = None
+            merge.notes.append("The base was packed by bitsandbytes: what that had lost of it is lost here too.")
+            return []
+        from app.adapters.merge_bnb_torch import pack_again
+
+        merge.tensors, repacked = pack_again(merge, unpacked)
+        return repacked
 
     def _result(self, merge: Any, total: int, resumed: int, notes: list[str]) -> MergeResult:
         return MergeResult(
@@ -130,7 +156,9 @@ class _Run:
         ]
         stack = [(a.path, a.weight, signature(Path(a.path))) for a in plan.stack.adapters if a.weight]
         shapes = [(t.name, t.dtype, t.shape) for t in merge.tensors]
-        return fingerprint([VERSION, torch.__version__, plan.model, plan.dtype, plan.shard_size, base, stack, shapes])
+        return fingerprint(
+            [VERSION, torch.__version__, plan.model, plan.dtype, plan.packed, plan.shard_size, base, stack, shapes]
+        )
 
     def _with_peft(self, stage: Stage, reason: str) -> MergeResult:
         from app.adapters.merge_folder import write_side_files
@@ -173,6 +201,15 @@ class _Run:
         )  # fmt: skip
 
 
+def loss_of(repacked: list[Any]) -> str:
+    """What packing again has lost, "" where nothing was packed."""
+    if not repacked:
+        return ""
+    from app.adapters.merge_bnb_torch import loss_note
+
+    return loss_note(repacked)
+
+
 def threads() -> int:
     """How many pieces are worked on at once."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
@@ -180,8 +217,11 @@ def threads() -> int:
     return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(8, usable))
 
 
-def stage_of(folder: Path) -> Stage:
+def stage_of(folder: Path, *, packed: bool = False) -> Stage:
     """The base's folder, its files checked.
+
+    Args:
+        packed: a base that bitsandbytes has packed will do.
 
     Raises:
         WeftError: NOT_FOUND, HOSTILE, CORRUPT; UNSUPPORTED for quantized bases, with the 16-bit base to fetch instead.
@@ -189,11 +229,11 @@ def stage_of(folder: Path) -> Stage:
     if not folder.is_dir():
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no model folder {folder}.", "Check the path; GGUF files take adapters through `weft export`.")  # fmt: skip
     form = "safetensors" if any((folder / t["safetensors"]).is_file() for t in (SINGLES, INDEXES)) else "bin"
-    refuse_quantized(folder)
+    refuse_quantized(folder, packed=packed)
     return Stage(folder, form)
 
 
-def refuse_quantized(folder: Path) -> None:
+def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
     """Refuse a base whose weights are packed, and say what to fetch instead.
 
     Raises:
@@ -207,14 +247,19 @@ def refuse_quantized(folder: Path) -> None:
         for name in ("quantize_config.json", "quant_config.json")
     ]
     found = from_config(config, *tables)
-    if found is None:
+    if found is None or (packed and found.format is ModelFormat.BITSANDBYTES):
         return
     base = likely_base(folder, config)
     hint = "Merge into the 16-bit model that it was made from"
     raise WeftError(
         ErrorKind.UNSUPPORTED,
         f"{folder.name} is quantized ({found.format.value} {found.label}): a merge into it would be rounded away.",
-        f"{hint}, {base}: get it with `weft download {base}`." if base else f"{hint}.",
+        (f"{hint}, {base}: get it with `weft download {base}`." if base else f"{hint}.")
+        + (
+            " Or let it be unpacked first, with the loss that it has."
+            if found.format is ModelFormat.BITSANDBYTES
+            else ""
+        ),
     )
 
 
