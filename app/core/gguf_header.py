@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -89,6 +89,7 @@ class GgufHeader:
         metadata: numbers, strings, tuples of numbers; longer arrays and all arrays of strings as GgufArray.
         tensors: in the order of the file.
         data_offset: where tensor data begin. missing: bytes that a truncated file lacks at its end, else 0.
+        spans: where each key with its value lies in the file: (first byte, end).
     """
 
     path: Path
@@ -97,6 +98,7 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
     data_offset: int
     missing: int = 0
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
     def text(self, key: str) -> str:
         """A string of the metadata, "" when there is none."""
@@ -173,13 +175,16 @@ def read_gguf_header(path: Path, *, complete: bool = True) -> GgufHeader:
         if tensor_count > MAX_TENSORS or tensor_count * 24 > reader.size:
             raise reader.corrupt(f"it claims {tensor_count} tensors")
         metadata: dict[str, Number | str | tuple[Number, ...] | GgufArray] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(key_count):
+            start = reader.position
             key = reader.string(MAX_NAME, "a key").decode("utf-8", "replace")
             if key in metadata:
                 raise reader.corrupt(f"the key {key[:80]!r} stands in it twice")
             metadata[key] = _value(reader, key)
+            spans[key] = (start, reader.position)
         tensors = _tensors(reader, tensor_count, metadata.get("general.alignment", 32))
-        return _checked(reader, metadata, tensors, complete)
+        return replace(_checked(reader, metadata, tensors, complete), spans=spans)
 
 
 def _value(reader: _Reader, key: str) -> Number | str | tuple[Number, ...] | GgufArray:

@@ -1,0 +1,304 @@
+"""A stack of adapters into a GGUF model: a new GGUF, written tensor by tensor. Needs numpy and llama.cpp's library, no torch.
+
+Tensors that no adapter touches keep their bytes, keys keep theirs. What is changed is written in 16 bits (or in its own
+float type), or quantized again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+
+from app.adapters.ggml import F16, F32, FLOATS, Ggml, ggml, unreadable
+from app.adapters.gguf_edits import GgufBase, GgufEdit, GgufEdits, collect, open_base
+from app.adapters.merge_staging import require_space, sync_file, write_error
+from app.core.errors import ErrorKind, WeftError
+from app.core.ggml import TYPES
+from app.core.gguf_header import os_error
+from app.core.stack import AdapterStack
+
+if TYPE_CHECKING:
+    from app.adapters.gguf_arithmetic import Change
+
+# What changed tensors become: `open`: their own float type, f16 where they were quantized; `own`: what they were,
+# quantized again; `q8_0`: eight bits where they were quantized.
+Types = Literal["open", "own", "q8_0"]
+VERSION = 1  # of what a merge's bytes depend on, beside base and stack
+_Q8_0 = 8
+_COPY = 8 * 1024 * 1024
+_MARGIN = 16 * 1024 * 1024
+_SPLIT = ("split.no", "split.count", "split.tensors.count")
+
+
+class Planned(NamedTuple):
+    """A tensor of the new file.
+
+    Attributes:
+        shape: innermost first. type: of the new one. bytes: that it takes.
+        file, offset, old: where the base's lies and of which type; no file for one that the base lacks: zeros.
+        edits: what is done to it; none for one that is copied.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    bytes: int
+    file: Path | None
+    offset: int
+    old: int
+    edits: list[GgufEdit]
+
+    @property
+    def width(self) -> int:
+        return self.shape[0] if len(self.shape) > 1 else 1  # a vector is rows of one number
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape) // self.width
+
+
+class MergeIntoGguf:
+    """A merge that was found possible; nothing is written yet.
+
+    Attributes:
+        tensors: of the new file, in its order. bytes: that the new file takes.
+        notes: sentences worth showing.
+
+    Raises:
+        WeftError: BAD_INPUT, UNSUPPORTED, CORRUPT, NOT_FOUND, ENVIRONMENT.
+    """
+
+    def __init__(self, base: Path, stack: AdapterStack, types: Types = "open") -> None:
+        self.base: GgufBase = open_base(base)
+        self._ggml: Ggml = ggml()
+        self._types: Types = types
+        edits: GgufEdits = collect(self.base, stack)
+        self.notes = list(edits.notes)
+        self.tensors = self._plan(edits)
+        self._alignment = self._common_alignment()
+        self._head = self._header()
+        self.bytes = len(self._head) + sum(self._padded(t.bytes) for t in self.tensors)
+
+    # Planning ------------------------------------------------------------------------------------
+
+    def _plan(self, edits: GgufEdits) -> list[Planned]:
+        by_tensor = dict(edits.by_tensor)
+        embedding = by_tensor.get("token_embd.weight", [])
+        if self.base.tied and by_tensor.get("output.weight", []) == embedding:
+            by_tensor.pop("output.weight", None)  # both change alike: they stay one
+            embedding = []
+        planned = [self._planned(name, by_tensor.get(name, [])) for name in self.base.tensors]
+        new = [name for name in by_tensor if name not in self.base.tensors]
+        if self.base.tied and embedding and "output.weight" not in new:
+            new.append("output.weight")  # the head stays what it is: a copy of the embedding as it was
+        planned += [self._added(name, by_tensor.get(name, [])) for name in new]
+        if self.base.tied and "output.weight" in new:
+            self.notes.append(
+                "The output head was the embedding's matrix; the stack parts them, so it has one of its own."
+            )
+        changed = [t for t in planned if t.edits and t.old not in FLOATS]
+        if changed:
+            self.notes.append(self._told(changed))
+        if len(self.base.headers) > 1:
+            self.notes.append(f"The base's {len(self.base.headers)} parts became one file.")
+        return planned
+
+    def _planned(self, name: str, edits: list[GgufEdit]) -> Planned:
+        file, tensor = self.base.tensors[name]
+        if not edits:
+            return Planned(name, tensor.shape, tensor.type, tensor.bytes, file, tensor.offset, tensor.type, [])
+        if f"{name.removesuffix('.weight')}.scale" in self.base.tensors:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"The model keeps a scale of its own for {name[:80]}, as models of three values a weight do.",
+                "Merge into its safetensors instead.",
+            )
+        if not self._ggml.can_read(tensor.type):
+            raise unreadable(tensor.type)
+        kind = self._type(tensor.type, tensor.shape)
+        return Planned(name, tensor.shape, kind, _size(tensor.shape, kind), file, tensor.offset, tensor.type, edits)
+
+    def _added(self, name: str, edits: list[GgufEdit]) -> Planned:
+        """A tensor that the base lacks: a head of its own, or a bias."""
+        if name == "output.weight":
+            made = self._planned("token_embd.weight", edits)
+            return made._replace(name=name)
+        value = edits[0].value
+        owner = self.base.tensors.get(f"{name.removesuffix('.bias')}.weight")
+        if not name.endswith(".bias") or owner is None or value is None:
+            raise WeftError(ErrorKind.INTERNAL, f"The model has no {name[:80]}.", "Please report this.")
+        rows = owner[1].shape[1]
+        self.notes.append(f"{name} is new: the base has none there.") if len(self.notes) < 8 else None
+        return Planned(name, (rows,), F32, 4 * rows, None, 0, F32, edits)
+
+    def _type(self, old: int, shape: tuple[int, ...]) -> int:
+        if old in FLOATS:
+            return old
+        if self._types == "own" and self._ggml.can_write(old):
+            return old
+        whole = shape[0] % TYPES[_Q8_0].block == 0
+        return _Q8_0 if self._types != "open" and whole else F16
+
+    def _told(self, changed: list[Planned]) -> str:
+        """What became of quantized tensors that were changed."""
+        kinds = {TYPES[t.type].name for t in changed}
+        before, after = (sum(_size(t.shape, kind(t)) for t in changed) for kind in (lambda t: t.old, lambda t: t.type))
+        start = f"{len(changed)} quantized tensors were changed"
+        if all(t.type == t.old for t in changed):
+            return (
+                f"{start} and quantized again to their own types: what an adapter changes by less than a step of these is "
+                "partly lost. A merge into the 16-bit model, exported to this type, loses less."
+            )
+        return (
+            f"{start} and are {' and '.join(sorted(kinds))} now ({after / 1e9:.2f} GB instead of {before / 1e9:.2f} GB): "
+            "what was rounded in the base stays rounded."
+        )
+
+    def _common_alignment(self) -> int:
+        return self.base.headers[0].number("general.alignment") or 32
+
+    def _padded(self, size: int) -> int:
+        return -(-size // self._alignment) * self._alignment
+
+    def _header(self) -> bytes:
+        first = self.base.headers[0]
+        split = len(self.base.headers) > 1
+        keys = [span for key, span in first.spans.items() if not (split and key in _SPLIT)]
+        try:
+            with first.path.open("rb") as file:
+                raw = file.read(first.data_offset)
+        except OSError as error:
+            raise os_error(first.path, error) from error
+        head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(keys)))
+        for start, end in keys:
+            head += raw[start:end]
+        offset = 0
+        for tensor in self.tensors:
+            name = tensor.name.encode()
+            head += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(tensor.shape))
+            head += b"".join(struct.pack("<Q", size) for size in tensor.shape)
+            head += struct.pack("<IQ", tensor.type, offset)
+            offset += self._padded(tensor.bytes)
+        return bytes(head) + bytes(self._padded(len(head)) - len(head))
+
+    # Writing -------------------------------------------------------------------------------------
+
+    def write(self, target: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:
+        """Write the new file. Whatever goes wrong leaves none behind.
+
+        Args:
+            progress: told (bytes written, bytes in all).
+
+        Raises:
+            WeftError: DISK_FULL before anything is written, or later; PERMISSION, CORRUPT, UNSUPPORTED, CANCELLED.
+        """
+        require_space(target.parent, self.bytes + _MARGIN, "The merged GGUF file")
+        done = len(self._head)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, self.bytes)
+            if cancelled():
+                raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
+
+        try:
+            with target.open("wb") as out, contextlib.ExitStack() as opened:
+                out.write(self._head)
+                files = {header.path: opened.enter_context(_read_only(header.path)) for header in self.base.headers}
+                for tensor in self.tensors:
+                    source = files.get(tensor.file) if tensor.file else None
+                    if tensor.edits:
+                        self._write_changed(out, tensor, source, advance)
+                    else:
+                        assert source is not None
+                        _copy(source, tensor, out, advance)
+                    out.write(bytes(self._padded(tensor.bytes) - tensor.bytes))
+                if out.tell() != self.bytes:
+                    raise WeftError(
+                        ErrorKind.INTERNAL, "The file has another size than planned.", "Please report this."
+                    )
+            sync_file(target)
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            raise write_error(target, error) from error
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+    def _write_changed(
+        self, out: BinaryIO, tensor: Planned, source: BinaryIO | None, advance: Callable[[int], None]
+    ) -> None:
+        from app.adapters.gguf_arithmetic import Change, pieces
+
+        experts = tensor.shape[2] if len(tensor.shape) > 2 else 0
+
+        def rows(start: int, end: int) -> Any:
+            import numpy
+
+            if source is None:
+                return numpy.zeros((end - start, tensor.width), numpy.float32)
+            row = _size((tensor.width,), tensor.old)
+            return self._ggml.read(tensor.old, _read(source, tensor, start * row, (end - start) * row), tensor.width)
+
+        change: Change = Change(tensor.edits, self.base.base, tensor.rows, tensor.width, experts, rows)
+        for start, end in pieces(tensor.rows, tensor.width):
+            made = self._ggml.write(tensor.type, change.apply(rows(start, end), start))
+            out.write(made)
+            advance(len(made))
+
+
+def merge_into_gguf(
+    base: Path,
+    stack: AdapterStack,
+    target: Path,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+    types: Types = "open",
+) -> list[str]:
+    """Write a GGUF model with a stack merged in. Returns sentences worth showing.
+
+    Args:
+        base: a GGUF model, by its first file where it is split. target: the new file, overwritten where it is there.
+        progress: told (bytes written, bytes in all). types: of tensors that were changed.
+
+    Raises:
+        WeftError: BAD_INPUT, UNSUPPORTED, CORRUPT, NOT_FOUND, ENVIRONMENT, DISK_FULL before anything is written;
+            PERMISSION, CORRUPT, CANCELLED, DISK_FULL while it is: then no file is left.
+    """
+    merge = MergeIntoGguf(base, stack, types)
+    merge.write(target, progress, cancelled)
+    return merge.notes
+
+
+def _size(shape: tuple[int, ...], kind: int) -> int:
+    return math.prod(shape) // TYPES[kind].block * TYPES[kind].bytes
+
+
+@contextlib.contextmanager
+def _read_only(path: Path) -> Generator[BinaryIO]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise os_error(path, error) from error
+    with file:
+        yield file
+
+
+def _read(source: BinaryIO, tensor: Planned, start: int, count: int) -> bytes:
+    source.seek(tensor.offset + start)
+    data = source.read(count)
+    if len(data) != count:
+        raise WeftError(ErrorKind.CORRUPT, f"{source.name} became shorter while it was read.", "Get it again.")
+    return data
+
+
+def _copy(source: BinaryIO, tensor: Planned, out: BinaryIO, advance: Callable[[int], None]) -> None:
+    for start in range(0, tensor.bytes, _COPY):
+        data = _read(source, tensor, start, min(_COPY, tensor.bytes - start))
+        out.write(data)
+        advance(len(data))
