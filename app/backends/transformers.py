@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from app.backends import base
 from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import ModelFormat
+from app.core.library import ModelFormat, ModelShape
 from app.core.options import build
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack
@@ -57,6 +57,7 @@ class Backend(base.Backend):
         self._stage: hf_files.Stage | None = None
         self._offload = ""  # temporary folder of rewritten weights
         self._context = 0
+        self._shape = ModelShape()
         self._told = ""  # the last note about the template, told once
         self._stack: ModelStack | None = None
 
@@ -74,6 +75,7 @@ class Backend(base.Backend):
     def load(self, request: Load, report: Report) -> None:
         options = build(Options, request.options)
         self.unload()
+        self._shape = request.model.shape
         started = time.monotonic()
         before = _resident()
         report.progress("Starting PyTorch")
@@ -271,8 +273,10 @@ class Backend(base.Backend):
         seed = _any_seed()
         asked = [self._asked(request_of(request, row, seed), report) for row in request.rows]
         answers = [self._answer(one, report, number) for number, one in enumerate(asked)]
-        from app.generation.hf_batch import answer_together
+        from app.generation.hf_batch import answer_together, too_large
 
+        if reason := too_large(self._shape, answers, self._model.dtype.itemsize, _free(self._model.device)):
+            return answer_in_turn(self, request, report, reason)
         with self._rows(request, report) as (reason, select):
             if not reason:
                 return GeneratedBatch(rows=tuple(answer_together(decoder, answers, report, select)))
@@ -343,6 +347,17 @@ def _give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
         except (OSError, AttributeError):
             return  # another C library than glibc, which keeps less
+
+
+def _free(device: Any) -> int:
+    """Bytes free where a model lies; 0 when that cannot be told."""
+    if device.type == "cuda":
+        return sys.modules["torch"].cuda.mem_get_info(device)[0]
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().available
 
 
 def _resident() -> int:

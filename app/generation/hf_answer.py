@@ -63,6 +63,11 @@ class Answer:
     def count(self) -> int:
         return len(self._tokens)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer when nothing ends it early."""
+        return len(self.asked.tokens) + max(0, self._budget)
+
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, or -1 when the answer ends here. Logits [vocabulary] are not changed."""
         token = self._sampler.choose(logits)

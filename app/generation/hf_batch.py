@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from app.core.library import ModelShape
+from app.core.memory import kv_cache_bytes
 from app.engine.protocol import Generated
 from app.engine.reporting import Report
 from app.generation.hf_answer import Answer
 from app.generation.hf_decode import Decoder
 
+LONG_ANSWER = 2048  # tokens
+SHARE = 0.8  # of free memory
 SMALLEST_CHUNK = 16  # positions of a prompt that are read in one pass
 
 
@@ -71,6 +75,23 @@ class Rows:
         logits = self._decoder.watched_pass(ids, self._cache, cancelled, **more)
         self._held = end
         return logits
+
+
+def too_large(shape: ModelShape, answers: Sequence[Answer], element: int, free: int) -> str:
+    """Why the rows' KV caches do not fit into memory together, in a sentence; "" when they do, or it is not known.
+
+    Args:
+        element: bytes of one number in the cache. free: bytes; 0 when unknown.
+    """
+    # An answer without a limit seldom fills the context: room is asked for a long one.
+    longest = max(min(answer.longest, len(answer.asked.tokens) + LONG_ANSWER) for answer in answers)
+    wanted = len(answers) * kv_cache_bytes(shape, longest, key_bytes=element, value_bytes=element)
+    if not free or wanted <= free * SHARE:
+        return ""
+    return (
+        f"Together the rows need {wanted / 1e9:.1f} GB for what they read, and {free / 1e9:.1f} GB are free: "
+        "they were answered one after the other."
+    )
 
 
 def answer_together(

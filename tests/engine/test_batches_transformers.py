@@ -224,6 +224,19 @@ def test_a_bad_row_fails_the_batch_and_changes_nothing(made: Any, tmp_path: Path
             assert ask(backend, "The warp")[0] == before
 
 
+def test_rows_that_do_not_fit_together_go_one_after_the_other(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, (first, *_) = made
+    rows = [BatchRow(prompt="The warp"), BatchRow(prompt="The warp", adapters=stack((first, 1.0)))]
+    greedy = Sampling(temperature=0, max_tokens=10, seed=1)
+    with loaded(Backend(), entry) as (backend, _):
+        expected = one_by_one(backend, rows, greedy)
+        monkeypatch.setattr("app.backends.transformers._free", lambda _: 20_000)
+        report = RowReport()
+        result = backend.generate_batch(GenerateBatch(rows=tuple(rows), sampling=greedy), report)
+        assert "GB are free" in result.note
+        assert ["".join(report.rows[number]) for number in (0, 1)] == [text for text, _ in expected]
+
+
 def test_experts_and_states_go_one_after_the_other_and_say_so(tmp_path: Path, seed: int) -> None:
     entry = tiny_models.make(tmp_path / "model", "mixtral", seed=seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(entry.path)
