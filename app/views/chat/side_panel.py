@@ -36,7 +36,7 @@ class SidePanel(QFrame):
     noticed = Signal(str, object)
     closed = Signal()
 
-    def __init__(self, presets: Presets, parent: QWidget | None = None) -> None:
+    def __init__(self, presets: Presets, parent: QWidget | None = None, *, heading: str = "This chat") -> None:
         super().__init__(parent)
         self.setObjectName("panel")
         self._presets = presets
@@ -92,7 +92,7 @@ class SidePanel(QFrame):
         scroll.viewport().setAutoFillBackground(False)
         close = icon_button("close", "Close the panel")
         close.clicked.connect(self.closed)
-        head = row(title("This chat", 0), 1, self._reset, close, margins=(16, 8, 8, 8), spacing=4)
+        head = row(title(heading, 0), 1, self._reset, close, margins=(16, 8, 8, 8), spacing=4)
         layout = column(spacing=0, parent=self)
         layout.addLayout(head)
         layout.addWidget(scroll, 1)

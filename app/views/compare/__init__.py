@@ -1,0 +1,1 @@
+"""The Compare page: one prompt, several adapter stacks, side by side."""

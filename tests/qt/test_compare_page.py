@@ -1,0 +1,245 @@
+"""The Compare page: columns and stacks, streaming, verdicts that training reads, differences."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PySide6.QtCore import Qt
+from pytestqt.qtbot import QtBot
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import AdapterEntry, AdapterFormat
+from app.core.stack import AdapterStack, StackedAdapter
+from app.engine.protocol import GenerateBatch, Generated, GeneratedBatch
+from app.store.preferences import Preference, PreferenceStore
+from app.store.settings import SettingsStore
+from app.viewmodels.chat_presets import Presets
+from app.viewmodels.compare import Compare
+from app.viewmodels.text_difference import differences
+from app.views.compare.page import ComparePage
+from app.views.compare.stack_editor import StackEditor
+from tests.fakes.fake_loadout import FakeLoadout
+
+
+def entry(name: str) -> AdapterEntry:
+    return AdapterEntry(id=f"/loras/{name}", name=name, path=f"/loras/{name}", format=AdapterFormat.PEFT)
+
+
+def stack(*given: tuple[str, float]) -> AdapterStack:
+    return AdapterStack(adapters=tuple(StackedAdapter(path=f"/loras/{n}", name=n, weight=w) for n, w in given))
+
+
+class Loadout(FakeLoadout):
+    """With a library of two adapters."""
+
+    takes_adapters = True
+
+    def adapters(self) -> list[AdapterEntry]:
+        return [entry("pirate"), entry("formal")]
+
+    def end(self, *reasons: str, note: str = "") -> None:
+        rows = tuple(
+            Generated(finish_reason=reason, tokens=4, prompt_tokens=3, seconds=0.5)  # type: ignore[arg-type]
+            for reason in reasons
+        )
+        self.finished.emit(self.last, GeneratedBatch(rows=rows, note=note))
+
+
+@pytest.fixture
+def loadout(qapp: object) -> Loadout:
+    made = Loadout()
+    made.stack = stack(("pirate", 0.7))
+    return made
+
+
+@pytest.fixture
+def page(qtbot: QtBot, loadout: Loadout, tmp_path: Path) -> Iterator[ComparePage]:
+    model = Compare(loadout, PreferenceStore(tmp_path / "data" / "preferences.jsonl"))
+    made = ComparePage(model, Presets(SettingsStore(tmp_path / "settings.toml")), pick_model=lambda: None)
+    qtbot.addWidget(made)
+    made.resize(1100, 700)
+    made.show()
+    yield made
+
+
+def ask(page: ComparePage, text: str = "Hello?") -> None:
+    page.composer.set_text(text)
+    page.composer.sent.emit(text)
+
+
+def test_all_columns_are_asked_at_once_with_one_seed_and_stream_side_by_side(
+    page: ComparePage, loadout: Loadout
+) -> None:
+    assert [view.stack.text() for view in page.columns] == ["base", "pirate 0.7"]
+    page.seed.setValue(11)
+    page.panel.system_changed.emit("Be brief.")
+    ask(page)
+    request = loadout.requests[-1]
+    assert isinstance(request, GenerateBatch) and request.sampling.seed == 11 and request.sampling.max_tokens == 512
+    assert [row.adapters for row in request.rows] == [AdapterStack(), stack(("pirate", 0.7))]
+    assert {tuple((m.role, m.content) for m in row.messages) for row in request.rows} == {
+        (("system", "Be brief."), ("user", "Hello?"))
+    }
+    loadout.say_row(1, "Ahoy")
+    loadout.say_row(0, "Hello")
+    loadout.say_row(1, ", sailor")
+    assert [view.text.toPlainText() for view in page.columns] == ["Hello", "Ahoy, sailor"]
+    assert not page.columns[0].better.isVisible() and not page.add.isEnabled()
+    loadout.end("stop", "length", note="One after the other: experts.")
+    assert "8.0 tokens/s" in page.columns[0].facts.text() and "cut at the limit" in page.columns[1].facts.text()
+    assert page.note.isVisible() and "One after the other" in page.note.text.text()
+
+
+def test_a_verdict_becomes_rows_that_training_reads(page: ComparePage, loadout: Loadout, tmp_path: Path) -> None:
+    from app.training.data_config import DataConfig
+    from app.training.rows import load_rows
+
+    page.add.click()
+    ask(page, "Which?\nThis one.")
+    for row, text in enumerate(("same", "better “ü”\nanswer", "same")):
+        loadout.say_row(row, text)
+    loadout.end("stop", "stop", "stop")
+    page.columns[1].better.click()
+    file = tmp_path / "data" / "preferences.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] == [
+        ("Which?\nThis one.", "better “ü”\nanswer", "same")
+    ] * 2
+    assert rows[0]["rejected_stack"] == "base" and "system" not in rows[0]
+    assert page.collected.text() == "2 examples collected" and not page.columns[1].better.isEnabled()
+    loaded = load_rows(DataConfig(files=(str(file),)))
+    assert len(list(loaded)) == 2 and "preference" in json.dumps(str(loaded.report)).lower()
+
+
+def test_equal_answers_have_no_better_one(page: ComparePage, loadout: Loadout) -> None:
+    ask(page)
+    loadout.say_row(0, "the same")
+    loadout.say_row(1, "the same")
+    loadout.end("stop", "stop")
+    assert not page.columns[0].better.isEnabled() and not page.columns[1].better.isEnabled()
+
+
+def test_a_column_gets_another_stack_from_the_library(page: ComparePage, loadout: Loadout, qtbot: QtBot) -> None:
+    page.columns[0].stack.click()
+    editor = page.findChild(StackEditor)
+    assert editor is not None and [line.name for line in editor.lines] == ["pirate", "formal"]
+    editor.field.setText("form")
+    assert [line.isHidden() for line in editor.lines] == [True, False]
+    editor.lines[1].switch.setChecked(True)
+    editor.lines[1].weight.setValue(-0.5)
+    assert page.columns[0].stack.text() == "formal -0.5"
+    editor.base.click()
+    assert page.columns[0].stack.text() == "base"
+
+
+def test_two_to_six_columns(page: ComparePage, loadout: Loadout) -> None:
+    for _ in range(9):
+        page.add.click()
+    assert len(page.columns) == 6 and not page.add.isEnabled()
+    while page.columns[0].close_button.isVisible():
+        page.columns[0].close_button.click()
+    assert len(page.columns) == 2
+    page.show_stacks([stack(("formal", 1.0))])
+    assert [view.stack.text() for view in page.columns] == ["formal 1", "base"]
+
+
+def test_stopping_keeps_what_came_and_a_failure_is_told_once(page: ComparePage, loadout: Loadout) -> None:
+    failures: list[WeftError] = []
+    page.failed.connect(failures.append)
+    ask(page)
+    loadout.say_row(0, "half")
+    page.composer.stopped.emit()
+    assert loadout.cancelled == [1]
+    loadout.end("cancelled", "cancelled")
+    assert page.columns[0].text.toPlainText() == "half" and "stopped" in page.columns[0].facts.text()
+    ask(page, "Again")
+    assert page.columns[0].text.toPlainText() == ""
+    loadout.fail(WeftError(ErrorKind.UNSUPPORTED, "It does not fit.", "Choose another."))
+    assert len(failures) == 1 and page.add.isEnabled()
+    ask(page, "Once more")
+    loadout.fail(WeftError(ErrorKind.CANCELLED, "Cancelled."))
+    assert len(failures) == 1
+
+
+def test_answers_of_another_request_are_not_taken(page: ComparePage, loadout: Loadout) -> None:
+    ask(page)
+    loadout.row_tokens.emit(99, 0, "not mine", 1)
+    loadout.finished.emit(99, GeneratedBatch(rows=()))
+    assert page.columns[0].text.toPlainText() == "" and not page.add.isEnabled()
+
+
+def test_differences_are_words_and_survive_letters_beyond_the_first_plane(page: ComparePage, loadout: Loadout) -> None:
+    page.differences.setChecked(True)
+    ask(page)
+    loadout.say_row(0, "🧵 a red thread")
+    loadout.say_row(1, "🧵 a blue thread")
+    loadout.end("stop", "stop")
+    for view, word in zip(page.columns, ("red", "blue"), strict=True):
+        (mark,) = view.text.extraSelections()
+        assert mark.cursor.selectedText() == word  # type: ignore[attr-defined]
+
+
+def test_differences_of_random_texts_are_what_the_other_lacks() -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(50):
+        words = [chance.choice("ab cd ef gh . , ü 🧵".split()) for _ in range(30)]
+        other = [w for w in words if chance.random() > 0.2]
+        text = " ".join(words)
+        kept, last = [], 0
+        for first, end in differences(text, " ".join(other)):
+            assert last <= first < end <= len(text)
+            kept.append(text[last:first])
+            last = end
+        kept.append(text[last:])
+        rest = iter(other)
+        assert all(word in rest for word in " ".join(kept).split()), "what is not marked stands in both, in this order"
+    assert differences("one two", "") == [(0, 7)] and differences("one two", "one two") == []
+
+
+def test_without_a_model_it_says_what_to_do(page: ComparePage, loadout: Loadout) -> None:
+    from app.viewmodels.loadout import LoadoutState
+
+    loadout.set_state(LoadoutState.EMPTY, model=False)
+    assert page.composer.reason == "No model is loaded."
+    ask(page)
+    assert not loadout.requests
+
+
+@pytest.mark.fault
+def test_a_row_that_was_cut_short_never_joins_the_next(tmp_path: Path) -> None:
+    store = PreferenceStore(tmp_path / "p.jsonl")
+    store.add([Preference(prompt="a", chosen="b", rejected="c")])
+    with store.path.open("ab") as file:
+        file.write(b'{"prompt": "cut')
+    store.add([Preference(prompt="d", chosen="e", rejected="f")])
+    lines = store.path.read_text().splitlines()
+    assert json.loads(lines[0])["prompt"] == "a" and json.loads(lines[2])["prompt"] == "d"
+
+
+@pytest.mark.fault
+def test_a_folder_that_cannot_be_written_is_told(page: ComparePage, loadout: Loadout, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the folder should be")
+    failures: list[Any] = []
+    page.failed.connect(failures.append)
+    ask(page)
+    loadout.say_row(0, "one")
+    loadout.say_row(1, "two")
+    loadout.end("stop", "stop")
+    page.columns[0].better.click()
+    assert failures and failures[0].kind is ErrorKind.PERMISSION and page.columns[0].better.isEnabled()
+
+
+def test_everything_has_a_name_for_screen_readers(page: ComparePage) -> None:
+    from PySide6.QtWidgets import QAbstractButton, QLineEdit, QPlainTextEdit
+
+    for kind in (QAbstractButton, QLineEdit, QPlainTextEdit):
+        for widget in page.findChildren(kind):
+            if widget.isVisible() and widget.focusPolicy() != Qt.FocusPolicy.NoFocus:
+                assert widget.accessibleName() or getattr(widget, "text", lambda: "")(), widget
