@@ -47,7 +47,7 @@ class CompareColumn(QFrame):
         head = row(self.stack, 1, self.close_button, margins=(8, 4, 4, 4))
         foot = row(self.facts, self.copy, self.better, margins=(12, 4, 8, 8))
         foot.setStretch(0, 1)
-        layout = column(parent=self, spacing=0)
+        layout = column(parent=self, spacing=0, margins=(2, 2, 2, 2))
         layout.addLayout(head)
         layout.addWidget(self.text, 1)
         layout.addLayout(foot)
