@@ -15,7 +15,9 @@ from app.core.formats import JsonObject
 MAX_PATTERN = 200  # characters of a pattern of module names
 _CHANGING = ("pissa", "olora", "corda", "lora_ga")
 _LORA_KINDS = ("", "LORA", "ADALORA")
+_PLAIN = re.compile(r"[\w.]*")
 _LAYERS = 4096
+_EXPRESSIONS = 256
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.factor is not None:
             return self.factor
-        key = pattern_key(self.alpha_pattern, module)
+        key = _finder(self.alpha_pattern).find(module) if self.alpha_pattern else None
         alpha = self.alpha if key is None else self.alpha_pattern[key]
         if alpha is None or rank < 1:
             return None
@@ -109,6 +111,12 @@ def parse_adapter_config(config: JsonObject) -> AdapterConfig:
     }
     for pattern in (*rank_pattern, *alpha_pattern):
         _check_pattern(pattern)
+    if sum(1 for pattern in alpha_pattern if not _PLAIN.fullmatch(pattern)) > _EXPRESSIONS:
+        raise WeftError(
+            ErrorKind.HOSTILE,
+            f"The adapter's config has more than {_EXPRESSIONS} expressions for names of modules.",
+            "Write the full names of the modules into alpha_pattern.",
+        )
     return AdapterConfig(
         kind=_text(config, "peft_type").upper() or "LORA",
         rank=_whole(config.get("r", config.get("init_r"))),
@@ -134,15 +142,53 @@ def parse_adapter_config(config: JsonObject) -> AdapterConfig:
 
 def pattern_key(patterns: Iterable[str], module: str) -> str | None:
     """The first pattern that a module's name ends with, as PEFT matches them; None when there is none."""
-    for pattern in patterns:
-        if module == pattern or module.endswith("." + pattern):
-            return pattern
-        if not re.fullmatch(r"[\w.]*", pattern) and re.match(rf"(.*\.)?({pattern})$", module):
-            return pattern
-    return None
+    finder = _finder(cast("Mapping[str, object]", patterns)) if isinstance(patterns, Mapping) else _Finder(patterns)
+    return finder.find(module)
+
+
+class _Finder:
+    """Patterns ready to be asked for thousands of modules: names are looked up, only real expressions are tried."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._names: dict[str, int] = {}
+        self._expressions: list[tuple[int, str, re.Pattern[str]]] = []
+        for index, pattern in enumerate(patterns):
+            if _PLAIN.fullmatch(pattern):
+                self._names.setdefault(pattern, index)
+            else:
+                self._expressions.append((index, pattern, re.compile(rf"(.*\.)?({pattern})$")))
+
+    def find(self, module: str) -> str | None:
+        best, found = 1 << 62, None
+        start = 0
+        while start >= 0:
+            ending = module[start:]
+            index = self._names.get(ending, best)
+            if index < best:
+                best, found = index, ending
+            dot = module.find(".", start)
+            start = dot + 1 if dot >= 0 else -1
+        for index, pattern, expression in self._expressions:
+            if index < best and expression.match(module):
+                return pattern
+        return found
+
+
+_last: tuple[Mapping[str, object], _Finder] | None = None
+
+
+def _finder(patterns: Mapping[str, object]) -> _Finder:
+    """The finder of these very patterns, made once while one adapter is read."""
+    global _last
+    kept = _last
+    if kept is None or kept[0] is not patterns:
+        kept = _last = (patterns, _Finder(patterns))
+    return kept[1]
 
 
 def _check_pattern(pattern: str) -> None:
+    if _PLAIN.fullmatch(pattern) and len(pattern) <= MAX_PATTERN:
+        return
     # Repeated groups and many unbounded repeats are what makes matching take for ever.
     unbounded = len(re.findall(r"(?<!\\)[*+]|\{\d*,\d*\}", pattern))
     try:
@@ -214,4 +260,10 @@ def _replication(value: object) -> tuple[tuple[int, int], ...]:
                 ErrorKind.CORRUPT, "The adapter's layer_replication is no list of ranges.", "Get the adapter again."
             )
         ranges.append((start, end))
+    if sum(end - start for start, end in ranges) > _LAYERS:
+        raise WeftError(
+            ErrorKind.HOSTILE,
+            f"The adapter's layer_replication makes more than {_LAYERS:,} layers.",
+            "Get the adapter from somebody you trust.",
+        )
     return tuple(ranges)

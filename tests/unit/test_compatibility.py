@@ -406,3 +406,39 @@ def test_revisions_and_unknown_orders_are_told(tmp_path: Path) -> None:
         tmp_path / "odd.gguf", "novel", (str(gguf_model(tmp_path / "odd.gguf", "llama").path),), format=ModelFormat.GGUF
     )
     assert any("orders the attention" in w for w in check_paths(made, base).warnings)
+
+
+@pytest.mark.attack
+def test_configs_that_would_keep_us_busy_end_soon(tmp_path: Path) -> None:
+    with pytest.raises(WeftError) as layers:
+        parse_adapter_config({"r": 8, "lora_alpha": 8, "layer_replication": [[0, 4095]] * 100_000})
+    with pytest.raises(WeftError) as expressions:
+        parse_adapter_config({"r": 8, "lora_alpha": 8, "alpha_pattern": {f"x{i}.*y": 1 for i in range(5000)}})
+    assert {layers.value.kind, expressions.value.kind} == {ErrorKind.HOSTILE}
+    pairs = {f"layers.{i}.q_proj.lora_{s}.weight": ("F32", (1, 1)) for i in range(6000) for s in "AB"}
+    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors_bytes(pairs))
+    patterns = {f"no.{i}.such": 1 for i in range(100_000)} | {"layers.5999.q_proj": 3}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 2, "alpha_pattern": patterns}))
+    started = time.perf_counter()
+    found = read_adapter_file(tmp_path)
+    seconds = time.perf_counter() - started
+    print(f"100,000 patterns for 6,000 modules: {seconds:.2f} s")
+    assert seconds < 2
+    assert found.modules["layers.5999.q_proj"].loras[0].scale == 3.0
+    assert found.modules["layers.0.q_proj"].loras[0].scale == 2.0
+
+
+def test_patterns_are_tried_in_their_order() -> None:
+    """As PEFT does: each is an expression for the end of the name, the first that matches counts."""
+    import re
+
+    numbers = random.Random()
+    parts = ["model", "layers", "0", "1", "11", "self_attn", "q_proj", "seq_proj"]
+    special = [r".*\.1\..*_proj", r"layers\.[01]\..*", "q_proj|x"]
+    for _ in range(300):
+        module = ".".join(numbers.choices(parts, k=4))
+        patterns = [".".join(numbers.choices(parts, k=numbers.randrange(1, 4))) for _ in range(5)] + special
+        numbers.shuffle(patterns)
+        plain = [p if p in special else re.escape(p) for p in patterns]
+        expected = next((p for p, e in zip(patterns, plain, strict=True) if re.match(rf"(.*\.)?({e})$", module)), None)
+        assert pattern_key(patterns, module) == expected, (module, patterns)
