@@ -148,12 +148,14 @@ def undo_bf16_packing(model: Any) -> None:
 
 def _load_gguf(config: RunConfig, entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> Base:
     """A GGUF's weights, dequantized; every architecture that transformers converts."""
+    import tqdm
     import transformers
 
     from app.core.gguf_header import read_gguf_header
 
     path = Path(entry.path)
     read_gguf_header(path)  # bounds, before a library sees it
+    tqdm.tqdm.monitor_interval = 0  # its bars start a thread that never ends
     if config.model.quantization != "none":
         raise WeftError(
             ErrorKind.UNSUPPORTED,

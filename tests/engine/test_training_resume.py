@@ -88,7 +88,10 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("packed", "eva_lora_fa") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_a_run_killed_between_steps_ends_in_the_same_bits(
     kind: str, model: ModelEntry, data: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +153,7 @@ def _arm(patch: pytest.MonkeyPatch, module: Any, name: str, turn: int, before: b
     patch.setattr(module, name, deadly)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(model: ModelEntry, data: Path, tmp_path: Path) -> None:
     whole = train(run_file(tmp_path / "a", model, data), model)
     broken = run_file(tmp_path / "b", model, data)
@@ -218,6 +222,7 @@ def test_a_changed_run_is_not_resumed(model: ModelEntry, data: Path, tmp_path: P
         train(run_file(tmp_path, model, changed), model, resume="yes")
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_place_are_refused(model: ModelEntry, data: Path, tmp_path: Path) -> None:
     made = run_file(tmp_path, model, data)
     report = Remembering()
@@ -258,6 +263,7 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert any("step 6" in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(model: ModelEntry, data: Path, tmp_path: Path) -> None:
     made = run_file(
         tmp_path,
