@@ -82,20 +82,21 @@ class Start(QObject):
     def _furnish(self) -> None:
         """The frame is on the screen: build everything else."""
         from app import logs
-        from app.core.errors import WeftError
-        from app.house import House
 
         try:
+            from app.house import House
+
             reporter = logs.install(self._paths.logs)
             self.house = House(self._application, self._paths, self.window, self.theme, reporter)
             self._instance.received.connect(self.house.second_start)
             self._instance.listen()
-        except (WeftError, OSError) as error:
+            self.house.open(self._arguments)
+        except Exception as error:  # noqa: BLE001  (whatever it is: an empty frame that says nothing helps nobody)
+            logs.log.exception("Weft cannot start")
             self.window.hide()
             self.status = _cannot_start(error)
             self._application.quit()
             return
-        self.house.open(self._arguments)
         self._garbage.settle()
 
     def close(self) -> None:
@@ -126,14 +127,20 @@ def window_state(paths: Paths) -> QSettings:
     return QSettings(QSettings.Format.IniFormat, QSettings.Scope.UserScope, "weft", "window")
 
 
-def _cannot_start(error: WeftError | OSError) -> int:
+def _cannot_start(error: Exception) -> int:
     """There is no window to show it in: a dialog of its own, and the terminal."""
     from app.core.errors import ErrorKind, WeftError
     from app.views.dialogs import ErrorDialog
 
-    if not isinstance(error, WeftError):
+    if isinstance(error, OSError):
         error = WeftError(
             ErrorKind.PERMISSION, f"Weft cannot start: {error}.", "Set WEFT_HOME to a folder that you can write to."
+        )
+    elif not isinstance(error, WeftError):
+        error = WeftError(
+            ErrorKind.INTERNAL,
+            f"Weft cannot start: {type(error).__name__}: {error}.",
+            "Install it anew, or go back to the version before. Please report this with the log.",
         )
     print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
     if QGuiApplication.platformName() != "offscreen":

@@ -14,7 +14,7 @@ from PySide6.QtGui import QDragEnterEvent, QDropEvent, QGuiApplication
 from PySide6.QtWidgets import QAbstractButton, QApplication, QWidget
 from pytestqt.qtbot import QtBot
 
-from app import logs
+from app import bootstrap, logs
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import JobState
 from app.core.memory import Machine
@@ -284,6 +284,39 @@ def house(qtbot: QtBot, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     qtbot.wait(20)
     del made, window, look, reporter
     gc.collect()  # here: another thread that happens to collect would free Qt's objects outside theirs
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ImportError("cannot import name 'x'"), "ImportError: cannot import name 'x'"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied"),
+        (WeftError(ErrorKind.DISK_FULL, "The disk is full.", "Make room."), "The disk is full."),
+    ],
+)
+def test_a_start_that_fails_says_why_and_leaves_no_empty_frame(
+    qtbot: QtBot,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Exception,
+    said: str,
+) -> None:
+    def fails(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("app.house.House", fails)
+    monkeypatch.setattr("app.logs.install", lambda _folder: logs.Reporter())
+    application = QApplication.instance()
+    assert isinstance(application, QApplication)
+    start = bootstrap.Start(application, default_paths(), None, [])  # type: ignore[arg-type]
+    qtbot.addWidget(start.window)
+    qtbot.waitUntil(lambda: start.status == 1, timeout=5000)
+    assert not start.window.isVisible()
+    assert said in capsys.readouterr().err
+    start.close()
+    start.deleteLater()
 
 
 def test_whole_window(house: House, qtbot: QtBot) -> None:
