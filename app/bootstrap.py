@@ -24,7 +24,6 @@ from app.workers.garbage import GarbageCollector
 from app.workers.single_instance import SingleInstance, absolute
 
 if TYPE_CHECKING:
-    from app.core.errors import WeftError
     from app.house import House
 
 
