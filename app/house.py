@@ -20,6 +20,7 @@ from app.core.paths import Paths, resources
 from app.engine.environments import Environments
 from app.house_downloads import DownloadsHouse
 from app.house_exports import ExportHouse
+from app.house_loras import LorasHouse
 from app.house_questions import HouseQuestions
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -102,10 +103,13 @@ class House(QObject):
         self.exports = ExportHouse(self)
         self._arguments: list[str] = []
         self.window = window
+        self.loras = LorasHouse(self)
         self.questions = HouseQuestions(window, self.loadout, self.environments, self.engines, paths.logs, self)
         self._builders = {
             "chat": self._chat_page,
+            "compare": self._compare_page,
             "models": self._models_page,
+            "loras": self.loras.page,
             "jobs": self._jobs_page,
             "settings": self._settings_page,
         }
@@ -122,6 +126,15 @@ class House(QObject):
 
         return ChatPage(self.chats, self.loadout, self.settings, pick_model=self._open_picker)
 
+    def _compare_page(self) -> Page:
+        from app.store.preferences import PreferenceStore
+        from app.viewmodels.chat_presets import Presets
+        from app.viewmodels.compare import Compare
+        from app.views.compare.page import ComparePage
+
+        model = Compare(self.loadout, PreferenceStore(self.paths.data / "preferences.jsonl"), self)
+        return ComparePage(model, Presets(self.settings), pick_model=self._open_picker)
+
     def _models_page(self) -> Page:
         from app.views.models.page import ModelsPage
 
@@ -136,6 +149,7 @@ class House(QObject):
         )
         page.code_wanted.connect(self.questions.review_code)
         page.export_wanted.connect(self.exports.open_model)
+        page.dropped = self.loras.take
         return page
 
     def _jobs_page(self) -> Page:
@@ -171,7 +185,15 @@ class House(QObject):
                 parent=self,
             )
 
-        bar = LoadoutBar(loadout=self.loadout, jobs=self.jobs, make_table=table, machine=self.machine.now)
+        bar = LoadoutBar(
+            loadout=self.loadout,
+            jobs=self.jobs,
+            make_table=table,
+            machine=self.machine.now,
+            stack=self.loras.stack,
+            dropped=self.loras.take_for_stack,
+            fill_menu=self.loras.fill_stack_menu,
+        )
         bar.models_wanted.connect(self._show_models)
         bar.jobs_wanted.connect(self._show_jobs)
         bar.options_wanted.connect(self._show_options)
@@ -211,7 +233,13 @@ class House(QObject):
     def open(self, arguments: Sequence[str] = ()) -> None:
         """Furnish the window; what its first page does not need starts after it is shown."""
         self._arguments = list(arguments)
-        self.window.furnish(build=self.build, header=self._header, commands=self._commands, notify=self._notify)
+        self.window.furnish(
+            build=self.build,
+            header=self._header,
+            commands=self._commands,
+            notify=self._notify,
+            sort=self.loras.take,
+        )
         QTimer.singleShot(SETTLE_MS, self, self._settle)
 
     @Slot()
@@ -297,6 +325,7 @@ class House(QObject):
             ("the pages", self.window.close_pages),
             ("the loaded model", self.loadout.close),
             ("downloads", self.downloads.close),
+            ("adapters being added", self.loras.close),
             ("long tasks", self.tasks.close),
             ("jobs", self.jobs.close),
             ("engine environments", self.engines.close),
@@ -352,15 +381,15 @@ class House(QObject):
 
     @Slot()
     def _library_changed(self) -> None:
-        page = self.window.built("models")
-        if page is not None:
-            page.library_changed()  # type: ignore[attr-defined]
+        for page in (self.window.built("models"), self.window.built("loras")):
+            if page is not None:
+                page.library_changed()  # type: ignore[attr-defined]
 
     @Slot(bool)
     def _scanning(self, scanning: bool) -> None:
-        page = self.window.built("models")
-        if page is not None:
-            page.set_scanning(scanning)  # type: ignore[attr-defined]
+        for page in (self.window.built("models"), self.window.built("loras")):
+            if page is not None:
+                page.set_scanning(scanning)  # type: ignore[attr-defined]
 
     @Slot(object)
     def _library_problem(self, error: WeftError) -> None:

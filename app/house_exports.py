@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from app.views.export.dialog import ExportDialog
 
 # Tasks whose result belongs into the library, and what it is called when it is there.
-_MADE = {"merge": "is merged", "export_gguf": "is exported", "combine": "is combined", "train": "is trained"}
+_MADE = {"merge": "is merged", "export_gguf": "is exported", "train": "is trained"}
 
 
 class ExportHouse(QObject):

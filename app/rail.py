@@ -6,7 +6,9 @@ from app.views.page import PageSpec
 
 RAIL = (
     PageSpec(name="chat", title="Chat", icon="chat", loadout_bar=True),
+    PageSpec(name="compare", title="Compare", icon="compare", loadout_bar=True),
     PageSpec(name="models", title="Models", icon="models"),
+    PageSpec(name="loras", title="LoRAs", icon="loras"),
     PageSpec(name="downloads", title="Downloads", icon="download", bottom=True, window=True),
     PageSpec(name="jobs", title="Jobs", icon="jobs", bottom=True),
     PageSpec(name="settings", title="Settings", icon="settings", bottom=True),

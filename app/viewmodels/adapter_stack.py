@@ -89,12 +89,34 @@ class StackModel(QObject):
         ]
         self._tell()
 
-    def _tell(self) -> None:
+    @property
+    def stack(self) -> AdapterStack:
+        """What the chips say; an adapter that is switched off has weight 0."""
         adapters = (
             StackedAdapter(path=entry.path, name=entry.name, weight=entry.weight if entry.on else 0.0)
             for entry in self.entries
         )
-        self._loadout.set_stack(AdapterStack(adapters=tuple(adapters)))
+        return AdapterStack(adapters=tuple(adapters))
+
+    def replace_all(self, stack: AdapterStack) -> list[str]:
+        """Put another stack on in place of this one. Returns a sentence for each adapter that is not there any more."""
+        missing: list[str] = []
+        entries: list[StackEntry] = []
+        for adapter in stack.adapters:
+            name = adapter.name or Path(adapter.path).name
+            if Path(adapter.path).exists():
+                weight = adapter.weight or 1.0
+                entries.append(StackEntry(path=adapter.path, name=name, weight=weight, on=adapter.weight != 0.0))
+            else:
+                missing.append(f"{name} is not at {adapter.path} any more, and was left out.")
+        if entries or not missing:
+            self.entries = entries
+            self._tell()
+            self.changed.emit()
+        return missing
+
+    def _tell(self) -> None:
+        self._loadout.set_stack(self.stack)
 
     @Slot()
     def _follow(self) -> None:

@@ -49,7 +49,7 @@ def _gguf(entry: ModelEntry) -> ModelFacts:
         elif isinstance(value, GgufArray):
             facts.append((key, f"{value.count:,} entries"))
         else:
-            facts.append((key, _short(value)))
+            facts.append((key, short_value(value)))
     facts.append(("tensors", f"{len(header.tensors):,}"))
     return ModelFacts(facts=tuple(facts[:MAX_FACTS]), template=template)
 
@@ -59,7 +59,7 @@ def _folder(entry: ModelEntry) -> ModelFacts:
     facts: list[tuple[str, str]] = []
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            _flatten(read_json(folder / name), "", facts)
+            flatten(read_json(folder / name), "", facts)
     return ModelFacts(facts=tuple(facts[:MAX_FACTS]), template=_template(folder))
 
 
@@ -79,15 +79,17 @@ def _template(folder: Path) -> str:
     return ""
 
 
-def _flatten(value: Any, prefix: str, facts: list[tuple[str, str]], depth: int = 0) -> None:
+def flatten(value: Any, prefix: str, facts: list[tuple[str, str]], depth: int = 0) -> None:
+    """Add what a JSON object says to `facts`, nested keys with dots."""
     for key, item in value.items():
         if isinstance(item, dict) and depth < 3:
-            _flatten(item, f"{prefix}{key}.", facts, depth + 1)
+            flatten(item, f"{prefix}{key}.", facts, depth + 1)
         else:
-            facts.append((f"{prefix}{key}", _short(item)))
+            facts.append((f"{prefix}{key}", short_value(item)))
 
 
-def _short(value: object) -> str:
+def short_value(value: object) -> str:
+    """A value in at most MAX_VALUE characters."""
     if isinstance(value, tuple | list):
         value = f"[{', '.join(str(item) for item in value[:64])}{', …' if len(value) > 64 else ''}]"
     text = str(value)

@@ -120,6 +120,9 @@ class _Sheet(QDialog):
         return made
 
 
+Sheet = _Sheet
+
+
 class ErrorDialog(_Sheet):
     """A WeftError, with its hint and, folded, its details."""
 

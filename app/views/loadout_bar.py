@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from PySide6.QtCore import QSize, Qt, Signal, Slot
 from PySide6.QtGui import QDragEnterEvent, QDropEvent, QFontMetrics, QResizeEvent
@@ -76,6 +77,10 @@ class PickerButton(QPushButton):
 class LoadoutBar(QWidget):
     """Runs along the top of the pages that use the loaded model.
 
+    Args:
+        stack: of the loaded model; None makes one. dropped: takes what is dropped here, into the library and the stack.
+        fill_menu: adds saved stacks to the menu of the chips.
+
     Signals:
         models_wanted: the Models page was asked for. jobs_wanted: the Jobs page.
         options_wanted(ModelEntry): the model's options were asked for.
@@ -93,6 +98,9 @@ class LoadoutBar(QWidget):
         jobs: JobCenter,
         make_table: Callable[[], ModelTable],
         machine: Callable[[], Machine],
+        stack: StackModel | None = None,
+        dropped: Callable[[list[Path]], object] | None = None,
+        fill_menu: Callable[[QMenu, QWidget], object] | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -152,9 +160,12 @@ class LoadoutBar(QWidget):
             self.eject,
         ):
             layout.addWidget(widget)
-        self.stack = StackModel(loadout, self)
-        self.stack_bar = StackBar(self.stack)
-        self.stack.refused.connect(loadout.notice)
+        if stack is None:
+            stack = StackModel(loadout, self)
+            stack.refused.connect(loadout.notice)
+        self.stack = stack
+        self._dropped = dropped
+        self.stack_bar = StackBar(self.stack, fill_menu=fill_menu)
         self.setAcceptDrops(True)
         self._column: QVBoxLayout = column(bar, self.stack_bar, spacing=0, parent=self)
         self._banner: Banner | None = None
@@ -265,8 +276,12 @@ class LoadoutBar(QWidget):
             event.acceptProposedAction()
 
     def dropEvent(self, event: QDropEvent) -> None:
-        for path in local_paths(event.mimeData().urls()):
-            self.stack.add(path)
+        paths = local_paths(event.mimeData().urls())
+        if self._dropped is not None:
+            self._dropped(paths)
+        else:
+            for path in paths:
+                self.stack.add(path)
         event.acceptProposedAction()
 
     # Doing ------------------------------------------------------------------------------------------

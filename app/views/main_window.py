@@ -23,6 +23,7 @@ from app.views.toasts import Toasts
 from app.views.widgets import action, column, local_paths, row
 
 MINIMUM = (960, 600)
+SORTED_FIRST = ("chat", "compare", "models", "loras", "jobs", "settings", "evaluate")  # pages with no use of their own for folders
 
 
 class MainWindow(QMainWindow):
@@ -55,6 +56,7 @@ class MainWindow(QMainWindow):
         self._header: QWidget | None = None
         self._commands: Callable[[], list[PaletteCommand]] = list
         self._notify: Callable[[str, str], object] | None = None
+        self._sort: Callable[[list[Path]], bool] | None = None
         self._current = ""
         self._wanted = ""
         self._dialog: QDialog | None = None
@@ -89,6 +91,7 @@ class MainWindow(QMainWindow):
         header: Callable[[], QWidget] | None = None,
         commands: Callable[[], list[PaletteCommand]] = list,
         notify: Callable[[str, str], object] | None = None,
+        sort: Callable[[list[Path]], bool] | None = None,
     ) -> None:
         """Hand over what pages are made with; the page that was asked for meanwhile is shown.
 
@@ -97,8 +100,10 @@ class MainWindow(QMainWindow):
             header: builds the loadout bar (and whatever stands along the top); shown on pages whose spec asks for it.
             commands: what Ctrl+K offers besides pages and their own commands.
             notify: hands a notice to the desktop when the window is not in front.
+            sort: takes dropped files that may be models or adapters and finds out which; False when they are neither by name.
         """
         self._build, self._header_factory, self._commands, self._notify = build, header, commands, notify
+        self._sort = sort
         if self._wanted:
             self.show_page(self._wanted)
 
@@ -291,9 +296,14 @@ class MainWindow(QMainWindow):
     # Files ----------------------------------------------------------------------------------------
 
     def take(self, paths: list[Path]) -> bool:
-        """Give files to the page in front if it wants them, else to the first that does. False when none does."""
+        """Give files to the page in front if it wants them, else to the first that does. False when none does.
+
+        Names do not tell models from adapters, so those are sorted out first, whatever page is in front.
+        """
         if self._build is None:
             return False
+        if self._current in SORTED_FIRST and self._sort is not None and self._sort(paths):
+            return True
         order = [self._current, *(name for name in self.rail.names if name != self._current)]
         for name in order:
             if name and not self._specs[name].window and self.page(name).accepts(paths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PySide6.QtCore import QPoint, QSize, Qt, Signal, Slot
@@ -85,11 +86,22 @@ class AdapterChip(QFrame):
 
 
 class StackBar(QWidget):
-    """The chips in a row, and the button that adds one."""
+    """The chips in a row, and the button that adds one.
 
-    def __init__(self, model: StackModel, parent: QWidget | None = None) -> None:
+    Args:
+        fill_menu: adds more to that button's menu: saved stacks.
+    """
+
+    def __init__(
+        self,
+        model: StackModel,
+        parent: QWidget | None = None,
+        *,
+        fill_menu: Callable[[QMenu, QWidget], object] | None = None,
+    ) -> None:
         super().__init__(parent)
         self._model = model
+        self._fill_menu = fill_menu
         self.chips: list[AdapterChip] = []
         self._inner = QWidget()
         self._row = row(margins=(0, 0, 0, 0), spacing=8, parent=self._inner)
@@ -136,6 +148,9 @@ class StackBar(QWidget):
         menu.addSeparator()
         menu.addAction("Choose a folder …", self._choose_folder)
         menu.addAction("Choose a file …", self._choose_file)
+        if self._fill_menu is not None:
+            menu.addSeparator()
+            self._fill_menu(menu, self)
         menu.popup(self.add_button.mapToGlobal(QPoint(0, self.add_button.height())))
         return menu
 

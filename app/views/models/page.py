@@ -49,6 +49,7 @@ class ModelsPage(Page):
     """
 
     code_wanted = Signal(object)
+    dropped: Callable[[list[Path]], bool] = staticmethod(lambda _: False)  # takes drops, to tell adapters from models
     export_wanted = Signal(object)
 
     def __init__(
@@ -499,4 +500,5 @@ class ModelsPage(Page):
         paths = local_paths(event.mimeData().urls())
         if self.accepts(paths):
             event.acceptProposedAction()
-            self.take(paths)
+            if not self.dropped(paths):
+                self.take(paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QModelIndex, QPersistentModelIndex, QRect, QSize, Qt, Signal
+from PySide6.QtCore import QAbstractItemModel, QModelIndex, QPersistentModelIndex, QRect, QSize, Qt, Signal
 from PySide6.QtGui import QBrush, QKeyEvent, QPainter, QPen, QResizeEvent
 from PySide6.QtWidgets import (
     QAbstractItemView,
@@ -15,9 +15,9 @@ from PySide6.QtWidgets import (
     QWidget,
 )
 
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.viewmodels import model_table
-from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole, ModelTable
+from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole
 from app.views.icons import icon
 from app.views.theme import theme
 
@@ -36,7 +36,16 @@ _NAME_MINIMUM = 200
 
 
 class RowDelegate(QStyledItemDelegate):
-    """Paints one cell: elided text, a dot before the loaded model, a warning before what cannot be used."""
+    """Paints one cell: elided text, a dot before what is loaded, a warning before what cannot be used.
+
+    Attributes:
+        muted, middle: columns in the weaker colour, and those that are shortened in the middle. fits: the column that has a
+            `FittingRole`, -1 for none.
+    """
+
+    muted: tuple[int, ...] = (model_table.WHERE, model_table.LAST_USED, model_table.ARCHITECTURE)
+    middle: tuple[int, ...] = (model_table.NAME, model_table.WHERE)
+    fits = model_table.FITS
 
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
         return QSize(80, ROW)
@@ -52,33 +61,33 @@ class RowDelegate(QStyledItemDelegate):
             painter.fillRect(box, look.color("selection"))
         elif option.features & QStyleOptionViewItem.ViewItemFeature.Alternate:  # type: ignore[attr-defined]
             painter.fillRect(box, look.color("alternate"))
-        entry: ModelEntry | None = index.data(EntryRole)
+        entry: ModelEntry | AdapterEntry | None = index.data(EntryRole)
         column = index.column()
         inner = box.adjusted(8, 0, -8, 0)
         color = "on_selection" if selected else "text"
         if column == model_table.NAME and entry is not None:
             inner = self._mark(painter, inner, index, entry)
             color = "muted" if entry.problem and not selected else color
-        elif column == model_table.FITS:
+        elif column == self.fits:
             fitting = index.data(FittingRole)
             if fitting is not None and fitting.tone != "plain" and not selected:
                 color = fitting.tone
-        elif column in (model_table.WHERE, model_table.LAST_USED, model_table.ARCHITECTURE) and not selected:
+        elif column in self.muted and not selected:
             color = "muted"
         painter.setPen(look.color(color))
         text = str(index.data() or "")
-        mode = (
-            Qt.TextElideMode.ElideMiddle
-            if column in (model_table.NAME, model_table.WHERE)
-            else Qt.TextElideMode.ElideRight
-        )
+        mode = Qt.TextElideMode.ElideMiddle if column in self.middle else Qt.TextElideMode.ElideRight
         alignment = Qt.AlignmentFlag(int(index.data(Qt.ItemDataRole.TextAlignmentRole) or 0))
         painter.drawText(inner, alignment, painter.fontMetrics().elidedText(text, mode, inner.width()))
         self._focus_ring(painter, option, index, box)
         painter.restore()
 
     def _mark(
-        self, painter: QPainter, inner: QRect, index: QModelIndex | QPersistentModelIndex, entry: ModelEntry
+        self,
+        painter: QPainter,
+        inner: QRect,
+        index: QModelIndex | QPersistentModelIndex,
+        entry: ModelEntry | AdapterEntry,
     ) -> QRect:
         if entry.problem:
             icon("warning", "warning").paint(painter, QRect(inner.x(), inner.y() + (ROW - 16) // 2, 16, 16))
@@ -112,7 +121,14 @@ class RowDelegate(QStyledItemDelegate):
 
 
 class ModelView(QTableView):
-    """The table. Enter loads, F2 renames, Delete moves to the trash: the page connects these."""
+    """The table. Enter loads, F2 renames, Delete moves to the trash: the page connects these.
+
+    Attributes:
+        widths: wished, by column; the name takes the rest. gives_way: columns that go, in this order, when it is narrow.
+    """
+
+    widths: dict[int, int] = _WIDTHS
+    gives_way: tuple[int, ...] = _GIVES_WAY
 
     load_wanted = Signal()
     rename_wanted = Signal()
@@ -140,7 +156,7 @@ class ModelView(QTableView):
         rows.setMinimumSectionSize(ROW)
         self.verticalScrollBar().setSingleStep(ROW)
 
-    def set_table(self, model: ModelTable) -> None:
+    def set_table(self, model: QAbstractItemModel) -> None:
         head = self.horizontalHeader()
         head.setHighlightSections(False)
         head.setSortIndicator(model_table.NAME, Qt.SortOrder.AscendingOrder)
@@ -148,7 +164,7 @@ class ModelView(QTableView):
         self.setModel(model)
         head.setSectionResizeMode(QHeaderView.ResizeMode.Interactive)
         head.setSectionResizeMode(model_table.NAME, QHeaderView.ResizeMode.Stretch)
-        for column, width in _WIDTHS.items():
+        for column, width in self.widths.items():
             self.setColumnWidth(column, width)
         self._fit_columns()
 
@@ -156,12 +172,12 @@ class ModelView(QTableView):
         if self.model() is None:
             return
         room = self.viewport().width() - _NAME_MINIMUM
-        shown = dict(_WIDTHS)
-        for column in _GIVES_WAY:
+        shown = dict(self.widths)
+        for column in self.gives_way:
             if sum(shown.values()) <= room:
                 break
             shown.pop(column)
-        for column in _WIDTHS:
+        for column in self.widths:
             self.setColumnHidden(column, column not in shown)
 
     def rename(self, row: int) -> None:

@@ -1,0 +1,171 @@
+"""Adapters in the window: imports from anywhere, the LoRAs page, saved stacks. Part of the composition root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PySide6.QtCore import QObject, Slot
+from PySide6.QtWidgets import QDialog, QMenu, QWidget
+
+from app.core.adapter_import import ImportResult
+from app.core.library import ModelEntry
+from app.core.stack import AdapterStack
+from app.store.stacks import StackStore
+from app.viewmodels.adapter_import import AdapterImports, Imported, summary
+from app.viewmodels.adapter_jobs import AdapterJobs, Made
+from app.viewmodels.adapter_stack import StackModel
+from app.viewmodels.drops import Drops
+from app.viewmodels.saved_stacks import SavedStacks
+from app.views.page import Notice, Page
+
+if TYPE_CHECKING:
+    from app.engine.client import EngineClient
+    from app.house import House
+
+MEASURING = ("core", "llama_cpp")  # environments that have what measuring needs
+
+
+class LorasHouse(QObject):
+    """View models that live as long as the window, and the ties between them."""
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house)
+        self._house = house
+        paths = house.paths
+        self.stack = StackModel(house.loadout, self)
+        self.stack.refused.connect(house.loadout.notice)
+        self.saved = SavedStacks(StackStore(house.database), self.stack, self)
+        self.imports = AdapterImports(
+            house.database, paths.adapters, lambda: [root.path for root in house.roots.roots()], self
+        )
+        self.jobs = AdapterJobs(house.tasks, house.jobs, paths.adapters, self)
+        self.drops = Drops(self)
+        self.imports.library_changed.connect(house.refresh_library)
+        self.imports.ended.connect(self._imported)
+        self.imports.alpha_wanted.connect(self._ask_alpha)
+        self.jobs.library_changed.connect(house.refresh_library)
+        self.jobs.made.connect(self._made)
+        self.drops.adapters.connect(self._adapters_dropped)
+        self.drops.models.connect(self._models_dropped)
+
+    def page(self) -> Page:
+        """The LoRAs page."""
+        from app.viewmodels.adapter_details import AdapterStudy
+        from app.views.loras.page import LorasPage
+
+        house = self._house
+        page = LorasPage(
+            library=house.library,
+            database=house.database,
+            loadout=house.loadout,
+            stack=self.stack,
+            saved=self.saved,
+            imports=self.imports,
+            jobs=self.jobs,
+            study=AdapterStudy(house.database, self._measuring, house),
+            roots=house.roots,
+            refresh=house.refresh_library,
+        )
+        page.export_wanted.connect(self._export)
+        return page
+
+    @Slot(object, object)
+    def _export(self, model: ModelEntry | None, stack: AdapterStack) -> None:
+        if model is not None:
+            self._house.exports.open(model, stack)
+        else:
+            text = "Load the model that the adapter was made for, or get it: it is merged into that."
+            self._house.window.show_notice(Notice(text=text, tone="warning"))
+
+    def close(self) -> None:
+        """For the window's end."""
+        self.imports.close()
+        self.drops.close()
+
+    def _measuring(self) -> EngineClient:
+        from app.engine import launch
+
+        house = self._house
+        ready = next((name for name in MEASURING if house.jobs.is_ready(name)), MEASURING[0])
+        return launch.task_engine(ready, house.paths, "measuring")
+
+    def take_for_stack(self, paths: list[Path]) -> None:
+        """What was dropped on the loadout bar: into the library, and into the stack."""
+        self.imports.add(paths, to_stack=True)
+
+    def fill_stack_menu(self, menu: QMenu, parent: QWidget) -> None:
+        """Saved stacks, in the menu of the chips."""
+        from app.views.saved_stacks_menu import fill_saved_stacks
+
+        fill_saved_stacks(menu, self.saved, self.stack, parent, notice=self._house.window.show_notice)
+
+    # What was dropped anywhere
+
+    def take(self, paths: list[Path]) -> bool:
+        """Sort out what was dropped on the window; False when none of it can be a model or an adapter."""
+        if not self.drops.accepts(paths):
+            return False
+        self.drops.take(paths)
+        return True
+
+    @Slot(list)
+    def _adapters_dropped(self, paths: list[Path]) -> None:
+        self.imports.add(paths)
+
+    @Slot(list)
+    def _models_dropped(self, paths: list[Path]) -> None:
+        house = self._house
+        page = house.window.page("models")
+        if page.accepts(paths):
+            house.window.show_page("models")
+            page.take(paths)
+        else:
+            names = ", ".join(path.name for path in paths[:3])
+            house.window.show_notice(Notice(text=f"{names}: neither a model nor an adapter.", tone="warning"))
+
+    # What came of it
+
+    @property
+    def _in_front(self) -> bool:
+        return self._house.window.current == "loras"
+
+    @Slot(object)
+    def _imported(self, found: Imported) -> None:
+        if found.batch.to_stack:
+            for result in found.here:
+                if result.entry is not None:
+                    self.stack.add(Path(result.entry.path))
+        if self._in_front or (not found.results and found.error is None):
+            return  # the page shows each
+        text, tone = summary(found)
+        first = next((result.entry for result in found.here if result.entry is not None), None)
+        show = (lambda: self._show(first.id)) if first is not None else self._show
+        self._house.window.show_notice(Notice(text=text, tone=tone, action="Show", run=show, important=True))
+
+    @Slot(object)
+    def _made(self, made: Made) -> None:
+        if not self._in_front:
+            tone = "negative" if made.error is not None else "positive"
+            run = (lambda: self._show(made.path)) if made.path else self._show_jobs
+            self._house.window.show_notice(
+                Notice(text=f"{made.title}. {made.text}", tone=tone, action="Show", run=run, important=True)
+            )
+
+    def _show_jobs(self) -> None:
+        self._house.window.show_page("jobs")
+
+    def _show(self, adapter: str = "") -> None:
+        window = self._house.window
+        window.show_page("loras")
+        if adapter:
+            window.page("loras").show_adapter(adapter)  # type: ignore[attr-defined]
+
+    @Slot(list)
+    def _ask_alpha(self, asked: list[ImportResult]) -> None:
+        def build() -> QDialog:
+            from app.views.loras.sheets import AlphaSheet
+
+            return AlphaSheet(asked, self.imports.give_alphas, self._house.window)
+
+        self._house.window.show_dialog(build)

@@ -1,0 +1,308 @@
+"""The library's adapters as a table: ids and a cache of the rows in sight; SQL sorts and filters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, QTimer, Signal, Slot
+
+from app.core.library import AdapterEntry, AdapterFormat
+from app.store.adapters import AdapterStore, FitCount
+from app.store.database import Database
+from app.store.library import LibraryStore
+from app.viewmodels.background import Background
+from app.viewmodels.model_table import EntryRole, LoadedRole
+from app.viewmodels.units import readable_bytes, short_path
+
+Index = QModelIndex | QPersistentModelIndex
+
+# Title, key that the store sorts by ("" for what is not in the index), whether numbers stand at the right.
+COLUMNS = (
+    ("Name", "name", False),
+    ("Base", "base", False),
+    ("Kind", "kind", False),
+    ("Rank", "rank", True),
+    ("Alpha", "alpha", True),
+    ("Targets", "targets", False),
+    ("Size", "bytes", True),
+    ("Fits", "", True),
+    ("Run", "run", False),
+    ("Where", "root", False),
+)
+NAME, BASE, KIND, RANK, ALPHA, TARGETS, SIZE, FITS, RUN, WHERE = range(len(COLUMNS))
+BLOCK = 64
+KEPT = 1024
+FITS_MS = 60  # rows that are scrolled past are not counted
+
+AdapterRole = EntryRole  # the same numbers as in the table of models: one delegate paints both
+InStackRole = LoadedRole
+
+_FORMATS = {
+    AdapterFormat.PEFT: "PEFT folder",
+    AdapterFormat.SAFETENSORS: "safetensors file",
+    AdapterFormat.TORCH_BIN: "PyTorch file",
+    AdapterFormat.GGUF: "GGUF",
+}
+
+
+def adapter_format(entry: AdapterEntry) -> str:
+    """`PEFT folder`, `GGUF`."""
+    return _FORMATS[entry.format]
+
+
+def base_name(recorded: str) -> str:
+    """The last part of a recorded base: paths of other people's machines are long."""
+    return recorded.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if recorded.count("/") > 1 else recorded
+
+
+def number_text(value: float) -> str:
+    """16, 0.5; a dash for what is not known."""
+    return f"{value:g}" if value > 0 else "–"
+
+
+class AdapterTable(QAbstractTableModel):
+    """Adapters of the library.
+
+    How many models each fits is counted in a thread, for the rows in sight, and kept until the models change.
+
+    Signals:
+        counted(shown, in all). renamed(AdapterEntry, what was typed).
+    """
+
+    counted = Signal(int, int)
+    renamed = Signal(object, str)
+
+    def __init__(self, library: LibraryStore, database: Database, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._library = library
+        self._database = database
+        self._home = str(Path.home())
+        self._ids: list[str] = []
+        self._rows: OrderedDict[str, AdapterEntry] = OrderedDict()
+        self._fits: dict[str, FitCount | None] = {}
+        self._wanted: OrderedDict[str, None] = OrderedDict()
+        self._generation = 0
+        self._stacked: frozenset[str] = frozenset()
+        self._text = ""
+        self._sort = (NAME, False)
+        self.total = 0
+        self.can_rename = False
+        self._background = Background(self)
+        self._background.done.connect(self._fits_counted)
+        self._later = QTimer(self)
+        self._later.setSingleShot(True)
+        self._later.setInterval(FITS_MS)
+        self._later.timeout.connect(self._count_fits)
+        self._counting = False
+
+    def close(self) -> None:
+        """End the counting thread."""
+        self._generation += 1
+        self._later.stop()
+        self._background.close()
+
+    # What it shows ----------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Ask the store again: the library, the filter or the order changed."""
+        column, descending = self._sort
+        ids = self._library.adapter_ids(self._text, COLUMNS[column][1], descending)
+        self.total = len(ids) if not self._text else self._library.adapter_count()
+        self._rows.clear()
+        if ids == self._ids:
+            if ids:
+                self.dataChanged.emit(self.index(0, 0), self.index(len(ids) - 1, len(COLUMNS) - 1))
+        else:
+            self.beginResetModel()
+            self._ids = ids
+            self.endResetModel()
+        self.counted.emit(len(ids), self.total)
+
+    def library_changed(self) -> None:
+        """Models or adapters came or went: what fits is counted anew (unchanged ones from what the store keeps)."""
+        self._generation += 1
+        self._wanted.clear()
+        self._fits.clear()
+        self.refresh()
+
+    def set_filter(self, text: str) -> None:
+        if text != self._text:
+            self._text = text
+            self.refresh()
+
+    @property
+    def filter(self) -> str:
+        return self._text
+
+    def set_stacked(self, paths: frozenset[str]) -> None:
+        """These are in the stack of the loaded model."""
+        if paths != self._stacked:
+            self._stacked = paths
+            if self._ids:
+                self.dataChanged.emit(self.index(0, NAME), self.index(len(self._ids) - 1, NAME))
+
+    def entry(self, row: int) -> AdapterEntry | None:
+        """The adapter of a row; None when it went away since the list was made."""
+        if not 0 <= row < len(self._ids):
+            return None
+        adapter = self._ids[row]
+        if adapter not in self._rows:
+            start = row - row % BLOCK
+            for found in self._library.adapters_by_id(self._ids[start : start + BLOCK]):
+                self._rows[found.id] = found
+            while len(self._rows) > KEPT:
+                self._rows.popitem(last=False)
+        return self._rows.get(adapter)
+
+    def row_of(self, adapter: str) -> int:
+        """The row of an adapter, -1 when it is not shown."""
+        return self._ids.index(adapter) if adapter in self._ids else -1
+
+    # Fitting ----------------------------------------------------------------------------------------
+
+    def fits(self, entry: AdapterEntry) -> FitCount | None:
+        """How many models it fits; None while that is being counted, or when it cannot be read."""
+        if entry.id not in self._fits and not entry.problem:
+            self._wanted[entry.id] = None
+            self._wanted.move_to_end(entry.id)
+            while len(self._wanted) > 2 * BLOCK:
+                self._wanted.popitem(last=False)
+            if not self._counting and not self._later.isActive():
+                self._later.start()
+        return self._fits.get(entry.id)
+
+    @Slot()
+    def _count_fits(self) -> None:
+        if self._counting or not self._wanted:
+            return
+        ids, generation = list(self._wanted)[-BLOCK:], self._generation
+        for key in ids:
+            self._wanted.pop(key)
+        self._counting = True
+        self._background.run((generation, ids), lambda: self._counted_fits(ids, generation))
+
+    def _counted_fits(self, ids: list[str], generation: int) -> dict[str, FitCount]:
+        try:
+            return AdapterStore(self._database).fit_counts(ids, lambda: generation != self._generation)
+        finally:
+            self._database.release()
+
+    @Slot(object, object, object)
+    def _fits_counted(self, key: object, result: object, _error: object) -> None:
+        assert isinstance(key, tuple)
+        generation, ids = key
+        self._counting = False
+        if generation == self._generation:
+            found = result if isinstance(result, dict) else {}
+            self._fits.update({each: found.get(each) for each in ids})
+            places = {each: place for place, each in enumerate(self._ids)}
+            for each in ids:
+                if (place := places.get(each)) is not None:
+                    self.dataChanged.emit(self.index(place, FITS), self.index(place, FITS))
+        self._later.start()
+
+    # Qt's questions ---------------------------------------------------------------------------------
+
+    def rowCount(self, parent: Index = QModelIndex()) -> int:
+        return 0 if parent.isValid() else len(self._ids)
+
+    def columnCount(self, parent: Index = QModelIndex()) -> int:
+        return 0 if parent.isValid() else len(COLUMNS)
+
+    def headerData(self, section: int, orientation: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> object:
+        if orientation == Qt.Orientation.Horizontal:
+            if role == Qt.ItemDataRole.DisplayRole:
+                return COLUMNS[section][0]
+            if role == Qt.ItemDataRole.TextAlignmentRole:
+                side = Qt.AlignmentFlag.AlignRight if COLUMNS[section][2] else Qt.AlignmentFlag.AlignLeft
+                return int(side | Qt.AlignmentFlag.AlignVCenter)
+            if role == Qt.ItemDataRole.ToolTipRole and section == FITS:
+                return "How many models of the library it fits wholly"
+        return None
+
+    def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> object:
+        entry = self.entry(index.row())
+        if entry is None:
+            return None
+        column = index.column()
+        if role == Qt.ItemDataRole.DisplayRole:
+            return self._text_of(entry, column)
+        if role == Qt.ItemDataRole.EditRole:
+            return entry.name
+        if role == AdapterRole:
+            return entry
+        if role == Qt.ItemDataRole.TextAlignmentRole:
+            side = Qt.AlignmentFlag.AlignRight if COLUMNS[column][2] else Qt.AlignmentFlag.AlignLeft
+            return int(side | Qt.AlignmentFlag.AlignVCenter)
+        if role == Qt.ItemDataRole.ToolTipRole:
+            return self._tip_of(entry, column)
+        if role == InStackRole:
+            return entry.path in self._stacked
+        if role == Qt.ItemDataRole.AccessibleTextRole:
+            stacked = ", in the stack" if column == NAME and entry.path in self._stacked else ""
+            return f"{COLUMNS[column][0]}: {self._text_of(entry, column)}{stacked}"
+        return None
+
+    def flags(self, index: Index) -> Qt.ItemFlag:
+        editable = self.can_rename and index.column() == NAME
+        return super().flags(index) | (Qt.ItemFlag.ItemIsEditable if editable else Qt.ItemFlag.NoItemFlags)
+
+    def setData(self, index: Index, value: object, role: int = Qt.ItemDataRole.EditRole) -> bool:
+        """A name was typed: `renamed` tells, and whoever hears it changes it."""
+        entry = self.entry(index.row())
+        if role != Qt.ItemDataRole.EditRole or entry is None or not self.can_rename:
+            return False
+        self.renamed.emit(entry, " ".join(str(value).split()))
+        return True
+
+    def sort(self, column: int, order: Qt.SortOrder = Qt.SortOrder.AscendingOrder) -> None:
+        wanted = (column, order == Qt.SortOrder.DescendingOrder)
+        if COLUMNS[column][1] and wanted != self._sort:
+            self._sort = wanted
+            self.refresh()
+
+    def _text_of(self, entry: AdapterEntry, column: int) -> str:
+        match column:
+            case 0:
+                return entry.name
+            case 1:
+                return base_name(entry.base) or "–"
+            case 2:
+                return entry.kind
+            case 3:
+                return number_text(entry.rank)
+            case 4:
+                return "?" if entry.needs_alpha else number_text(entry.alpha)
+            case 5:
+                return ", ".join(entry.targets) or "–"
+            case 6:
+                return readable_bytes(entry.bytes)
+            case 7:
+                found = self.fits(entry)
+                return "–" if found is None else f"{found.fits:,}"
+            case 8:
+                return entry.run or "–"
+            case _:
+                return short_path(entry.root or str(Path(entry.path).parent), self._home)
+
+    def _tip_of(self, entry: AdapterEntry, column: int) -> str:
+        if column == NAME and entry.problem:
+            return f"{entry.path}\n{entry.problem}"
+        if column in (NAME, WHERE):
+            return entry.path
+        if column == BASE:
+            return entry.base
+        if column == ALPHA and entry.needs_alpha:
+            return "Nobody recorded alpha. Say it in the details before using the adapter."
+        if column == TARGETS:
+            return ", ".join(entry.targets)
+        if column == KIND:
+            return f"{entry.kind}, {adapter_format(entry)}"
+        if column == SIZE:
+            return f"{entry.bytes:,} bytes in {len(entry.files)} file{'s' if len(entry.files) != 1 else ''}"
+        if column == FITS and (found := self.fits(entry)) is not None:
+            models = "1 model" if found.models == 1 else f"{found.models:,} models"
+            partly = f", {found.partly:,} more in part" if found.partly else ""
+            return f"Fits {found.fits:,} of {models} wholly{partly}"
+        return ""

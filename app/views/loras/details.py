@@ -1,0 +1,382 @@
+"""The details of one adapter: how it fits the chosen model, the bases that fit best, its norms, what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PySide6.QtCore import Qt, Signal, Slot
+from PySide6.QtGui import QGuiApplication
+from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QScrollArea, QWidget
+
+from app.core.adapter_plans import HealthReport
+from app.core.compatibility import Ranked, Verdict
+from app.core.errors import WeftError
+from app.core.library import AdapterEntry, ModelEntry
+from app.viewmodels.adapter_details import AdapterStudy
+from app.viewmodels.adapter_facts import AdapterFacts, Fit, unmatched_lines
+from app.viewmodels.adapter_table import adapter_format, number_text
+from app.viewmodels.loadout import Loadout
+from app.viewmodels.model_table import format_title
+from app.viewmodels.units import readable_bytes, readable_when
+from app.views.dialogs import text_box
+from app.views.loras.norm_chart import NormChart
+from app.views.option_fields import QuietCombo
+from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, icon_button, label, row, title
+
+_TONES = {Verdict.FITS: "positive", Verdict.PARTLY: "warning", Verdict.NOT_AT_ALL: "negative"}
+
+
+class BaseRow(QWidget):
+    """A model that the adapter fits, and the way to load it with the adapter on."""
+
+    def __init__(self, ranked: Ranked, load: Callable[[ModelEntry], object], parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        found = ranked.compatibility
+        self.model = ranked.model
+        name = ElidedLabel(ranked.model.name, mode=Qt.TextElideMode.ElideMiddle)
+        same = "its recorded base; " if found.same_base else ""
+        facts = f"{same}{format_title(ranked.model)}"
+        name.setAccessibleDescription(facts)
+        chip = Chip(f"{found.matched:,} of {found.total:,}", _TONES[found.verdict])
+        chip.setToolTip(f"{found.matched:,} of its {found.total:,} modules match, by the library's index.\n{facts}")
+        self.load = button("Load", lambda: load(ranked.model), kind="link", tip=f"Load {ranked.model.name} and use it")
+        self.load.setAccessibleName(f"Load {ranked.model.name} and use the adapter")
+        made = row(name, chip, self.load, spacing=8, parent=self)
+        made.setStretch(0, 1)
+
+
+class AdapterDetails(QFrame):
+    """The panel at the right of the LoRAs page.
+
+    Signals:
+        use_wanted(AdapterEntry), use_with(AdapterEntry, ModelEntry), alpha_wanted(AdapterEntry).
+        compare_wanted(AdapterEntry), closed().
+    """
+
+    use_wanted = Signal(object)
+    use_with = Signal(object, object)
+    alpha_wanted = Signal(object)
+    compare_wanted = Signal(object)
+    closed = Signal()
+
+    def __init__(
+        self,
+        *,
+        study: AdapterStudy,
+        loadout: Loadout,
+        make_menu: Callable[[AdapterEntry, QWidget], QMenu],
+        stacked: Callable[[str], bool],
+        parent: QWidget | None = None,
+    ) -> None:
+        super().__init__(parent)
+        self.setObjectName("panel")
+        self._study = study
+        self._loadout = loadout
+        self._make_menu = make_menu
+        self._stacked = stacked
+        self.entry: AdapterEntry | None = None
+        self.ranked: list[Ranked] = []
+        self.bases: list[BaseRow] = []
+        self._chosen: ModelEntry | None = None
+        self._build()
+        study.fit.connect(self._fit_read)
+        study.ranked.connect(self._ranked_read)
+        study.facts.connect(self._facts_read)
+        study.norms.connect(self._norms_read)
+
+    # Building
+
+    def _build(self) -> None:
+        self._title = title("")
+        self._title.setWordWrap(True)
+        self._path = ElidedLabel(mode=Qt.TextElideMode.ElideMiddle)
+        self._path.setProperty("tone", "muted")
+        copy = icon_button("copy", "Copy path", self._copy_path)
+        self.more = icon_button("more", "More actions", self._open_menu)
+        close = icon_button("close", "Hide details", self.closed.emit, shortcut="Ctrl+B")
+        top = row(self._title, self.more, close, spacing=4)
+        top.setStretch(0, 1)
+        top.setAlignment(self.more, Qt.AlignmentFlag.AlignTop)
+        top.setAlignment(close, Qt.AlignmentFlag.AlignTop)
+        self._chips = [Chip() for _ in range(3)]
+        self.problem = Banner("negative")
+        self.alpha = Banner("warning")
+        self.alpha.text.setText("Its alpha is not recorded, so it cannot be used yet.")
+        self.alpha.add(button("Say alpha…", self._ask_alpha, kind="link"))
+        self.use = button("Use", self._use, kind="primary", icon_name="plus")
+        self.use.setMinimumWidth(self.use.fontMetrics().horizontalAdvance("Take out") + 64)
+        self.compare = button("Compare with base", self._compare, icon_name="compare")
+        actions = row(self.use, self.compare, 1)
+        self.troubles = Banner("warning")
+        self.model = QuietCombo()
+        self.model.setAccessibleName("Model to hold the adapter against")
+        self.model.currentIndexChanged.connect(self._model_chosen)
+        self.verdict = Chip()
+        self.reasons = label(tone="muted", wrap=True, selectable=True)
+        self._unmatched_box = text_box(name="Modules that do not match")
+        self._unmatched_box.setMinimumHeight(140)
+        self._unmatched = Fold("Modules that do not match", self._unmatched_box)
+        self._bases_heading = title("Models that it fits best", 0)
+        self._bases = QWidget()
+        self._bases_column = column(spacing=0, parent=self._bases)
+        self._no_base = label("None of the library's models fits.", tone="muted", wrap=True)
+        self.chart = NormChart()
+        self.chart_note = label(tone="muted", wrap=True, selectable=True)
+        norms = QWidget()
+        column(self.chart, self.chart_note, spacing=4, parent=norms)
+        self.norms_fold = Fold("Norms by layer", norms, opened=True)
+        self.norms_fold.toggled.connect(self._study.want_norms)
+        self._facts = QFormLayout()
+        self._facts.setContentsMargins(4, 0, 0, 0)
+        self._facts.setHorizontalSpacing(16)
+        self._facts.setVerticalSpacing(4)
+        self._facts.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        facts = QWidget()
+        facts.setLayout(self._facts)
+        self._said_box = text_box(name="What its files say")
+        self._said_box.setMinimumHeight(220)
+        self._card_box = text_box(name="Its card", mono=False)
+        self._card_box.setMinimumHeight(200)
+        self._files_box = text_box(name="Its files")
+        self._files_box.setMinimumHeight(100)
+        self._card = Fold("Its card", self._card_box)
+        inside = QWidget()
+        body = column(spacing=12, margins=(16, 16, 16, 16), parent=inside)
+        body.addLayout(top)
+        body.addLayout(row(self._path, copy, spacing=4))
+        body.addLayout(row(*self._chips, 1, spacing=4))
+        for banner in (self.problem, self.alpha):
+            body.addWidget(banner)
+        body.addLayout(actions)
+        body.addWidget(self.troubles)
+        body.addWidget(title("How it fits", 0))
+        body.addWidget(self.model)
+        body.addLayout(row(self.verdict, 1))
+        for widget in (self.reasons, self._unmatched, self._bases_heading, self._no_base, self._bases):
+            body.addWidget(widget)
+        for fold in (
+            self.norms_fold,
+            Fold("About this adapter", facts),
+            Fold("Its files", self._files_box),
+            Fold("Everything the files say", self._said_box),
+            self._card,
+        ):
+            body.addWidget(fold)
+        body.addStretch(1)
+        self._scroll = QScrollArea()
+        self._scroll.setWidgetResizable(True)
+        self._scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self._scroll.setWidget(inside)
+        self._scroll.setFocusPolicy(Qt.FocusPolicy.NoFocus)
+        column(self._scroll, spacing=0, parent=self)
+        self.setMinimumWidth(336)
+        self._study.want_norms(True)
+
+    # Showing
+
+    def show_entry(self, entry: AdapterEntry | None) -> None:
+        """Show an adapter."""
+        before, self.entry = self.entry, entry
+        if body := self._scroll.widget():
+            body.setVisible(entry is not None)
+        if entry is None:
+            self._study.show(None, None)
+            return
+        if before is None or before.id != entry.id:
+            self._scroll.verticalScrollBar().setValue(0)
+            self._forget()
+        self._title.setText(entry.name)
+        self._path.setText(entry.path)
+        self._chips[0].set(entry.kind)
+        alpha = "?" if entry.needs_alpha else number_text(entry.alpha)
+        self._chips[1].set(f"rank {number_text(entry.rank)}, alpha {alpha}")
+        self._chips[2].set(readable_bytes(entry.bytes))
+        self.problem.setVisible(bool(entry.problem))
+        self.problem.text.setText(entry.problem)
+        self.alpha.setVisible(entry.needs_alpha and not entry.problem)
+        self._show_models()
+        self._study.show(entry, self._chosen)
+        self.refresh_actions()
+
+    def _forget(self) -> None:
+        """What was said of another adapter."""
+        self.ranked = []
+        self._chosen = None
+        self.troubles.hide()
+        self.reasons.setText("")
+        self.verdict.set("")
+        self._unmatched.hide()
+        self._show_bases()
+        self._no_base.setText("Looking…")
+        self.chart.show_report(None)
+        self.chart_note.setText("Measuring…")
+        self._show_facts(AdapterFacts())
+
+    @Slot()
+    def refresh_actions(self) -> None:
+        """The stack or the loaded model changed."""
+        entry = self.entry
+        if entry is None:
+            return
+        stacked = self._stacked(entry.path)
+        usable = not entry.problem and not entry.needs_alpha
+        self.use.setText("Take out" if stacked else "Use")
+        self.use.setAccessibleName("Take it out of the stack" if stacked else "Use: add it to the stack")
+        self.use.setToolTip(
+            "Take it out of the stack of the loaded model" if stacked else "Add it to the stack of the loaded model"
+        )
+        self.use.setEnabled(usable)
+        self.compare.setEnabled(usable)
+
+    def refresh_models(self) -> None:
+        """Another model was loaded."""
+        before = self._chosen
+        if self.entry is not None:
+            self._show_models()
+            if self._chosen != before:
+                self._study.hold_against(self._chosen)
+
+    def _show_models(self) -> None:
+        """The models that it can be held against: the loaded one first, then those that it fits."""
+        loaded = self._loadout.model
+        models = [loaded] if loaded is not None else []
+        models += [each.model for each in self.ranked if loaded is None or each.model.id != loaded.id]
+        self.model.blockSignals(True)
+        self.model.clear()
+        for model in models:
+            is_loaded = loaded is not None and model.id == loaded.id
+            self.model.addItem(f"{model.name} (loaded)" if is_loaded else model.name, model)
+        chosen = self._chosen
+        place = next((n for n, model in enumerate(models) if chosen is not None and model.id == chosen.id), 0)
+        self.model.setCurrentIndex(place if models else -1)
+        self.model.setEnabled(len(models) > 1)
+        self.model.blockSignals(False)
+        self._chosen = models[place] if models else None
+        if not models:
+            self.verdict.set("")
+            self.reasons.setText("No model is loaded, and none was found that it fits.")
+
+    @Slot(int)
+    def _model_chosen(self, place: int) -> None:
+        model = self.model.itemData(place) if place >= 0 else None
+        if isinstance(model, ModelEntry) and self.entry is not None:
+            self._chosen = model
+            self._study.hold_against(model)
+
+    @Slot(object)
+    def _fit_read(self, found: object) -> None:
+        if not isinstance(found, Fit):
+            self.verdict.set("Cannot be read", "negative")
+            self.reasons.setText(str(found))
+            self._unmatched.hide()
+            return
+        fit = found.compatibility
+        self.verdict.set(f"{fit.matched:,} of {fit.total:,} modules match", _TONES[fit.verdict])
+        lines = list(found.sentences)
+        lines += fit.warnings
+        if fit.same_base is False:
+            lines.append(f"It records {fit.base} as its base.")
+        elif fit.same_base:
+            lines.append("This is the base that it records.")
+        if not fit.exact:
+            lines.append("Judged by the library's index: the model's own headers do not tell.")
+        self.reasons.setText("\n".join(lines))
+        self.reasons.setVisible(bool(lines))
+        self._unmatched.setVisible(bool(fit.unmatched))
+        self._unmatched_box.setPlainText("\n".join(unmatched_lines(found)))
+
+    @Slot(object)
+    def _ranked_read(self, found: object) -> None:
+        self.ranked = found if isinstance(found, list) else []
+        self._no_base.setText(str(found) if isinstance(found, WeftError) else "None of the library's models fits.")
+        self._show_bases()
+        before = self._chosen
+        self._show_models()
+        if self._chosen is not None and self._chosen != before:
+            self._study.hold_against(self._chosen)
+
+    def _show_bases(self) -> None:
+        for each in self.bases:
+            self._bases_column.removeWidget(each)
+            each.hide()
+            each.deleteLater()
+        self.bases = [BaseRow(ranked, self._load_base) for ranked in self.ranked[:8]]
+        for each in self.bases:
+            self._bases_column.addWidget(each)
+        self._no_base.setVisible(not self.bases)
+        self._bases.setVisible(bool(self.bases))
+
+    @Slot(object)
+    def _facts_read(self, found: AdapterFacts) -> None:
+        self._show_facts(found)
+        told = list(found.troubles)
+        if found.problem and self.entry is not None and not self.entry.problem:
+            told.insert(0, found.problem)
+        self.troubles.setVisible(bool(told))
+        self.troubles.text.setText(" ".join(told))
+
+    def _show_facts(self, found: AdapterFacts) -> None:
+        entry = self.entry
+        if entry is None:
+            return
+        while self._facts.rowCount():
+            self._facts.removeRow(0)
+        note = found.note
+        lines = [
+            ("Format", adapter_format(entry)),
+            ("Base", entry.base or "not recorded"),
+            ("Targets", ", ".join(entry.targets)),
+            ("Modules", f"{found.modules:,}" if found.modules else ""),
+            ("Trained by", note.title or entry.run),
+            ("Copied from", entry.source or note.source),
+            ("Added", readable_when(note.added) if note.added else ""),
+            ("Alpha", "as you said; the file does not record it" if note.alpha_given else ""),
+            ("Root", entry.root),
+            ("Changed", readable_when(entry.modified)),
+        ]
+        for name, value in lines:
+            if value:
+                self._facts.addRow(label(name, tone="muted"), label(value, wrap=True, selectable=True))
+        self._files_box.setPlainText("\n".join(f"{readable_bytes(size):>10}  {name}" for name, size in found.files))
+        self._said_box.setPlainText("\n".join(f"{name} = {value}" for name, value in found.facts))
+        self._card.setVisible(bool(found.card))
+        self._card_box.setPlainText(found.card)
+
+    @Slot(object)
+    def _norms_read(self, found: object) -> None:
+        if not isinstance(found, HealthReport):
+            self.chart.show_report(None)
+            self.chart_note.setText(str(found))
+            return
+        self.chart.show_report(found)
+        told = list(found.sentences)
+        if found.whole:
+            told.append(f"{len(found.whole)} modules are trained whole, and have no norm here.")
+        self.chart_note.setText(" ".join(told) or "Nothing is odd: no zero, no NaN, no norm out of line.")
+        self.chart.setVisible(bool(found.modules))
+
+    # Doing
+
+    def _load_base(self, model: ModelEntry) -> None:
+        if self.entry is not None:
+            self.use_with.emit(self.entry, model)
+
+    def _use(self) -> None:
+        if self.entry is not None:
+            self.use_wanted.emit(self.entry)
+
+    def _compare(self) -> None:
+        if self.entry is not None:
+            self.compare_wanted.emit(self.entry)
+
+    def _ask_alpha(self) -> None:
+        if self.entry is not None:
+            self.alpha_wanted.emit(self.entry)
+
+    def _copy_path(self) -> None:
+        if self.entry is not None:
+            QGuiApplication.clipboard().setText(self.entry.path)
+
+    def _open_menu(self) -> None:
+        if self.entry is not None:
+            self._make_menu(self.entry, self).popup(self.more.mapToGlobal(self.more.rect().bottomLeft()))
