@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DEFAULT_BYTES = 8 << 30
-_RECENT = 600.0  # seconds: what was used so lately may be being read by another engine
+_RECENT = 600.0
 _STALE = 24 * 3600.0  # seconds after which a stage belongs to nobody
 
 
@@ -20,9 +20,11 @@ class Cache:
 
     Args:
         limit: bytes that all of it may take; WEFT_ADAPTER_CACHE_BYTES says otherwise.
+        recent: seconds: what was used so lately stays, since it may be being read by another engine.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, limit: int | None = None, recent: float = _RECENT) -> None:
+        self._recent = recent
         given = os.environ.get("WEFT_ADAPTER_CACHE_BYTES", "")
         self._folder = folder
         self._limit = limit if limit is not None else int(given) if given.isdecimal() else DEFAULT_BYTES
@@ -64,7 +66,7 @@ class Cache:
         """Take away what was not used for longest until the rest is within the limit. Returns bytes taken away.
 
         Args:
-            keep: a key that stays. What was used within the last ten minutes stays too.
+            keep: a key that stays. What was used lately stays too.
         """
         now = time.time()
         found: list[tuple[float, int, Path]] = []
@@ -84,7 +86,7 @@ class Cache:
         for used, size, path in sorted(found):
             if total - freed <= self._limit:
                 break
-            if path.name != keep and now - used > _RECENT:
+            if path.name != keep and now - used > self._recent:
                 _remove(path)
                 freed += size
         return freed

@@ -180,7 +180,7 @@ def _step_of(pair: _Pair) -> Callable[[Any, Any, int], None]:
         d += base[low:high]
         if pair.gain is not None:
             d *= pair.gain
-        else:
+        elif pair.magnitude is not None:
             norms = numpy.sqrt(numpy.square(d, dtype=numpy.float64).sum(1, keepdims=True))
             d *= _gain(pair.magnitude[at : at + high - low], norms).astype(numpy.float32)
         d -= base[low:high]

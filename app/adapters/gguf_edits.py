@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from app.adapters.to_gguf import BY_HEAD, INTERLEAVED, PLAIN, Base, base_of
 from app.core.adapter_file import AdaptedModule, AdapterFile, LoraTensors, TensorInfo, read_adapter_file
+from app.core.compatibility import MERGED_MIXTURES
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import GgufHeader, read_gguf_header
 from app.core.gguf_header import GgufTensor
@@ -30,8 +31,6 @@ _NORMS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
-# Mixtures whose experts llama.cpp stacks by rows as they are: gate, up and down.
-_MIXTURES = frozenset({"llama", "qwen2moe", "qwen3moe", "olmoe"})
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d{1,4})\.(w1|w2|w3|gate_proj|up_proj|down_proj)")
 _EXPERT_ROLES = {
     "w1": "ffn_gate_exps", "gate_proj": "ffn_gate_exps", "w2": "ffn_down_exps", "down_proj": "ffn_down_exps",
@@ -286,7 +285,7 @@ class _Collector:
         return ""
 
     def _experts(self, place: Place, lora: LoraTensors) -> str:
-        if self.base.base.architecture not in _MIXTURES:
+        if self.base.base.architecture not in MERGED_MIXTURES:
             return f"how GGUF keeps {place.tail} of {self.base.base.architecture} is not known"
         if lora.magnitude is not None or lora.bias is not None:
             return "DoRA and biases of experts are not known"

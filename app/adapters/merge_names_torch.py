@@ -69,9 +69,13 @@ class Conv1D(torch.nn.Module):
         self.weight = weight
 
 
-def skeleton(tensors: Mapping[str, StoredTensor], family: str) -> Layout | None:
-    """The layout of a plain family, from headers alone; None for all other families."""
-    if family not in PLAIN:
+def skeleton(tensors: Mapping[str, StoredTensor], family: str, *, unknown: bool = False) -> Layout | None:
+    """The layout of a plain family, from headers alone; None for all other families.
+
+    Args:
+        unknown: take another family for a plain one too. Code that comes with a model names its modules as it saves them.
+    """
+    if family not in PLAIN and not unknown:
         return None
     root = torch.nn.Module()
     by_module: dict[str, dict[str, StoredTensor]] = {}

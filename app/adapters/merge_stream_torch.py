@@ -20,7 +20,7 @@ from app.adapters.merge_files import FLOATS, TORCH_NAMES, BaseFiles, StoredTenso
 from app.adapters.merge_math_torch import Change, Matrices, pieces
 from app.adapters.merge_names_torch import Block, Layout, blocks_of, meta_model, skeleton, through_transformers
 from app.adapters.tensors_torch import OpenAdapter, open_adapter
-from app.core.adapter_file import TensorInfo
+from app.core.adapter_file import TensorInfo, locate
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import DTYPES, MergePlan
 from app.core.module_names import place_of
@@ -190,6 +190,11 @@ class Merge:
         self.notes: list[str] = []
         self.untied = False
         active = [a for a in plan.stack.adapters if a.weight]
+        self.files = opened if opened is not None else BaseFiles(())
+        if len(active) == 1 and active[0].weight == 1:
+            kind = locate(Path(active[0].path))[0]
+            if not kind.is_lora and kind.kind != "TRAINABLE_TOKENS":
+                raise NeedsPeft(f"an adapter of the kind {kind.kind} is not made of low-rank pairs")
         self.adapters: list[tuple[OpenAdapter, float]] = [(open_adapter(Path(a.path)), a.weight) for a in active]
         self.matrices = Matrices([adapter for adapter, _ in self.adapters])
         self.files = opened if opened is not None else BaseFiles(files)
@@ -240,9 +245,34 @@ class Merge:
             edits = collect(layout, self.adapters, layout.tied or both)
             if not edits.unmatched and not edits.left_out:
                 return layout, edits, both
-        layout = self._through_transformers(stored)
+        try:
+            layout = self._through_transformers(stored)
+        except WeftError as error:
+            own = self._by_its_own_names(stored, family, error)
+            if own is None:
+                raise
+            return own
         both = self._both_alike(layout, stored)
         return layout, collect(layout, self.adapters, layout.tied or both), both
+
+    def _by_its_own_names(
+        self, stored: Mapping[str, StoredTensor], family: str, error: WeftError
+    ) -> tuple[Layout, Edits, bool] | None:
+        """The layout of an architecture that transformers does not know, where all names and shapes of the adapters fit it."""
+        layout = skeleton(stored, family, unknown=True) if error.kind is ErrorKind.UNSUPPORTED else None
+        if layout is None or (layout.tied and self._base_config.get("tie_word_embeddings") is not True):
+            return None
+        both = self._both_alike(layout, stored)
+        try:
+            edits = collect(layout, self.adapters, layout.tied or both)
+        except WeftError:
+            return None
+        if edits.unmatched or edits.left_out:
+            return None
+        self.notes.append(
+            f"The installed transformers does not know the architecture {family or 'of this model'}: names were taken as the files have them."
+        )
+        return layout, edits, both
 
     def _through_transformers(self, stored: Mapping[str, StoredTensor]) -> Layout:
         config = {**self._base_config, **self.config}

@@ -96,6 +96,12 @@ class _Run:
                     notes = merge.notes + write_side_files(
                         plan, stage.original, merge.config, staging.folder, merge.notes
                     )
+                    if self._mark(merge) != mark:
+                        raise WeftError(
+                            ErrorKind.CORRUPT,
+                            "The base or an adapter changed while it was merged.",
+                            "Merge again when nothing writes to them any more.",
+                        )
                     self.report.progress("Waiting for the disk", total, total, "bytes")
                     staging.publish()
                 except OSError as error:
@@ -308,5 +314,11 @@ def check_target(target: Path) -> None:
     Raises:
         WeftError: BAD_INPUT.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    from app.adapters.merge_staging import write_error
+
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise write_error(target, error) from error
+    if taken:
         raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or remove it first.")

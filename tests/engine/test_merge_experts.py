@@ -148,3 +148,40 @@ def test_the_disk_that_a_merge_takes_is_known_beforehand(tmp_path: Path, dtype: 
     taken = sum(p.stat().st_size for p in Path(done.folder).iterdir())
     assert needs.fits
     assert taken <= needs.disk <= taken + 17 * 1024 * 1024
+
+
+def test_other_kinds_of_adapters_are_merged_by_peft(tmp_path: Path, seed: int) -> None:
+    base = tmp_path / "base"
+    model = make_base(base, "llama", seed)
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(load(base), peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    wrapped.save_pretrained(tmp_path / "a")
+    ids = tokens(seed)
+    expected = logits(wrapped.eval(), ids)
+    done = task.run(plan(base, [(tmp_path / "a", 1.0)], tmp_path / "out"), Report())
+    assert done.method == "peft"
+    assert (logits(load(tmp_path / "out"), ids) - expected).abs().max() < 1e-4
+    assert not torch.equal(expected, logits(model, ids))
+    with pytest.raises(WeftError):
+        task.run(plan(base, [(tmp_path / "a", 0.5)], tmp_path / "half"), Report())
+    assert not (tmp_path / "half").exists()
+
+
+def test_an_architecture_that_transformers_does_not_know_is_merged_by_its_own_names(tmp_path: Path, seed: int) -> None:
+    import json
+
+    base = tmp_path / "base"
+    model = make_base(base, "llama", seed, "bfloat16")
+    stack = [(make_adapter(tmp_path / "a", "llama", model, seed), 0.6)]
+    expected = streamed(plan(base, stack, tmp_path / "no"))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "homemade", "architectures": ["HomemadeForCausalLM"], "auto_map": {"AutoConfig": "x.Y"}}
+    (base / "config.json").write_text(json.dumps(config))
+    done = task.run(plan(base, stack, tmp_path / "out"), Report())
+    assert_same_bits(saved(tmp_path / "out"), expected)
+    assert any("homemade" in note for note in done.notes)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoConfig": "x.Y"}

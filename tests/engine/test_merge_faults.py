@@ -173,6 +173,20 @@ def test_where_the_kernel_cannot_copy_we_do(
     assert {k: v for k, v in first.items() if k != "README.md"} == {k: v for k, v in second.items() if k != "README.md"}
 
 
+def test_a_base_that_changes_under_the_merge_is_noticed(
+    tmp_path: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = parts
+    real = merge_write_torch.Writer.run
+
+    def touched(self: Any, threads: int) -> None:
+        real(self, threads)
+        os.utime(next(base.glob("*.safetensors")), (1, 1))
+
+    monkeypatch.setattr(merge_write_torch.Writer, "run", touched)
+    assert refused(base, adapter, tmp_path / "out").kind is ErrorKind.CORRUPT
+
+
 # Pause, cancel ----------------------------------------------------------------------------------
 
 
@@ -233,6 +247,7 @@ def test_what_is_refused_before_anything_is_written(tmp_path: Path, parts: tuple
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     assert refused(base, adapter, tmp_path / "taken").kind is ErrorKind.BAD_INPUT
+    assert refused(base, adapter, tmp_path / ("n" * 256)).kind is ErrorKind.PERMISSION
     assert refused(base, adapter, tmp_path / "out", dtype="int8").kind is ErrorKind.BAD_INPUT
     assert refused(base, tmp_path / "nowhere", tmp_path / "out").kind is ErrorKind.NOT_FOUND
     make_base(tmp_path / "other", "gpt2", seed)
