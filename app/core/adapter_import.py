@@ -26,7 +26,6 @@ from app.core.adapter_note import AdapterNote
 from app.core.archives import archive_stem, is_archive, unpack
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, AdapterFormat
-from app.core.recognise import recognise_adapter, recognise_model
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _MAX_FOUND = 256  # adapters of one dropped folder
@@ -128,6 +127,14 @@ def find_adapters(path: Path) -> list[Path]:
     return list(_below(path))
 
 
+def _recognised(path: Path) -> AdapterEntry | None:
+    from app.core.recognise import (
+        recognise_adapter,
+    )  # readers of every format: the window's first paint does not wait for them
+
+    return recognise_adapter(path)
+
+
 def _below(start: Path) -> Iterator[Path]:
     stack, seen, found = [(start, 0)], 0, 0
     while stack and seen < _MAX_FOLDERS and found < _MAX_FOUND:
@@ -139,7 +146,7 @@ def _below(start: Path) -> Iterator[Path]:
             continue
         below = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
         for path in below:
-            if path.suffix.lower() in _WEIGHTS and path.is_file() and recognise_adapter(path) is not None:
+            if path.suffix.lower() in _WEIGHTS and path.is_file() and _recognised(path) is not None:
                 found += 1
                 yield path
         if depth < _DEPTH:
@@ -204,7 +211,7 @@ class _Import:
 
     def _one(self, adapter: Path, source: str, top: Path, unpacked: Path | None) -> ImportResult:
         """Check everything that headers tell before a byte is copied."""
-        entry = recognise_adapter(adapter)
+        entry = _recognised(adapter)
         if entry is None:
             raise _not_one(adapter)
         alpha = self._options.alphas.get(source)
@@ -220,7 +227,7 @@ class _Import:
         if not self._options.copy and not unpacked and not given:
             return ImportResult(source, Outcome.IN_PLACE, entry, entry.rank)
         target = self._copy(adapter, entry, file, given, top, str(unpacked or adapter))
-        copied = recognise_adapter(target)
+        copied = _recognised(target)
         if copied is None:
             raise WeftError(ErrorKind.INTERNAL, f"{target} is not recognised any more.", "Report this.")
         if content is not None:
@@ -308,6 +315,8 @@ def _told(top: Path, adapter: Path) -> str:
 
 
 def _not_one(path: Path) -> WeftError:
+    from app.core.recognise import recognise_model
+
     model = recognise_model(path)
     if model is not None:
         return WeftError(ErrorKind.BAD_INPUT, f"{path.name} is a model, not an adapter.", "Add it on the Models page.")
