@@ -161,6 +161,9 @@ def test_what_the_window_imports_is_declared() -> None:
 def test_what_engines_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = _names([*project["optional-dependencies"]["core"], *project["optional-dependencies"]["llamacpp"]])
+    # What those bring along in a version of our choice will do too.
+    pins = (ROOT / "resources" / "environments" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    declared |= _names([line for line in pins if "==" in line])
     for name, path in _imported("app/adapters", "app/generation", "app/backends", "app/training").items():
         known = {"llama_cpp": "llama-cpp-python"}.get(name, name).lower().replace("_", "-")
         assert known in declared, f"{path} imports {name}"
