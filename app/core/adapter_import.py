@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from app.core import adapter_stage, pickle_scan
+from app.core import adapter_stage
 from app.core.adapter_content import AdapterContent, content_of
 from app.core.adapter_file import WEIGHT_FILES, AdapterFile, read_adapter_file
 from app.core.adapter_note import AdapterNote
@@ -271,6 +271,8 @@ class _Import:
 
 def _usable(adapter: Path, entry: AdapterEntry, alpha: float | None) -> AdapterFile:
     if entry.format is AdapterFormat.TORCH_BIN or any(name.endswith((".bin", ".pt")) for name in entry.files):
+        from app.core import pickle_scan
+
         for name in entry.files:
             pickle_scan.check(Path(name))
     file = read_adapter_file(adapter, alpha)
