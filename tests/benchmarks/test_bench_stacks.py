@@ -1,6 +1,6 @@
 """Stacks: a change of weights over 32 layers, four stacks in one batch against switching, one adapter live in llama.cpp.
 
-Ratios of one run, by turns in one process. Other programs slow single rounds down and never speed them up: the best third of
+Ratios of one run, by turns in one process; of batches by processor time, which for one thread is the time on an idle machine. Other programs slow single rounds down and never speed them up: the best third of
 each tells the cost.
 """
 
@@ -64,7 +64,7 @@ for i, kind in enumerate(kinds):
     live.add(str(i), open_adapter(random_adapter(folder / str(i), "llama", model, i, **kind)))
 stacks = [{}, {"0": 1.0}, {"1": 1.0}, {"0": 0.5, "2": 0.7}]
 prompt = [5 + i % 90 for i in range(40)]
-COUNT = 24
+COUNT = 80
 
 def one_after_the_other():
     texts = []
@@ -94,11 +94,11 @@ def together():
 
 assert one_after_the_other() == together(), "they must say the same"
 found = {"turns": [], "batch": []}
-for _ in range(9):
+for _ in range(4):
     for name, run in (("turns", one_after_the_other), ("batch", together)):
-        started = time.perf_counter()
+        started = time.process_time()
         run()
-        found[name].append(len(stacks) * COUNT / (time.perf_counter() - started))
+        found[name].append(len(stacks) * COUNT / (time.process_time() - started))
 print(json.dumps(found))
 """
 )
@@ -179,7 +179,9 @@ def test_a_change_of_weights_over_32_layers_takes_5_ms_at_most() -> None:
 def test_four_stacks_in_one_batch_against_switching() -> None:
     found = _run(BATCH, "torch", "peft")
     batch, turns = _best(found["batch"]), _best(found["turns"])
-    print(f"4 stacks: {batch:.0f} tokens/s in one batch, {turns:.0f} one after the other, ratio {batch / turns:.2f}")
+    print(
+        f"4 stacks, a prompt of 40 tokens and answers of 80: {batch:.0f} tokens/s in one batch, {turns:.0f} one after the other, ratio {batch / turns:.2f}"
+    )
     assert batch / turns >= 2.5
 
 
