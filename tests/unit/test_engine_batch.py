@@ -65,6 +65,7 @@ def test_each_row_has_its_text_and_its_result(engine: MakeEngine, in_turn: str) 
     assert texts == ({0: "d e f", 1: "a b c", 2: "g h i"} if in_turn else {0: "a b c", 1: "d e ", 2: "g "})
     assert [row.tokens for row in result.rows] == ([3, 3, 3] if in_turn else [3, 2, 1])
     assert result.note == in_turn
+    client.shutdown()  # then the log is whole
     log = Path(client.log_path).read_text()
     assert ("adapters: base" in log.split("adapters: y")[-1]) == bool(in_turn), "the stack that was on is on again"
 
