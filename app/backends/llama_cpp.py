@@ -107,6 +107,8 @@ class Backend(BaseBackend):
         self._context: Any = None
         self._template: Any = None
         self._stack: Any = None
+        self._copies: Any = None
+        self._request: Load | None = None
         self._options = Options()
         self._said: list[_Said] = []
         self._answers = 0
@@ -118,8 +120,9 @@ class Backend(BaseBackend):
     # Loading -------------------------------------------------------------------------------
 
     def load(self, request: Load, report: Report) -> None:
+        from app.adapters.merged_copies import MergedCopies
         from app.generation import llama_machine
-        from app.generation.llama_model import LlamaModel, parts_of
+        from app.generation.llama_model import parts_of
 
         started = time.monotonic()
         self.unload()
@@ -129,18 +132,16 @@ class Backend(BaseBackend):
         _check_files(parts)
         path = parts[0]
         self._prepare(options, report)
-        options, vram = self._place(request.model, options)
-        before, free = llama_machine.resident_memory(), llama_machine.free_memory()
+        before = llama_machine.resident_memory()
         self._options = options
         try:
-            self._model = LlamaModel(self._library, self._log, path, options, lambda done: _advance(report, done))
-            on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
-            template_notes = self._open_template()  # its child starts while the context is made
-            notes, calibration = self._open_context(request, options, vram if on_gpu else free, report)
-            notes += template_notes
+            self._copies = MergedCopies(path)
+            copy = self._copy(request.adapters, report)
+            notes, calibration = self._open(request, copy.file, report)
             self._template.wait_until_ready()
+            self._request = msgspec.structs.replace(request, calibration=calibration)
             if request.adapters.adapters:
-                notes += self._set_stack(request.adapters, report)
+                notes += self._use(copy, request.adapters, report)
                 notes += [_NOT_BAKED] if request.baked else []
         except BaseException:
             self.unload()
@@ -178,6 +179,22 @@ class Backend(BaseBackend):
         self._library.llama_backend_init()
         if options.numa != "off":
             self._library.llama_numa_init(getattr(self._library, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
+
+    def _open(self, request: Load, file: Path, report: Report) -> tuple[list[str], dict[str, int]]:
+        """Load a file and make a context of it. Returns sentences worth showing, and what was measured."""
+        from app.generation import llama_machine
+        from app.generation.llama_model import LlamaModel
+
+        entry = request.model
+        if file != Path(entry.path):  # a merged copy may be larger than its base
+            entry = msgspec.structs.replace(entry, weight_bytes=max(entry.weight_bytes, file.stat().st_size))
+        options, vram = self._place(entry, self._options)
+        free = llama_machine.free_memory()
+        self._model = LlamaModel(self._library, self._log, file, options, lambda done: _advance(report, done))
+        on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
+        template_notes = [] if self._template else self._open_template()  # its child starts while the context is made
+        notes, calibration = self._open_context(request, options, vram if on_gpu else free, report)
+        return notes + template_notes, calibration
 
     def _place(self, entry: ModelEntry, options: Options) -> tuple[Options, int]:
         """The options with the number of GPU layers settled, and bytes free on GPUs."""
@@ -276,20 +293,64 @@ class Backend(BaseBackend):
 
     def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
         """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
+        copy = self._copy(adapters, report)
+        before = self._model.path
+        if copy.file == before:
+            return self._use(copy, adapters, report)
+        try:
+            self._reopen(copy.file, report)
+            return self._use(copy, adapters, report)
+        except BaseException:
+            # The stack stays what it was: so does the file.
+            was = self.stack
+            steady: Any = _Steady(report)
+            self._reopen(before, steady)
+            self._use(self._copy(was, steady), was, steady)
+            raise
+
+    def _copy(self, adapters: AdapterStack, report: Report) -> Any:
+        """The file that serves a stack: the model's own, or a copy with what llama.cpp cannot add live."""
+        from app.generation import llama_machine
+
+        free = 0 if self._library.llama_supports_gpu_offload() else llama_machine.free_memory()
+        held = self._model.bytes if self._model is not None else 0
+        return self._copies.serve(
+            adapters,
+            int(0.8 * free) + held if free else 0,
+            lambda done, total: report.progress("Merging a copy of the model", done, total, "bytes"),
+            lambda: report.cancelled,
+        )
+
+    def _reopen(self, file: Path, report: Report) -> None:
+        """Load another file of the same model in the place of the one that is loaded. The conversation stays."""
+        assert self._request is not None
+        size = self._context.size if self._context is not None else self._options.n_ctx
+        self._stack = None
+        if self._context is not None:
+            self._context.close()
+        if self._model is not None:
+            self._model.close()
+        self._context = self._model = None
+        self._options = msgspec.structs.replace(self._options, n_ctx=size)
+        self._open(self._request, file, report)
+
+    def _use(self, copy: Any, adapters: AdapterStack, report: Report) -> list[str]:
+        """Add what is live of a stack to the file that is loaded for it."""
         from app.adapters.llama_stack import LlamaStack
 
         if self._stack is None:
             pointers = self._model.pointer, self._context.pointer
             self._stack = LlamaStack(self._library, *pointers, self._model.path, self._log.reason)
         self._log.clear()
-        stale, notes = self._stack.set(adapters, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
+        stale, notes = self._stack.set(copy.live, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
         if stale:
             self._context.clear()
         self.stack = adapters
-        return notes
+        return [*copy.notes, *notes]
 
     def unload(self) -> None:
         self._stack = None  # its adapters go with the model
+        self._copies = self._request = None
         self.stack = AdapterStack()
         if self._template is not None:
             self._template.close()
@@ -468,6 +529,18 @@ class Backend(BaseBackend):
     def _require_model(self) -> None:
         if self._context is None:
             raise WeftError(ErrorKind.BAD_INPUT, "No model is loaded.", "Load a model first.")
+
+
+class _Steady:
+    """A report that cannot be cancelled: for going back to what was."""
+
+    cancelled = False
+
+    def __init__(self, report: Report) -> None:
+        self.progress, self.log = report.progress, report.log
+
+    def on_cancel(self, callback: Any) -> None:
+        """Nothing: see above."""
 
 
 def _advance(report: Report, done: float) -> bool:

@@ -29,6 +29,8 @@ from app.core.module_names import (
 
 Shape = tuple[int, int]
 _KNOWN_ORDER = PLAIN | INTERLEAVED | BY_HEAD
+# Mixtures whose experts llama.cpp stacks by rows as they are: gate, up and down.
+MERGED_MIXTURES = frozenset({"llama", "qwen2moe", "qwen3moe", "olmoe"})
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their Conv1D keeps (in, out)
 _WEIGHT = re.compile(r"(?P<module>.+)\.(?P<kind>weight|qweight|q_weight|W_q|trellis)")
 
@@ -188,9 +190,10 @@ def _reason(adapter: AdapterFile, module: AdaptedModule, model: ModelModules, la
         if model.layers and place.layer >= model.layers:
             return f"it repeats layer {place.layer}, and the model has only {model.layers} layers"
     if model.gguf and not role:
-        return "GGUF files have no such module" if not is_expert(place) else "llama.cpp takes no adapters of experts"
-    if model.gguf and model.shapes and role in ("output", "token_embd") and Place(-1, "output") not in model.shapes:
-        return "the model's embedding is its output head too, which llama.cpp cannot adapt"
+        if not is_expert(place):
+            return "GGUF files have no such module"
+        mixed = model.entry.architecture in MERGED_MIXTURES and model.entry.shape.experts
+        return "" if mixed else f"the experts of {model.entry.architecture or 'this model'} cannot be merged into GGUF"
     known, shape = _find(place, role, model, adapter.gguf)
     if not known and _is_vector(module, place, model):
         return _vectors_fit(module, place, model)
@@ -228,9 +231,13 @@ def _find(place: Place, role: str, model: ModelModules, gguf: bool) -> tuple[boo
             # Embeddings go by what they are, whatever a family calls them; so do the names of a GGUF adapter.
             same = (p for p in model.shapes if p.layer == place.layer and role_of(p) == role)
             key = place if place in model.shapes else next(same, place)
-        if role == "output" and key not in model.shapes and not model.gguf:
+        if role == "output" and key not in model.shapes:
             # A tied head has no matrix of its own in the file, and can be adapted all the same.
-            tied = (s for p, s in model.shapes.items() if p.layer < 0 and role_of(p) == "token_embd")
+            tied = (
+                s
+                for p, s in model.shapes.items()
+                if p.layer < 0 and (p.tail if model.gguf else role_of(p)) == "token_embd"
+            )
             shape = next(tied, None)
             return shape is not None, shape
         if key not in model.shapes and is_expert(place):
@@ -290,7 +297,10 @@ def _warnings(adapter: AdapterFile, model: ModelModules) -> list[str]:
     if model.gguf and not adapter.gguf:
         kinds = adapter_extras(adapter)
         if kinds:
-            warnings.append(f"llama.cpp takes low-rank matrices alone; this adapter also has {', '.join(kinds)}.")
+            warnings.append(
+                f"llama.cpp takes low-rank matrices alone while it runs; this adapter also has {', '.join(kinds)}: "
+                "a merged copy of the model serves it, which takes disk space and some seconds for each change of weight."
+            )
     if adapter.config.layer_replication:
         warnings.append(
             "It repeats layers of the base (layer replication): it goes with adapters that repeat the same ones, on Transformers."
