@@ -121,8 +121,8 @@ def main(rounds: int, count: int) -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     place = Path(tempfile.mkdtemp())
     entry = tiny_models.make(
-        place / "model", "llama", seed=seed, context=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=4, vocab_size=8192, initializer_range=0.04,
+        place / "model", "llama", seed=seed, context=2048, hidden_size=192, intermediate_size=528, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, vocab_size=4096, initializer_range=0.04,
     )  # fmt: skip
     rows(place / "data.jsonl", random.Random(seed), count)
     config = configure(place / "model", place / "data.jsonl", place / "ours")
