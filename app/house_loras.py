@@ -68,7 +68,14 @@ class LorasHouse(QObject):
             refresh=house.refresh_library,
         )
         page.export_wanted.connect(self._export)
+        page.compare_wanted.connect(self._compare)
         return page
+
+    @Slot(object)
+    def _compare(self, stack: AdapterStack) -> None:
+        window = self._house.window
+        window.show_page("compare")
+        window.page("compare").show_stacks([AdapterStack(), stack])  # type: ignore[attr-defined]
 
     @Slot(object, object)
     def _export(self, model: ModelEntry | None, stack: AdapterStack) -> None:

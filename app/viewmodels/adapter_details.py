@@ -19,6 +19,7 @@ from app.viewmodels.task_lane import TaskLane
 if TYPE_CHECKING:
     from app.engine.client import EngineClient
 
+AGAIN_MS = 500  # a scan tells of many changes
 MEASURE_MS = 300  # rows that are only passed by are not measured
 _KEPT = 64
 
@@ -58,6 +59,10 @@ class AdapterStudy(QObject):
         self._later.setSingleShot(True)
         self._later.setInterval(MEASURE_MS)
         self._later.timeout.connect(self._measure)
+        self._again = QTimer(self)
+        self._again.setSingleShot(True)
+        self._again.setInterval(AGAIN_MS)
+        self._again.timeout.connect(self._rank)
 
     def show(self, entry: AdapterEntry | None, model: ModelEntry | None) -> None:
         """Look at this adapter beside this model."""
@@ -70,9 +75,8 @@ class AdapterStudy(QObject):
         self.hold_against(model)
         if entry is None or same:
             return
-        database = self._database
         self._background.run(("facts", entry.id, ""), lambda: read_adapter_facts(entry))
-        self._background.run(("ranked", entry.id, ""), lambda: read_ranked(database, entry))
+        self._rank()
         if self._want_norms:
             self._later.start()
 
@@ -83,6 +87,17 @@ class AdapterStudy(QObject):
         if entry is not None and model is not None:
             self._background.run(("fit", entry.id, model.id), lambda: read_fit(entry, model))
 
+    def library_changed(self) -> None:
+        """Models came or went: rank them anew, soon."""
+        if not self._again.isActive():
+            self._again.start()
+
+    @Slot()
+    def _rank(self) -> None:
+        entry, database = self._entry, self._database
+        if entry is not None:
+            self._background.run(("ranked", entry.id, ""), lambda: read_ranked(database, entry))
+
     def want_norms(self, wanted: bool) -> None:
         """Whether norms are looked at: measuring reads all of an adapter's data."""
         self._want_norms = wanted
@@ -92,6 +107,7 @@ class AdapterStudy(QObject):
     def close(self) -> None:
         """For the window's end."""
         self._later.stop()
+        self._again.stop()
         self._lane.close()
         self._background.close()
 

@@ -49,8 +49,8 @@ class StackModel(QObject):
         there = {entry.path for entry in self.entries}
         return [entry for entry in self._loadout.adapters() if not entry.problem and entry.path not in there]
 
-    def add(self, path: Path) -> bool:
-        """Put an adapter into the stack at weight 1; `refused` tells why when it is none."""
+    def add(self, path: Path, name: str = "") -> bool:
+        """Put an adapter into the stack at weight 1; `refused` tells why when it is none. name: as the library calls it."""
         from app.core.recognise import recognise_adapter  # readers of formats: the first paint does not wait for them
 
         try:
@@ -64,7 +64,7 @@ class StackModel(QObject):
             return False
         if any(entry.path == found.path for entry in self.entries):
             return True
-        self.entries.append(StackEntry(path=found.path, name=found.name))
+        self.entries.append(StackEntry(path=found.path, name=name or found.name))
         self._tell()
         self.changed.emit()
         return True

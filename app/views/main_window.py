@@ -322,7 +322,7 @@ class MainWindow(QMainWindow):
         if not self.take(paths):
             names = ", ".join(path.name for path in paths[:3])
             self.show_notice(
-                Notice(text=f"Weft has no use for {names}. Drop a .gguf file or a model's folder.", tone="warning")
+                Notice(text=f"Weft has no use for {names}. Drop models or adapters: folders, .gguf, .safetensors or .zip files.", tone="warning")
             )
 
     # State ----------------------------------------------------------------------------------------

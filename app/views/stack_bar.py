@@ -144,7 +144,7 @@ class StackBar(QWidget):
         for entry in self._model.known()[:200]:
             added = menu.addAction(f"{entry.name}  ({entry.kind})".replace("&", "&&"))
             added.setToolTip(entry.path)
-            added.triggered.connect(lambda _=False, path=entry.path: self._model.add(Path(path)))
+            added.triggered.connect(lambda _=False, entry=entry: self._model.add(Path(entry.path), entry.name))
         menu.addSeparator()
         menu.addAction("Choose a folder …", self._choose_folder)
         menu.addAction("Choose a file …", self._choose_file)

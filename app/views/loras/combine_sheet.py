@@ -186,6 +186,8 @@ class CombineSheet(Sheet):
             for widget in (self.method, self.help):
                 self._form.setRowVisible(widget, False)
         self.body.addLayout(self._form)
+        if self._resize:
+            self.rank.valueChanged.connect(self._suggest)
         for changed in (self.rank.valueChanged, self.density.valueChanged, self.clamp.valueChanged):
             changed.connect(self._look)
 
@@ -221,12 +223,17 @@ class CombineSheet(Sheet):
     def _parts_changed(self) -> None:
         height = sum(part.sizeHint().height() + 4 for part in self.parts[:5])
         self._scroll.setFixedHeight(max(40, height))
+        self._suggest()
+        self._look()
+
+    @Slot()
+    def _suggest(self, *_: object) -> None:
+        """A name, until somebody types one."""
         if not self._named:
             names = [part.entry.name for part in self.parts]
             rank = self.rank.value() or max((part.entry.rank for part in self.parts), default=0)
             wanted = f"{names[0].rpartition('/')[2]}-r{rank}" if self._resize and names else combined_name(names)
             self.field.setText(self._jobs.free_name(wanted) if names else "")
-        self._look()
 
     @Slot(str)
     def _found(self, text: str) -> None:
@@ -283,9 +290,6 @@ class CombineSheet(Sheet):
     @Slot()
     def _look(self, *_: object) -> None:
         """Say what is wrong before the button is pressed."""
-        if self._resize and not self._named and self.sender() is self.rank:
-            self._parts_changed()
-            return
         try:
             self.plan()
         except WeftError as error:

@@ -239,6 +239,7 @@ class LorasPage(Page):
     def library_changed(self) -> None:
         """The index holds something else now."""
         self.table.library_changed()
+        self._study.library_changed()
         if self._wanted_path and self.table.row_of(self._wanted_path) >= 0:
             self.show_adapter(self._wanted_path)
 
@@ -376,7 +377,7 @@ class LorasPage(Page):
             self._join(entry)
 
     def _join(self, entry: AdapterEntry) -> None:
-        if self._stack_model.add(Path(entry.path)):
+        if self._stack_model.add(Path(entry.path), entry.name):
             model = self._loadout.model
             where = f" of {model.name}" if model is not None else ""
             undo = entry.path
@@ -423,9 +424,10 @@ class LorasPage(Page):
             stacked = self._library.adapters_by_id(list(weights))
             chosen = [(e, weights.get(e.path, w)) for e, w in chosen]
             chosen += [(entry, weights[entry.path]) for entry in stacked if entry.path not in known]
-        self._show(
-            CombineSheet(self._jobs, chosen, AdapterTable(self._library, self._database, self), parent=self.window())
-        )
+        table = AdapterTable(self._library, self._database)
+        sheet = CombineSheet(self._jobs, chosen, table, parent=self.window())
+        table.setParent(sheet)
+        self._show(sheet)
 
     def resize_rank(self, entry: AdapterEntry) -> None:
         """Bring an adapter to another rank."""
