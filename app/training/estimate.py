@@ -1,7 +1,8 @@
 """What a run will take in memory and time, before it begins: plain arithmetic over the model's header. No ML.
 
 Activations follow the usual count for a transformer's layer in training: the residual stream, the inputs of each linear module (kept
-for LoRA's gradients), attention through sdpa, and the loss over the vocabulary. tests/engine holds it to measured peaks.
+for LoRA's gradients), attention through sdpa, and the loss over the vocabulary. The factor 1.4 and the process's share were measured
+on a Llama of 8 layers and 512 width on a processor: 1.07, 1.14 and 0.94 of the peaks (512 tokens, 256 tokens, checkpointed).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from app.training.run_config import RunConfig
 from app.training.run_file import names, numbers, ranges
 
 MIB, GIB = 2**20, 2**30
-PROCESS = 420 * MIB  # torch, transformers and peft at work
+PROCESS = 600 * MIB  # torch, transformers and peft at work, and what the allocator keeps
 _ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -92,7 +93,10 @@ def _activations(config: RunConfig, model: ModelEntry, width: int) -> int:
     stream = tokens * shape.hidden * width
     rows = min(tokens, 1024) if config.train.chunked_loss else tokens
     loss = rows * shape.vocabulary * 4 * 3
-    return int(kept * shape.layers + stream * shape.layers * int(config.train.gradient_checkpointing) + layer + loss)
+    # Checkpointed: the layer at work is held as computed again, with its gradients.
+    at_work = 3 * layer if config.train.gradient_checkpointing else layer
+    stream *= shape.layers if config.train.gradient_checkpointing else 0
+    return int(1.4 * (kept * shape.layers + stream + at_work) + loss)
 
 
 def trainable(config: RunConfig, model: ModelEntry) -> int:
