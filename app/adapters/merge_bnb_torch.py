@@ -18,7 +18,8 @@ from torch import Tensor
 
 from app.adapters.merge_files import TORCH_NAMES, BaseFiles, StoredTensor
 from app.adapters.merge_names_torch import blocks_of
-from app.adapters.merge_stream_torch import Merge, MergedTensor
+from app.adapters.merge_stream_torch import Merge
+from app.adapters.merge_tensor_torch import MergedTensor
 from app.core.errors import ErrorKind, WeftError
 
 _KEPT = 2  # tensors that are remembered unpacked

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from app.adapters.merge_shards import Shard
 from app.adapters.merge_staging import Staging, write_error
-from app.adapters.merge_stream_torch import Merge, MergedTensor, Prepared
+from app.adapters.merge_stream_torch import Merge
+from app.adapters.merge_tensor_torch import MergedTensor, Prepared
 from app.core.errors import ErrorKind, WeftError
 
 _COPY = 32 * 1024 * 1024  # bytes that the kernel copies at a time, between looks at Cancel
