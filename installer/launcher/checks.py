@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> int:
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
     for group, paths in plan.items():
-        # A process for each of the window's folders: what one's widgets leave pending cannot reach another's tests.
+        # A process for each of the window's folders: should native code (Qt's, a library's) end one of them, the others still run and
+        # report. Not because of what widgets leave behind: tests/conftest.py frees that after each test, in Qt's own thread.
         for part in [[path] for path in paths] if group == WINDOW else [paths]:
             outcomes.append(_pytest(group, interpreters[group], part, [*tier, *_options(rest)], environment))
     return _summary(outcomes)
