@@ -1,0 +1,86 @@
+"""`weft train` as a person runs it: the starter learns a manner, the adapter chats, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command_line import weft, weft_json
+
+needs_core = pytest.mark.skipif(
+    not os.environ.get("WEFT_PYTHON_CORE"), reason="needs the core environment: set WEFT_PYTHON_CORE"
+)
+
+RUN = """
+[model]
+path = "starter"
+[data]
+files = ["examples.jsonl"]
+[method]
+kind = "lora"
+[train]
+epochs = {epochs}
+learning_rate = 3e-3
+batch_size = 8
+gradient_accumulation = 1
+[output]
+dir = "my-adapter"
+"""
+TOPICS = "the sea|bread|a cat|my garden|the moon|rain|a train|books|tea|a mountain|the city|snow".split("|")
+
+
+def _write(folder: Path, epochs: float) -> Path:
+    rng = random.Random()
+    rows = []
+    for _ in range(200):
+        topic = rng.choice(TOPICS)
+        asked = rng.choice(["Tell me about", "Say something about", "Do you know"])
+        rows.append(
+            {
+                "instruction": f"{asked} {topic}.",
+                "output": f"Arr, {topic}! A fine thing, matey. Number {rng.randint(1, 9)}.",
+            }
+        )
+    (folder / "examples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    place = folder / "RUN.toml"
+    place.write_text(RUN.format(epochs=epochs))
+    return place
+
+
+@needs_core
+def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+    place = _write(tmp_path, 0.3)
+    found = weft_json("train", str(place))
+    assert found["adapter"] == str(tmp_path / "my-adapter") and found["ended"] == "complete"
+    assert len(found["losses"]) == found["steps"] > 3
+    assert found["held_out_loss"] < found["base_held_out_loss"]
+    again = weft("train", str(place))
+    assert again.returncode == 1 and "there already" in again.stderr and "hint:" in again.stderr
+    lost = weft("train", str(place), "--resume")
+    assert lost.returncode == 1
+
+
+@needs_core
+@pytest.mark.slow
+def test_the_starter_learns_a_voice_from_200_examples(tmp_path: Path) -> None:
+    found = weft_json("train", str(_write(tmp_path, 12)))
+    assert found["seconds"] < 600
+    answer = weft_json(
+        "chat", "starter", "--adapter", found["adapter"], "-p", "Tell me about tea.", "--temperature", "0"
+    )
+    assert answer["text"].startswith("Arr")
+    plain = weft_json("chat", "starter", "-p", "Tell me about tea.", "--temperature", "0")
+    assert "Arr" not in plain["text"]
+
+
+def test_mistakes_are_named_before_anything_starts(tmp_path: Path) -> None:
+    place = tmp_path / "RUN.toml"
+    place.write_text("[train]\nepoch = 3")
+    ended = weft("train", str(place))
+    assert ended.returncode == 1 and "epochs" in ended.stderr
+    assert weft("train", str(tmp_path / "none.toml")).returncode == 1
+    assert weft("train").returncode == 2
