@@ -22,6 +22,7 @@ from app.house_downloads import DownloadsHouse
 from app.house_exports import ExportHouse
 from app.house_loras import LorasHouse
 from app.house_questions import HouseQuestions
+from app.house_train import TrainHouse
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.store.jobs import JobStore
@@ -101,6 +102,7 @@ class House(QObject):
         )
         self._library_worker: LibraryWorker | None = None
         self.exports = ExportHouse(self)
+        self.training = TrainHouse(self)
         self._arguments: list[str] = []
         self.window = window
         self.loras = LorasHouse(self)
@@ -110,6 +112,7 @@ class House(QObject):
             "compare": self._compare_page,
             "models": self._models_page,
             "loras": self.loras.page,
+            "train": self.training.page,
             "jobs": self._jobs_page,
             "settings": self._settings_page,
         }
@@ -149,6 +152,7 @@ class House(QObject):
         )
         page.code_wanted.connect(self.questions.review_code)
         page.export_wanted.connect(self.exports.open_model)
+        page.train_wanted.connect(self.training.train_on)
         page.dropped = self.loras.take
         return page
 
@@ -326,6 +330,7 @@ class House(QObject):
             ("the loaded model", self.loadout.close),
             ("downloads", self.downloads.close),
             ("adapters being added", self.loras.close),
+            ("previews", self.training.close),
             ("long tasks", self.tasks.close),
             ("jobs", self.jobs.close),
             ("engine environments", self.engines.close),

@@ -9,6 +9,7 @@ RAIL = (
     PageSpec(name="compare", title="Compare", icon="compare", loadout_bar=True),
     PageSpec(name="models", title="Models", icon="models"),
     PageSpec(name="loras", title="LoRAs", icon="loras"),
+    PageSpec(name="train", title="Train", icon="train"),
     PageSpec(name="downloads", title="Downloads", icon="download", bottom=True, window=True),
     PageSpec(name="jobs", title="Jobs", icon="jobs", bottom=True),
     PageSpec(name="settings", title="Settings", icon="settings", bottom=True),

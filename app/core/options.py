@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -93,11 +93,13 @@ class OptionField(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...]
 
 
-def describe(options_type: type[msgspec.Struct]) -> tuple[OptionField, ...]:
-    """The fields of an options struct, in order of declaration."""
+def describe(options_type: type[msgspec.Struct], leave_out: Collection[str] = ()) -> tuple[OptionField, ...]:
+    """The fields of an options struct, in order of declaration, but for those that are left out (these may be of any type)."""
     hints = typing.get_type_hints(options_type, include_extras=True)
     return tuple(
-        _describe_field(info.name, hints[info.name], info.default) for info in msgspec.structs.fields(options_type)
+        _describe_field(info.name, hints[info.name], info.default)
+        for info in msgspec.structs.fields(options_type)
+        if info.name not in leave_out
     )
 
 

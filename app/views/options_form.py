@@ -48,7 +48,7 @@ class OptionsForm(QWidget):
     ) -> None:
         super().__init__(parent)
         self.options_type = options_type
-        self.fields = {field.name: field for field in describe(options_type) if field.name not in leave_out}
+        self.fields = {field.name: field for field in describe(options_type, leave_out)}
         self.rows: dict[str, FieldRow] = {}
         self._served = None if served is None else frozenset(served)
         self._reason = reason

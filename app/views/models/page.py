@@ -51,6 +51,7 @@ class ModelsPage(Page):
     code_wanted = Signal(object)
     dropped: Callable[[list[Path]], bool] = staticmethod(lambda _: False)  # takes drops, to tell adapters from models
     export_wanted = Signal(object)
+    train_wanted = Signal(object)
 
     def __init__(
         self,
@@ -370,6 +371,7 @@ class ModelsPage(Page):
         load.setEnabled(not entry.problem)
         load.setToolTip(entry.problem)
         menu.addSeparator()
+        menu.addAction(icon("train"), "Train on this…", lambda: self.train_wanted.emit(entry))
         menu.addAction(icon("export"), "Merge and export…", lambda: self.export_wanted.emit(entry))
         menu.addAction(icon("folder"), "Show in file manager", lambda: reveal(Path(entry.path)))
         menu.addAction(icon("copy"), "Copy path", lambda: QGuiApplication.clipboard().setText(entry.path))

@@ -1,0 +1,83 @@
+"""Training in the window: the draft, the runs and the page. Part of the composition root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PySide6.QtCore import QObject, Slot
+
+from app.core.errors import WeftError
+from app.core.library import ModelEntry
+from app.views.page import Notice, Page
+
+if TYPE_CHECKING:
+    from app.engine.client import EngineClient
+    from app.house import House
+    from app.viewmodels.model_table import ModelTable
+    from app.viewmodels.task_lane import TaskLane
+
+
+class TrainHouse(QObject):
+    """What lives as long as the window; made when the page is first shown."""
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house)
+        self._house = house
+        self._lane: TaskLane | None = None
+
+    def page(self) -> Page:
+        """The Train page."""
+        from app.viewmodels.task_lane import TaskLane
+        from app.viewmodels.train_draft import TrainDraft
+        from app.viewmodels.train_runs import TrainRuns
+        from app.views.train.page import TrainPage
+
+        house = self._house
+        self._lane = TaskLane(self._preview_client, self)
+        draft = TrainDraft(
+            queue=house.tasks, lane=self._lane, adapters=house.paths.adapters, machine=house.machine.now, parent=self
+        )
+        if house.loadout.model is not None and not house.loadout.model.problem:
+            draft.set_model(house.loadout.model)
+        page = TrainPage(draft, TrainRuns(house.job_store, house.tasks, self), make_table=self._table)
+        page.use_wanted.connect(self._use)
+        return page
+
+    @Slot(object)
+    def train_on(self, entry: ModelEntry) -> None:
+        """Go to the page and begin a run on this model."""
+        self._house.window.show_page("train")
+        self._house.window.page("train").train_on(entry)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """End the child that previews."""
+        if self._lane is not None:
+            self._lane.close()
+
+    def _preview_client(self) -> EngineClient:
+        from app.engine import launch
+
+        return launch.task_engine("core", self._house.paths, "preview-data")
+
+    def _table(self) -> ModelTable:
+        from app.viewmodels.fitting import judge
+        from app.viewmodels.model_table import ModelTable
+
+        house = self._house
+        return ModelTable(
+            house.library, fitting=lambda entry: judge(entry, house.machine.now()), loaded=lambda: "", parent=self
+        )
+
+    @Slot(str)
+    def _use(self, path: str) -> None:
+        house = self._house
+        try:
+            if house.loadout.model is None:
+                text = "Load the model that it was trained on first, with Ctrl+L."
+                house.window.show_notice(Notice(text=text, tone="warning"))
+                return
+            if house.loras.stack.add(Path(path)):
+                house.window.show_page("chat")
+        except WeftError as error:
+            house.window.show_notice(Notice(text=str(error), tone="warning"))
