@@ -17,7 +17,9 @@ from PySide6.QtCore import QEventLoop, QSettings, QTimer
 from PySide6.QtWidgets import QApplication, QWidget
 
 from app import logs
+from app.core.combine_plan import CombinePlan
 from app.core.paths import Paths, default_paths, resources
+from app.core.stack import AdapterStack, StackedAdapter
 from app.house import House
 from app.rail import RAIL
 from app.viewmodels.loadout import LoadoutState
@@ -64,6 +66,19 @@ def ask(house: House) -> None:
         page.send(question)  # type: ignore[attr-defined]
         wait(300)
         wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
+
+
+def fill_loras(house: House) -> None:
+    """The starter's adapter, and one that is made of it at half its rank; its norms measured."""
+    house.window.show_page("loras")
+    page = house.window.page("loras")
+    entry = house.library.find_adapter("voice-adapter")
+    stack = AdapterStack(adapters=(StackedAdapter(path=entry.path, name=entry.name),))
+    plan = CombinePlan(adapters=stack, to=str(house.loras.jobs.place("voice-r4")), method="svd", rank=4)
+    house.loras.jobs.combine(plan)
+    wait_until(lambda: page.table.rowCount() > 1, "the smaller adapter")  # type: ignore[attr-defined]
+    page.show_adapter(entry.id)  # type: ignore[attr-defined]
+    wait_until(lambda: bool(page.details.chart.accessibleDescription()), "its norms")  # type: ignore[attr-defined]
 
 
 def fill_downloads(house: House, hub: FakeHub) -> None:
@@ -124,6 +139,7 @@ def main() -> int:
         house = House(application, paths, window, look, logs.Reporter())
         house.open()
         ask(house)
+        fill_loras(house)
         shoot_all(house, folder, [name for name in window.rail.names if name != "downloads"])
         with FakeHub() as hub:
             fill_downloads(house, hub)
