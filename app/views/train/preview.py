@@ -44,6 +44,7 @@ class PreviewPane(QFrame):
             "See what is trained",
             "Choose a model and drop your examples: JSON, JSONL, CSV, Parquet or text. They are shown here as the model will see them.",
         )
+        self.empty.sentence.setFixedWidth(260)
         head = row(title("What the model sees", 0), 1, self.again, margins=(16, 8, 8, 0))
         self._body = QWidget()
         column(self.summary, self._key(), self.tabs, spacing=8, margins=(16, 0, 16, 12), parent=self._body)

@@ -79,7 +79,7 @@ class TrainSetup(QWidget):
         self.base.setAccessibleName("Model to train on")
         self.model_form = OptionsForm(ModelConfig, leave_out=("path",))
         self.model_form.changed.connect(self._model_changed)
-        self._section("Model", self.base, self.model_form)
+        self._section("Base", self.base, self.model_form)
 
     def _add_data(self) -> None:
         self.files = QWidget()
