@@ -227,8 +227,9 @@ def _shared(module: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.
 
 
 def _set(module: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> None:
-    module.lora_A[ADAPTER].weight.data = a.to(module.lora_A[ADAPTER].weight).contiguous()
-    module.lora_B[ADAPTER].weight.data = b.to(module.lora_B[ADAPTER].weight).contiguous()
+    # Copies: what is trained must not be the very tensor that somebody keeps as A₀.
+    module.lora_A[ADAPTER].weight.data = a.to(module.lora_A[ADAPTER].weight, copy=True).contiguous()
+    module.lora_B[ADAPTER].weight.data = b.to(module.lora_B[ADAPTER].weight, copy=True).contiguous()
 
 
 def _from_base(config: RunConfig, module: LoraLayer) -> None:

@@ -90,7 +90,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("packed", "eva_lora_fa") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+    [kind if kind in ("pissa_niter", "eva_lora_fa") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_a_run_killed_between_steps_ends_in_the_same_bits(
     kind: str, model: ModelEntry, data: Path, tmp_path: Path
