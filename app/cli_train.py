@@ -26,6 +26,7 @@ from app.store.toml_text import dump
 from app.terminal import ProgressLine
 from app.training import methods, run_file
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
+from app.training.run_resume import SUFFIX
 
 ENVIRONMENT = "core"
 
@@ -67,10 +68,19 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.export is not None:
         return _export(parameters, parsed)
     _environment()
-    if parsed.launch is not None:
-        result = _launch(parameters, parsed.launch, told)
-    else:
-        result = run_task(ENVIRONMENT, "train", parameters, on_metric=_Metrics(), on_news=_news(told))
+    try:
+        if parsed.launch is not None:
+            result = _launch(parameters, parsed.launch, told)
+        else:
+            result = run_task(ENVIRONMENT, "train", parameters, on_metric=_Metrics(), on_news=_news(told))
+    except WeftError as error:
+        unfinished = Path(config.output.dir + SUFFIX)
+        if error.kind is ErrorKind.CANCELLED and any((unfinished / "checkpoints").glob("step-*")):
+            print(
+                f"note: go on with `weft train {parsed.file} --resume`; what was learnt lies in {unfinished}",
+                file=sys.stderr,
+            )
+        raise
     if parsed.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
     else:
