@@ -16,6 +16,8 @@ from app.viewmodels.adapter_import import AdapterImports, Imported, summary
 from app.viewmodels.adapter_jobs import AdapterJobs, Made
 from app.viewmodels.adapter_stack import StackModel
 from app.viewmodels.drops import Drops
+from app.viewmodels.fitting import judge
+from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
 from app.views.page import Notice, Page
 
@@ -65,6 +67,7 @@ class LorasHouse(QObject):
             jobs=self.jobs,
             study=AdapterStudy(house.database, self._measuring, house),
             roots=house.roots,
+            make_models=self._models,
             refresh=house.refresh_library,
         )
         page.export_wanted.connect(self._export)
@@ -89,6 +92,17 @@ class LorasHouse(QObject):
         """For the window's end."""
         self.imports.close()
         self.drops.close()
+
+    def _models(self) -> ModelTable:
+        house = self._house
+        return ModelTable(
+            house.library,
+            fitting=lambda entry: judge(entry, house.machine.now()),
+            loaded=lambda: (
+                house.loadout.model.id if house.loadout.is_loaded and house.loadout.model is not None else ""
+            ),
+            parent=self,
+        )
 
     def _measuring(self) -> EngineClient:
         from app.engine import launch

@@ -33,6 +33,7 @@ COLUMNS = (
 NAME, BASE, KIND, RANK, ALPHA, TARGETS, SIZE, FITS, RUN, WHERE = range(len(COLUMNS))
 BLOCK = 64
 KEPT = 1024
+RECOUNT_MS = 1500  # a scan tells of changes five times a second
 FITS_MS = 60  # rows that are scrolled past are not counted
 
 AdapterRole = EntryRole  # the same numbers as in the table of models: one delegate paints both
@@ -95,11 +96,16 @@ class AdapterTable(QAbstractTableModel):
         self._later.setInterval(FITS_MS)
         self._later.timeout.connect(self._count_fits)
         self._counting = False
+        self._recount = QTimer(self)
+        self._recount.setSingleShot(True)
+        self._recount.setInterval(RECOUNT_MS)
+        self._recount.timeout.connect(self._forget_fits)
 
     def close(self) -> None:
         """End the counting thread."""
         self._generation += 1
         self._later.stop()
+        self._recount.stop()
         self._background.close()
 
     # What it shows ----------------------------------------------------------------------------------
@@ -120,11 +126,18 @@ class AdapterTable(QAbstractTableModel):
         self.counted.emit(len(ids), self.total)
 
     def library_changed(self) -> None:
-        """Models or adapters came or went: what fits is counted anew (unchanged ones from what the store keeps)."""
+        """Models or adapters came or went: what fits is counted anew soon (unchanged ones from what the store keeps)."""
+        if not self._recount.isActive():
+            self._recount.start()
+        self.refresh()
+
+    @Slot()
+    def _forget_fits(self) -> None:
         self._generation += 1
         self._wanted.clear()
         self._fits.clear()
-        self.refresh()
+        if self._ids:
+            self.dataChanged.emit(self.index(0, FITS), self.index(len(self._ids) - 1, FITS))
 
     def set_filter(self, text: str) -> None:
         if text != self._text:
@@ -269,7 +282,7 @@ class AdapterTable(QAbstractTableModel):
             case 1:
                 return base_name(entry.base) or "–"
             case 2:
-                return entry.kind
+                return f"{entry.kind}, GGUF" if entry.format is AdapterFormat.GGUF else entry.kind
             case 3:
                 return number_text(entry.rank)
             case 4:

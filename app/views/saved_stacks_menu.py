@@ -31,7 +31,7 @@ def fill_saved_stacks(
     if not known:
         menu.addAction("No saved stacks yet").setEnabled(False)
         return
-    menu.addSection("Saved stacks")
+    menu.addAction("Saved stacks").setEnabled(False)  # a heading; the style sheet draws no sections
     for each in known[:SHOWN]:
         put = menu.addAction(each.name.replace("&", "&&"), lambda each=each: apply_stack(saved, each, notice))
         put.setToolTip(f"Put on {each.stack.title}")

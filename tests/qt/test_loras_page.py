@@ -38,6 +38,7 @@ from app.viewmodels.adapter_table import ALPHA, FITS, AdapterTable
 from app.viewmodels.drops import sort_out
 from app.viewmodels.jobs import JobCenter
 from app.viewmodels.loadout import LoadoutState
+from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
 from app.viewmodels.tasks import TaskQueue
 from app.views.loras.norm_chart import NormChart
@@ -112,6 +113,7 @@ class Loras:
             jobs=self.jobs,
             study=self.study,
             roots=rooms.roots,
+            make_models=lambda: ModelTable(rooms.library),
             refresh=self.index,
         )
         self.page.notice.connect(self.notices.append)
@@ -362,6 +364,14 @@ def test_how_it_fits_which_modules_do_not_and_the_best_bases(
     assert details.verdict.property("chip") == "negative"
     assert details._unmatched.isVisible() and "q_proj: it is " in details._unmatched_box.toPlainText()
     assert details.reasons.text()
+    loras.page.use(loras.page.selected)  # type: ignore[arg-type]
+    assert not loras.stack.entries and f"does not fit {starter.name}" in loras.notices[-1].text
+    other = loras.models[1]
+    popup = loras.page.pick_model()
+    popup.picked.emit(other)
+    popup.close()
+    assert details.model.currentText() == other.name
+    qtbot.waitUntil(lambda: details.fit is not None and details.fit.model == other, timeout=WAIT)
 
 
 def test_zero_and_nan_are_told_without_an_engine(
@@ -431,7 +441,9 @@ def test_norms_come_from_a_child_and_only_for_the_adapter_that_stays(
 
 def test_enter_uses_and_a_dot_shows_what_is_in_the_stack(loras: Loras, qtbot: QtBot) -> None:
     loras.take(VOICE)
-    loras.loadout.load(model())
+    starter = recognise_model(resources() / "starter" / "model")
+    assert starter is not None
+    loras.loadout.load(starter)
     qtbot.waitUntil(lambda: loras.loadout.state is LoadoutState.READY, timeout=WAIT)
     page = loras.page
     qtbot.keyClick(page.view, Qt.Key.Key_Return)

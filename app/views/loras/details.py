@@ -50,13 +50,14 @@ class AdapterDetails(QFrame):
 
     Signals:
         use_wanted(AdapterEntry), use_with(AdapterEntry, ModelEntry), alpha_wanted(AdapterEntry).
-        compare_wanted(AdapterEntry), closed().
+        compare_wanted(AdapterEntry), other_model_wanted(), closed().
     """
 
     use_wanted = Signal(object)
     use_with = Signal(object, object)
     alpha_wanted = Signal(object)
     compare_wanted = Signal(object)
+    other_model_wanted = Signal()
     closed = Signal()
 
     def __init__(
@@ -77,7 +78,9 @@ class AdapterDetails(QFrame):
         self.entry: AdapterEntry | None = None
         self.ranked: list[Ranked] = []
         self.bases: list[BaseRow] = []
+        self.fit: Fit | None = None
         self._chosen: ModelEntry | None = None
+        self._picked: ModelEntry | None = None
         self._build()
         study.fit.connect(self._fit_read)
         study.ranked.connect(self._ranked_read)
@@ -111,6 +114,9 @@ class AdapterDetails(QFrame):
         self.model = QuietCombo()
         self.model.setAccessibleName("Model to hold the adapter against")
         self.model.currentIndexChanged.connect(self._model_chosen)
+        self.other = icon_button("search", "Hold it against another model…", self.other_model_wanted.emit)
+        held = row(self.model, self.other, spacing=4)
+        held.setStretch(0, 1)
         self.verdict = Chip()
         self.reasons = label(tone="muted", wrap=True, selectable=True)
         self._unmatched_box = text_box(name="Modules that do not match")
@@ -150,7 +156,7 @@ class AdapterDetails(QFrame):
         body.addLayout(actions)
         body.addWidget(self.troubles)
         body.addWidget(title("How it fits", 0))
-        body.addWidget(self.model)
+        body.addLayout(held)
         body.addLayout(row(self.verdict, 1))
         for widget in (self.reasons, self._unmatched, self._bases_heading, self._no_base, self._bases):
             body.addWidget(widget)
@@ -201,7 +207,8 @@ class AdapterDetails(QFrame):
     def _forget(self) -> None:
         """What was said of another adapter."""
         self.ranked = []
-        self._chosen = None
+        self.fit = None
+        self._chosen = self._picked
         self.troubles.hide()
         self.reasons.setText("")
         self.verdict.set("")
@@ -240,7 +247,9 @@ class AdapterDetails(QFrame):
         """The models that it can be held against: the loaded one first, then those that it fits."""
         loaded = self._loadout.model
         models = [loaded] if loaded is not None else []
-        models += [each.model for each in self.ranked if loaded is None or each.model.id != loaded.id]
+        models += [self._picked] if self._picked is not None else []
+        models += [each.model for each in self.ranked]
+        models = list({model.id: model for model in models}.values())
         self.model.blockSignals(True)
         self.model.clear()
         for model in models:
@@ -256,6 +265,13 @@ class AdapterDetails(QFrame):
             self.verdict.set("")
             self.reasons.setText("No model is loaded, and none was found that it fits.")
 
+    @Slot(object)
+    def hold_against(self, model: ModelEntry) -> None:
+        """Hold every adapter against this model from now on; it need not be loaded."""
+        self._picked = self._chosen = model
+        self._show_models()
+        self._study.hold_against(model)
+
     @Slot(int)
     def _model_chosen(self, place: int) -> None:
         model = self.model.itemData(place) if place >= 0 else None
@@ -265,6 +281,7 @@ class AdapterDetails(QFrame):
 
     @Slot(object)
     def _fit_read(self, found: object) -> None:
+        self.fit = found if isinstance(found, Fit) else None
         if not isinstance(found, Fit):
             self.verdict.set("Cannot be read", "negative")
             self.reasons.setText(str(found))

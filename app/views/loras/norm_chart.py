@@ -53,7 +53,7 @@ class NormChart(QWidget):
         return " ".join(told)
 
     def sizeHint(self) -> QSize:
-        return QSize(280, 160 + self._legend_rows(280) * _LEGEND)
+        return QSize(280, 166 + self._legend_rows(280) * _LEGEND)
 
     def minimumSizeHint(self) -> QSize:
         return QSize(160, self.sizeHint().height())
@@ -78,7 +78,7 @@ class NormChart(QWidget):
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         self._points = []
-        legend = self._legend_rows(self.width()) * _LEGEND
+        legend = self._legend_rows(self.width()) * _LEGEND + 6
         plot = QRectF(
             _LEFT, _TOP, max(10, self.width() - _LEFT - _RIGHT), max(10, self.height() - _TOP - _BOTTOM - legend)
         )

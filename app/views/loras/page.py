@@ -26,6 +26,7 @@ from app.viewmodels.background import Background
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.model_files import trash_files
+from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
 from app.viewmodels.units import readable_bytes
 from app.views.dialogs import ConfirmDialog, reveal
@@ -35,6 +36,7 @@ from app.views.loras.details import AdapterDetails
 from app.views.loras.results import Line, Results
 from app.views.loras.sheets import ConvertSheet
 from app.views.loras.table import AdapterView
+from app.views.model_picker import ModelPicker
 from app.views.page import Notice, Page, PaletteCommand
 from app.views.saved_stacks_menu import fill_saved_stacks
 from app.views.widgets import EmptyState, button, column, icon_button, label, local_paths, row, title
@@ -47,7 +49,7 @@ class LorasPage(Page):
     """Every adapter of the library.
 
     Args:
-        refresh: looks at the disk again.
+        refresh: looks at the disk again. make_models: a table of models, to pick one from.
 
     Signals:
         compare_wanted(AdapterStack): compare these with the base. export_wanted(ModelEntry or None, AdapterStack): merge and export.
@@ -68,6 +70,7 @@ class LorasPage(Page):
         jobs: AdapterJobs,
         study: AdapterStudy,
         roots: LibraryRoots,
+        make_models: Callable[[], ModelTable],
         refresh: Callable[[], None],
         parent: QWidget | None = None,
     ) -> None:
@@ -80,12 +83,14 @@ class LorasPage(Page):
         self._imports = imports
         self._jobs = jobs
         self._study = study
+        self._make_models = make_models
         self._roots = roots
         self._refresh = refresh
         self._selected = ""
         self._loaded_id = ""
         self._wanted_path = ""  # of an adapter that is to be shown as soon as it is indexed
         self._dialog: QDialog | None = None
+        self._picker_model: ModelTable | None = None
         self._background = Background(self)
         self._background.done.connect(self._trashed)
         self.setAcceptDrops(True)
@@ -185,6 +190,7 @@ class LorasPage(Page):
         self.details.use_with.connect(self.use_with)
         self.details.alpha_wanted.connect(self._ask_alpha)
         self.details.compare_wanted.connect(self._compare)
+        self.details.other_model_wanted.connect(self.pick_model)
         self._stack_model.changed.connect(self._stack_changed)
         self._loadout.changed.connect(self._loadout_changed)
         self._imports.changed.connect(self._import_moved)
@@ -362,7 +368,7 @@ class LorasPage(Page):
             self._stack_model.remove(entry.path)
         elif entry.needs_alpha:
             self._ask_alpha(entry)
-        elif self._loadout.takes_adapters:
+        elif self._loadout.takes_adapters and not self._misfits(entry):
             self._join(entry)
         else:
             self._offer_bases(entry)
@@ -376,15 +382,26 @@ class LorasPage(Page):
         if now.model is not None and now.model.id == model.id:  # else it asks first, or refused
             self._join(entry)
 
+    def _misfits(self, entry: AdapterEntry) -> bool:
+        """Whether it is known already that none of it fits the loaded model."""
+        fit, model = self.details.fit, self._loadout.model
+        known = fit is not None and model is not None and fit.model.id == model.id and self.details.entry == entry
+        return known and fit is not None and fit.compatibility.matched == 0
+
     def _join(self, entry: AdapterEntry) -> None:
         if self._stack_model.add(Path(entry.path), entry.name):
-            model = self._loadout.model
+            model, fit = self._loadout.model, self.details.fit
             where = f" of {model.name}" if model is not None else ""
+            partly = ""
+            if fit is not None and model is not None and fit.model.id == model.id and self.details.entry == entry:
+                found = fit.compatibility
+                if found.matched < found.total:
+                    partly = f" Only {found.matched:,} of its {found.total:,} modules match; the details say why."
             undo = entry.path
             self.notice.emit(
                 Notice(
-                    text=f"{entry.name} is in the stack{where}.",
-                    tone="positive",
+                    text=f"{entry.name} is in the stack{where}.{partly}",
+                    tone="warning" if partly else "positive",
                     action="Take out",
                     run=lambda: self._stack_model.remove(undo),
                 )
@@ -395,18 +412,31 @@ class LorasPage(Page):
         menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
         ranked = self.details.ranked if self.details.entry is not None and self.details.entry.id == entry.id else []
         if not ranked:
-            text = f"No model is loaded, and the library has none that {entry.name} fits."
+            loaded = self._loadout.model if self._loadout.takes_adapters else None
+            first = f"It does not fit {loaded.name}" if loaded is not None else "No model is loaded"
+            text = f"{first}, and the library has none that {entry.name} fits."
             if entry.base:
                 text += f" It records {entry.base} as its base."
             self.notice.emit(Notice(text=text, tone="warning"))
             return
-        menu.addSection("Load a model that it fits")
+        menu.addAction("Load a model that it fits").setEnabled(False)
         for each in ranked[:8]:
             found = each.compatibility
             text = f"{each.model.name}  ({found.matched:,} of {found.total:,})".replace("&", "&&")
             menu.addAction(icon("load"), text, lambda model=each.model: self.use_with(entry, model))
         anchor = self.details.use
         menu.popup(anchor.mapToGlobal(anchor.rect().bottomLeft()))
+
+    @Slot()
+    def pick_model(self) -> ModelPicker:
+        """Choose a model of the library to hold the adapter against."""
+        if self._picker_model is None:
+            self._picker_model = self._make_models()
+        popup = ModelPicker(self._picker_model, self.window())
+        popup.picked.connect(self.details.hold_against)
+        popup.more.connect(lambda: self.page_wanted.emit("models"))
+        popup.open_below(self.details.other)
+        return popup
 
     @Slot(object)
     def _compare(self, entry: AdapterEntry) -> None:

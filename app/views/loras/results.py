@@ -125,6 +125,7 @@ class Results(QFrame):
         self._head.setVisible(count > 0)
         self._scroll.setVisible(count > 0)
         shown = [item.widget() for place in range(min(count, 5)) if (item := self._column.itemAt(place)) is not None]
-        height = sum(max(28, widget.sizeHint().height() + 2) for widget in shown if widget is not None)
+        room = max(200, self._scroll.viewport().width())
+        height = sum(max(30, widget.heightForWidth(room)) for widget in shown if widget is not None)
         self._scroll.setFixedHeight(min(168, height))
         self.setVisible(count > 0 or not self._progress.isHidden())

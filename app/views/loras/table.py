@@ -19,7 +19,7 @@ class AdapterDelegate(RowDelegate):
 class AdapterView(ModelView):
     """Enter uses, F2 renames, Delete moves to the trash: the page connects these."""
 
-    widths = {1: 144, 2: 72, 3: 64, 4: 64, 5: 152, 6: 80, 7: 64, 8: 96, 9: 128}
+    widths = {1: 144, 2: 96, 3: 64, 4: 64, 5: 152, 6: 80, 7: 64, 8: 96, 9: 128}
     gives_way = (
         adapter_table.WHERE,
         adapter_table.RUN,
