@@ -7,6 +7,7 @@ run in an environment of their own, `tests`, which is made like any engine envir
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -58,6 +60,9 @@ def main(arguments: list[str]) -> int:
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
     for group, paths in plan.items():
+        if group == ENGINES and paths == ["tests/engine"]:
+            outcomes += _side_by_side(group, interpreters[group], [*tier, *_options(rest)], environment)
+            continue
         # A process for each of the window's folders: should native code (Qt's, a library's) end one of them, the others still run and
         # report. Not because of what widgets leave behind: tests/conftest.py frees that after each test, in Qt's own thread.
         for part in [[path] for path in paths] if group == WINDOW else [paths]:
@@ -153,6 +158,42 @@ def _static(name: str, command: list[str], environment: dict[str, str]) -> Outco
     return Outcome(name, True, "", seconds)
 
 
+def shards(files: list[Path], count: int) -> list[list[str]]:
+    """Test files in `count` lists that take about as long, by their sizes: the largest first, each to the shortest list."""
+    lists: list[list[str]] = [[] for _ in range(max(1, count))]
+    sizes = [0] * len(lists)
+    for file in sorted(files, key=lambda file: (-file.stat().st_size, file.name)):
+        shortest = sizes.index(min(sizes))
+        lists[shortest].append(str(file.relative_to(ROOT)))
+        sizes[shortest] += file.stat().st_size
+    return [sorted(names) for names in lists if names]
+
+
+def _side_by_side(group: str, python: Path, arguments: list[str], environment: dict[str, str]) -> list[Outcome]:
+    """The engines' tests: they compute on one thread each, so as many processes as there are processors, up to four."""
+    lists = shards(list((ROOT / "tests" / "engine").glob("test_*.py")), min(4, os.cpu_count() or 1))
+    say(f"{group}' tests in {len(lists)} processes, in {python}; each is shown when it has ended")
+
+    def one(number: int) -> tuple[Outcome, str]:
+        with tempfile.TemporaryDirectory(prefix="weft-tests-") as folder:
+            report, output = Path(folder) / "report.xml", Path(folder) / "output.txt"
+            command = [str(python), "-m", "pytest", *lists[number], *arguments, f"--junitxml={report}"]
+            command += ["-o", f"cache_dir=.pytest_cache/{group}-{number}"]
+            with output.open("wb") as file:
+                work = functools.partial(
+                    subprocess.run, command, cwd=ROOT, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
+                )
+                ran, seconds = _timed(work)
+            return _outcome(f"{group}' tests, part {number + 1}", ran.returncode, _counts(report), seconds), output.read_text("utf-8", "replace")
+
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(len(lists)) as pool:
+        for outcome, text in pool.map(one, range(len(lists))):
+            print(text, flush=True)
+            outcomes.append(outcome)
+    return outcomes
+
+
 def _pytest(group: str, python: Path, paths: list[str], arguments: list[str], environment: dict[str, str]) -> Outcome:
     name = f"{group}' tests" if group.endswith("s") else f"{group}'s tests"
     if group == WINDOW and len(paths) == 1:
@@ -165,11 +206,15 @@ def _pytest(group: str, python: Path, paths: list[str], arguments: list[str], en
         command = [str(python), "-m", "pytest", *paths, *arguments, f"--junitxml={report}", "-o", f"cache_dir=.pytest_cache/{group}"]
         ran, seconds = _timed(lambda: subprocess.run(command, cwd=ROOT, env=environment, check=False))
         words = _counts(report)
-    if ran.returncode == NOTHING_COLLECTED:
+    return _outcome(name, ran.returncode, words, seconds)
+
+
+def _outcome(name: str, status: int, words: str, seconds: float) -> Outcome:
+    if status == NOTHING_COLLECTED:
         return Outcome(name, None, "none selected", seconds)
-    if ran.returncode < 0 or not words:
-        words = f"pytest ended with status {ran.returncode}"
-    return Outcome(name, ran.returncode == 0, words, seconds)
+    if status < 0 or not words:
+        words = f"pytest ended with status {status}"
+    return Outcome(name, status == 0, words, seconds)
 
 
 def _counts(report: Path) -> str:

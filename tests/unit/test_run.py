@@ -360,3 +360,14 @@ def test_counts_come_from_pytests_report(tmp_path: Path) -> None:
     report.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>')
     assert checks._counts(report) == "5 passed, 1 failed, 1 errors, 2 skipped"
     assert checks._counts(tmp_path / "none.xml") == ""
+
+
+def test_the_engines_tests_are_shared_out_evenly_and_none_is_lost() -> None:
+    files = list((ROOT / "tests" / "engine").glob("test_*.py"))
+    for count in (1, 2, 3):
+        lists = checks.shards(files, count)
+        assert len(lists) == count
+        assert sorted(name for names in lists for name in names) == sorted(str(f.relative_to(ROOT)) for f in files)
+        sizes = [sum((ROOT / name).stat().st_size for name in names) for names in lists]
+        assert max(sizes) - min(sizes) < max(file.stat().st_size for file in files)
+    assert checks.shards(files[:1], 4) == [[str(files[0].relative_to(ROOT))]]
