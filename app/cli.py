@@ -15,6 +15,7 @@ import msgspec
 
 from app import (
     __version__,
+    cli_certify,
     cli_check,
     cli_combine,
     cli_compare,
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
     cli_export.add_parser(commands)
+    cli_certify.add_parser(commands)
     cli_merge.add_parser(commands)
     for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")

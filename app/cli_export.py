@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
-from app.core.export_plan import TYPES, ExportPlan, ExportResult, gguf_type
+from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
@@ -26,7 +27,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="types:\n"
         + "\n".join(
-            f"  {each.name:8} {each.help}{' Needs --imatrix.' if each.imatrix else ''}" for each in TYPES.values()
+            f"  {each.name:8} {each.help}{' Needs --imatrix.' if each.imatrix else ''}"
+            for each in (*TYPES.values(), OWN)
         ),
     )
     command.set_defaults(run=_run)
@@ -52,6 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="llama.cpp's name of the tokenizer's kind, where it does not recognise it",
     )
     command.add_argument("--modelfile", action="store_true", help="write a Modelfile for Ollama beside it")
+    add_certify_argument(command)
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -64,6 +67,7 @@ def ensure_environment() -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     gguf_type(parsed.type)  # before minutes are spent on an installation
+    check_text(parsed.certify)
     plan = ExportPlan(
         model=find_model(parsed.model, "transformers").path,
         stack=find_stack(parsed.adapter),
@@ -78,9 +82,14 @@ def _run(parsed: argparse.Namespace) -> int:
     ensure_environment()
     made = msgspec.convert(run_task(ENVIRONMENT, "export_gguf", plan), ExportResult)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        found = None
+        if parsed.certify is not None:
+            found = certify_result(plan.model, plan.stack, made.file, parsed.certify, quiet=True)
+        print(certified_json(made, found))
         return 0
     print(f"{made.file}: {made.type}, {readable_bytes(made.bytes)}, {made.tensors} tensors.")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
+    if parsed.certify is not None:
+        certify_result(plan.model, plan.stack, made.file, parsed.certify, quiet=False)
     return 0

@@ -10,6 +10,7 @@ from typing import get_args
 
 import msgspec
 
+from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.errors import ErrorKind, WeftError
@@ -39,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="refuse",
         help="a base packed by bitsandbytes: refuse it (the 16-bit model is better), make 16 bits of it, or pack it again",
     )
+    add_certify_argument(command)
     command.add_argument("--license", default="", help="for the model card, where the base names none")
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -51,6 +53,7 @@ def _run(parsed: argparse.Namespace) -> int:
             f"{model.name} is a GGUF file; adapters are merged into folders of safetensors.",
             "Merge into the model that it was made from, or see `weft export`.",
         )
+    check_text(parsed.certify)
     plan = MergePlan(
         model=model.path,
         stack=find_stack(parsed.adapter),
@@ -65,7 +68,10 @@ def _run(parsed: argparse.Namespace) -> int:
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        found = None
+        if parsed.certify is not None:
+            found = certify_result(plan.model, plan.stack, made.folder, parsed.certify, quiet=True)
+        print(certified_json(made, found))
         return 0
     again = f", {readable_bytes(made.resumed)} of it by an earlier run" if made.resumed else ""
     how = "" if made.method == "streaming" else f" (by {made.method})"
@@ -73,6 +79,8 @@ def _run(parsed: argparse.Namespace) -> int:
         f"{made.folder}: {readable_bytes(made.bytes)}{again}, {made.changed} of {made.tensors} tensors changed{how}, "
         f"in {made.seconds:.1f} s."
     )
+    if parsed.certify is not None:
+        certify_result(plan.model, plan.stack, made.folder, parsed.certify, quiet=False)
     return 0
 
 

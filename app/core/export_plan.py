@@ -62,11 +62,13 @@ _TYPES = (
     GgufType("tq2_0", 37, 2.1, "For models trained with three values a weight."),
 )
 TYPES: dict[str, GgufType] = {each.name: each for each in _TYPES}
+# For GGUF bases alone: what adapters change is quantized again to the type it had.
+OWN = GgufType("base", -1, 16.0, "For GGUF bases: every tensor keeps its type.", direct=True)
 
 
 def gguf_type(name: str) -> GgufType:
     """A type by its name, in any case. Raises WeftError BAD_INPUT."""
-    found = TYPES.get(name.strip().lower())
+    found = OWN if name.strip().lower() == OWN.name else TYPES.get(name.strip().lower())
     if found is None:
         raise WeftError(ErrorKind.BAD_INPUT, f"There is no GGUF type {name!r}.", f"Types are: {', '.join(TYPES)}.")
     return found

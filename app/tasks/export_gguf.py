@@ -21,7 +21,7 @@ import msgspec
 
 from app.adapters.merge_staging import Staging, fingerprint, require_space, sync_file, sync_folder, write_error
 from app.core.errors import ErrorKind, WeftError
-from app.core.export_plan import ExportPlan, ExportResult, gguf_type
+from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergeAdjustment, MergePlan
 from app.core.stack import AdapterStack
 from app.engine.reporting import Report
@@ -221,10 +221,20 @@ class _Export:
         header = read_gguf_header(base)
         self.tensors = len(header.tensors)
         if any(a.weight for a in self.plan.stack.adapters):
-            from app.adapters.merge_gguf import merge_into_gguf
+            from app.adapters.merge_gguf import MergeIntoGguf
 
-            merged = staging.folder / "merged.gguf"
-            self.notes += merge_into_gguf(base, self.plan.stack, merged, self._progress("Merging"), self._stopped)
+            own = self.type is OWN
+            merged = staging.folder / ("model.gguf" if own else "merged.gguf")
+            merge = MergeIntoGguf(base, self.plan.stack, "own" if own else "open")
+            after = 0 if own else int(sum(math.prod(t.shape) for t in merge.tensors) * self.type.bits / 8)
+            if after:
+                self.report.log(
+                    "info",
+                    f"A merged file of {merge.bytes / 1e9:.2f} GB is made on the way to {self.type.name}, and removed again.",
+                )
+            require_space(staging.root, merge.bytes + after + _MARGIN, "The GGUF file, with what is made on the way,")
+            merge.write(merged, self._progress("Merging"), self._stopped)
+            self.notes += merge.notes
             return merged
         weights = sum(math.prod(t.shape) for t in header.tensors)
         require_space(staging.root, int(weights * self.type.bits / 8) + _MARGIN, "The GGUF file")
@@ -352,6 +362,12 @@ def check_plan(plan: ExportPlan) -> None:
         )
     if target.exists() or target.is_symlink():
         raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or move it away first.")
+    if kind is OWN and (model.is_dir() or not any(a.weight for a in plan.stack.adapters)):
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            "The type base is for GGUF models with adapters: tensors keep the types that they have there.",
+            "Choose a type such as q4_k_m.",
+        )
     if kind.imatrix and not plan.imatrix:
         raise needs_imatrix(plan.type)
     if plan.imatrix and not Path(plan.imatrix).is_file():
