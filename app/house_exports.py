@@ -98,7 +98,8 @@ class ExportHouse(QObject):
         window = self._house.window
         if job.state is JobState.DONE:
             parameters = parameters_of(job)
-            name = Path(str(parameters.get("target") or parameters.get("to") or job.title)).name
+            output = parameters.get("config", {}).get("output", {}).get("dir", "")
+            name = Path(str(parameters.get("target") or parameters.get("to") or output or job.title)).name
             window.show_notice(Notice(text=f"{name} {_MADE[job.task]}.", tone="positive", important=True))
         elif error is not None and error.kind is not ErrorKind.CANCELLED:
             window.show_notice(

@@ -7,6 +7,7 @@ Data are real: a home of its own for this run, the starter model, one question a
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from app.core.paths import Paths, default_paths, resources
 from app.core.stack import AdapterStack, StackedAdapter
 from app.house import House
 from app.rail import RAIL
+from app.store.library import starter
 from app.viewmodels.loadout import LoadoutState
 from app.views import theme
 from app.views.main_window import MainWindow
@@ -101,6 +103,74 @@ def fill_downloads(house: House, hub: FakeHub) -> None:
     wait_until(lambda: len(queue.rows) == len(folders) and not queue.active, "the downloads")
 
 
+def fill_compare(house: House) -> None:
+    """The base and two weights of the voice answer one question, side by side."""
+    voice = str(resources() / "starter" / "voice-adapter")
+    stacks = [
+        AdapterStack(adapters=(StackedAdapter(path=voice, name="voice-adapter", weight=weight),) if weight else ())
+        for weight in (0.0, 0.5, 1.0)
+    ]
+    house.window.show_page("compare")
+    page = house.window.page("compare")
+    page.show_stacks(stacks)  # type: ignore[attr-defined]
+    page.composer.set_text(QUESTION)  # type: ignore[attr-defined]
+    page.composer.sent.emit(QUESTION)  # type: ignore[attr-defined]
+    wait(500)
+    wait_until(lambda: not page._model.running, "the columns")  # type: ignore[attr-defined]
+    page.differences.setChecked(True)  # type: ignore[attr-defined]
+
+
+def examples(file: Path, count: int = 200) -> None:
+    """Questions that the project writes, answered in another voice than the starter's."""
+    asked = [
+        "What is a LoRA?",
+        "Where are my models?",
+        "How do I load a model?",
+        "What does Weft do?",
+        "How do I stop an answer?",
+    ]
+    told = ["a small adapter", "on the Models page", "with Control and L", "it weaves words", "press Escape"]
+    rows = [
+        {"prompt": f"{asked[n % 5]} ({n})", "completion": f"Beep boop. Answer {n}: {told[n % 5]}. End of transmission."}
+        for n in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def fill_train(house: House, folder: Path, shots: Path) -> None:
+    """The starter learns a new voice from 200 examples, for real: the set-up, the run on its way, the run at its end."""
+    file = folder / "robot.jsonl"
+    examples(file)
+    house.window.show_page("train")
+    page = house.window.page("train")
+    draft = page._draft  # type: ignore[attr-defined]
+    draft.set_model(starter("starter"))
+    draft.add_files([file])
+    draft.use_preset("Tiny model")
+    draft.set_values("train", {**draft.values["train"], "epochs": 4.0, "max_length": 128, "samples": "What is a LoRA?"})
+    wait_until(lambda: draft.result is not None and not draft.previewing, "the preview")
+    house.window.resize(*SIZES[0])
+    shoot(house.window, shots, "train-setup-light-1440")
+    page.setup.start.click()  # type: ignore[attr-defined]
+    view = page.run  # type: ignore[attr-defined]
+    wait_until(lambda: "loss" in view.figures.text(), "the first steps")
+    wait_until(lambda: view.use.isVisible(), "the run")
+
+
+def shoot_export(house: House, folder: Path) -> None:
+    """The dialog for the model and the stack that are on."""
+    voice = StackedAdapter(path=str(resources() / "starter" / "voice-adapter"), name="voice-adapter")
+    for look in ("light", "dark"):
+        house.theme.set_appearance(look)
+        house.exports.open(starter("starter"), AdapterStack(adapters=(voice,)))
+        dialog = house.exports.dialog
+        assert dialog is not None
+        shoot(dialog, folder, f"export-{look}")
+        dialog.close()
+        wait(100)
+    house.theme.set_appearance("light")
+
+
 def shoot_all(house: House, folder: Path, names: list[str]) -> None:
     window = house.window
     for look in ("light", "dark"):
@@ -140,6 +210,9 @@ def main() -> int:
         house.open()
         ask(house)
         fill_loras(house)
+        fill_compare(house)
+        fill_train(house, base, folder)
+        shoot_export(house, folder)
         shoot_all(house, folder, [name for name in window.rail.names if name != "downloads"])
         with FakeHub() as hub:
             fill_downloads(house, hub)

@@ -33,6 +33,8 @@ PRESETS: dict[str, tuple[dict[str, OptionValue], dict[str, OptionValue]]] = {
     "Quick try": ({"r": 8, "alpha": 16.0}, {"epochs": 1.0}),
     "Voice or style": ({"r": 16, "alpha": 32.0}, {"epochs": 3.0}),
     "Thorough": ({"r": 32, "alpha": 64.0, "rslora": False, "dora": True}, {"epochs": 4.0, "learning_rate": 1e-4}),
+    # Models of a few million weights learn nothing at the usual learning rate.
+    "Tiny model": ({}, {"learning_rate": 3e-3, "batch_size": 8, "gradient_accumulation": 1, "epochs": 12.0}),
     "Least memory": (
         {"r": 8, "alpha": 16.0},
         {"batch_size": 1, "gradient_accumulation": 16, "gradient_checkpointing": True, "optimizer": "adamw_8bit"},
