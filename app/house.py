@@ -317,7 +317,7 @@ class House(QObject):
         if files and not self.window.take(files):
             self.window.show_notice(
                 Notice(
-                    text=f"Weft has no use for {files[0].name}. It opens .gguf files and folders of models.",
+                    text=f"Weft has no use for {files[0].name}. It opens models and adapters: folders, .gguf, .safetensors or .zip files.",
                     tone="warning",
                 )
             )

@@ -28,11 +28,16 @@ def damage(paths: Iterable[Path]) -> str:
     """What is wrong with these models, files or folders that are one, a sentence each; "" when nothing is.
 
     Reads headers: not for the window's thread.
+
+    Raises:
+        WeftError: BAD_INPUT when they are files of which the library has no use at all.
     """
     from app.core.recognise import recognise_adapter, recognise_model
 
+    listed = list(paths)
     wrong: list[str] = []
-    for path in paths:
+    useless: list[str] = []
+    for path in listed:
         try:
             found = recognise_model(path) or recognise_adapter(path)
         except WeftError as error:
@@ -40,7 +45,23 @@ def damage(paths: Iterable[Path]) -> str:
             continue
         if found is not None and found.problem:
             wrong.append(f"{path.name} cannot be used: {found.problem}")
-    return " ".join(wrong)
+        elif found is None and path.is_file():
+            useless.append(_why_useless(path))
+    if useless and len(useless) == len(listed):
+        hint = "A model in safetensors is a folder: add the folder that holds its config.json, too."
+        raise WeftError(ErrorKind.BAD_INPUT, " ".join(useless), hint)
+    return " ".join(wrong + useless)
+
+
+def _why_useless(path: Path) -> str:
+    from app.core.safetensors_header import read_safetensors_header
+
+    try:
+        if path.suffix.lower() == ".safetensors":
+            read_safetensors_header(path)
+    except WeftError as error:
+        return error.message
+    return f"{path.name} alone is neither a model nor an adapter."
 
 
 class LibraryRoots(QObject):
@@ -101,7 +122,7 @@ class LibraryRoots(QObject):
         if files:
             verb = "is" if len(files) == 1 else "are"
             parts.append(
-                f"{_names(files)} {verb} used where {'it lies' if len(files) == 1 else 'they lie'}; nothing was copied."
+                f"{_names(files)} {verb} listed where {'it lies' if len(files) == 1 else 'they lie'}; nothing was copied."
             )
         return Added(text=" ".join(parts), undo=lambda: self._set(before))
 

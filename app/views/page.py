@@ -52,9 +52,16 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     important: bool = False
 
 
-def added_notice(added: Added, wrong: str) -> Notice:
-    """What adding to the library did, and what is wrong with the files that were added ("" for nothing)."""
-    text = " ".join(part for part in (wrong, added.text) if part)
+def added_notice(added: Added, wrong: object, error: object) -> Notice:
+    """What adding to the library did, and what is wrong with the files that were added (`wrong` a sentence, "" for nothing).
+
+    An error means that there is nothing in them to list: they are taken off again.
+    """
+    if error is not None:
+        if added.undo is not None:
+            added.undo()
+        return Notice(text=str(error), tone="warning")
+    text = " ".join(part for part in (str(wrong or ""), added.text) if part)
     return Notice(
         text=text, tone="warning" if wrong else "positive", action="Undo" if added.undo else "", run=added.undo
     )

@@ -248,7 +248,7 @@ def test_drops(page: ModelsPage, rooms: Rooms, qtbot: QtBot, tmp_path: Path) -> 
     assert drop(page, lone).isAccepted()
     assert rooms.settings.settings.roots == (str(lone),)
     qtbot.waitUntil(lambda: len(notices) == 1)
-    assert "used where it lies" in notices[-1].text
+    assert "listed where it lies" in notices[-1].text
     assert notices[-1].tone == "warning" and "a.gguf cannot be used" in notices[-1].text, "it is empty"
     assert drop(page, folder).isAccepted()
     qtbot.waitUntil(lambda: len(notices) == 2)
@@ -261,6 +261,25 @@ def test_drops(page: ModelsPage, rooms: Rooms, qtbot: QtBot, tmp_path: Path) -> 
     qtbot.waitUntil(lambda: len(notices) == 3)
     assert "already in the library" in notices[-1].text
     assert not drop(page, touch(tmp_path / "letter.txt")).isAccepted()
+
+
+@pytest.mark.fault
+def test_a_file_with_nothing_to_list_is_taken_off_again(
+    page: ModelsPage, rooms: Rooms, qtbot: QtBot, tmp_path: Path
+) -> None:
+    notices: list[Notice] = []
+    page.notice.connect(notices.append)
+    weights = (library_files.write_folder(tmp_path / "model") / "model.safetensors").read_bytes()
+    whole, cut = touch(tmp_path / "whole.safetensors"), touch(tmp_path / "cut.safetensors")
+    whole.write_bytes(weights)
+    cut.write_bytes(weights[:-7])
+    for path, words in ((cut, "truncated"), (whole, "neither a model nor an adapter")):
+        assert drop(page, path).isAccepted()
+        qtbot.waitUntil(lambda: bool(notices))
+        notice = notices.pop()
+        assert words in notice.text and notice.tone == "warning" and not notice.action
+        assert "folder" in notice.text, "the next step"
+        assert rooms.settings.settings.roots == ()
 
 
 def test_adding_says_what_is_wrong(rooms: Rooms, tmp_path: Path) -> None:

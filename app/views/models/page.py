@@ -220,7 +220,7 @@ class ModelsPage(Page):
     @Slot(object, object, object)
     def _added(self, added: object, wrong: object, error: object) -> None:
         assert isinstance(added, Added)
-        self.notice.emit(added_notice(added, str(wrong or error or "")))
+        self.notice.emit(added_notice(added, wrong, error))
 
     def commands(self) -> list[PaletteCommand]:
         return [

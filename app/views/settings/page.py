@@ -333,7 +333,7 @@ class SettingsPage(Page):
     @Slot(object, object, object)
     def _added(self, added: object, wrong: object, error: object) -> None:
         assert isinstance(added, Added)
-        self.notice.emit(added_notice(added, str(wrong or error or "")))
+        self.notice.emit(added_notice(added, wrong, error))
 
     @Slot(int)
     def _appearance_chosen(self, _index: int) -> None:
