@@ -25,6 +25,7 @@ from app.views.widgets import column, icon_button, label, row
 CONTROL_WIDTH = 168
 # Text boxes are wider; the row then puts its control below the title.
 _FAR = 1e15
+_DECIMALS = 14  # an optimizer's epsilon is 1e-8, a gentle learning rate 5e-7
 
 
 class NumberBox(QDoubleSpinBox):
@@ -40,7 +41,7 @@ class NumberBox(QDoubleSpinBox):
         self._high = _FAR if field.maximum is None else field.maximum
         self._unit = f" {field.unit}" if field.unit else ""
         self._automatic = False
-        self.setDecimals(0 if self._whole else 6)
+        self.setDecimals(0 if self._whole else _DECIMALS)
         self.setRange(-_FAR, _FAR)
         self.setKeyboardTracking(True)
         self.setCorrectionMode(QAbstractSpinBox.CorrectionMode.CorrectToPreviousValue)
@@ -54,7 +55,7 @@ class NumberBox(QDoubleSpinBox):
             self.setSingleStep(1 if self._whole else 0.05 if span <= 5 else 0.5)
 
     def number(self) -> int | float:
-        return int(self.value()) if self._whole else round(self.value(), 6)
+        return int(self.value()) if self._whole else _rounded(self.value())
 
     def set_automatic(self, automatic: bool) -> None:
         """Show "Auto" instead of the number."""
@@ -65,7 +66,7 @@ class NumberBox(QDoubleSpinBox):
     def textFromValue(self, value: float) -> str:
         if self._automatic:
             return "Auto"
-        return f"{value:.0f}" if self._whole else f"{round(value, 6):.15g}"
+        return f"{value:.0f}" if self._whole else f"{_rounded(value):.15g}"
 
     def valueFromText(self, text: str) -> float:
         # A decimal point is read in every language; a comma too, where the numbers have one.
@@ -345,6 +346,11 @@ class FieldRow(QWidget):
             painter.setPen(Qt.PenStyle.NoPen)
             painter.setBrush(theme().color("accent"))
             painter.drawRoundedRect(0, 8, 3, self.height() - 16, 1.5, 1.5)
+
+
+def _rounded(value: float) -> float:
+    """Without the digits that steps of 0.05 leave behind."""
+    return float(f"{value:.12g}")
 
 
 def _help(field: OptionField, blocked: str) -> str:

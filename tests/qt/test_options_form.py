@@ -170,3 +170,26 @@ def test_every_control_has_a_name(form: OptionsForm) -> None:
     focusable = [w for w in form.findChildren(QWidget) if w.focusPolicy() & Qt.FocusPolicy.TabFocus and w.isVisible()]
     nameless = [w for w in focusable if not w.accessibleName() and w.objectName() != "qt_spinbox_lineedit"]
     assert not nameless, nameless
+
+
+def test_tiny_numbers_keep_their_value(qtbot: QtBot) -> None:
+    """An optimizer's epsilon of 1e-8 is its default still when the advanced part has been opened."""
+    from app.training.run_config import DataConfig, MethodConfig, ModelConfig, TrainConfig
+
+    for struct, left_out in (
+        (TrainConfig, ()),
+        (MethodConfig, ()),
+        (ModelConfig, ()),
+        (DataConfig, ("files", "mapping", "held_out_files")),
+    ):
+        made = OptionsForm(struct, advanced_open=True, leave_out=left_out)
+        qtbot.addWidget(made)
+        assert made.values() == {} and made.problems() == {}
+    made = OptionsForm(TrainConfig, advanced_open=True)
+    qtbot.addWidget(made)
+    box = made.rows["learning_rate"].control
+    assert isinstance(box, NumberBox)
+    box.lineEdit().setText("5e-7")
+    assert made.values() == {"learning_rate": 5e-7} and not made.problems()
+    made.set_values({"epsilon": 1e-10, "learning_rate": 3e-6})
+    assert made.values() == {"epsilon": 1e-10, "learning_rate": 3e-6}
