@@ -12,7 +12,7 @@ from app.core.adapter_plans import HealthPlan, HealthReport
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.store.database import Database
-from app.viewmodels.adapter_facts import AdapterFacts, read_adapter_facts, read_fit, read_ranked
+from app.viewmodels.adapter_facts import AdapterFacts, read_adapter_facts, read_fit, read_ranked, read_troubles
 from app.viewmodels.background import Background
 from app.viewmodels.task_lane import TaskLane
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from app.engine.client import EngineClient
 
 AGAIN_MS = 500  # a scan tells of many changes
+LOOKED_THROUGH = 512 << 20  # bytes: of larger ones only the child that measures reads all
 MEASURE_MS = 300  # rows that are only passed by are not measured
 _KEPT = 64
 
@@ -32,12 +33,14 @@ class AdapterStudy(QObject):
 
     Signals:
         fit(Fit, or WeftError), ranked(list of Ranked, or WeftError), facts(AdapterFacts): about the adapter and model shown.
+        troubles(list of sentences): zero, NaN and infinite tensors; follows a moment after.
         norms(HealthReport, or WeftError): its norms, which are measured when `want_norms` is on.
     """
 
     fit = Signal(object)
     ranked = Signal(object)
     facts = Signal(object)
+    troubles = Signal(list)
     norms = Signal(object)
 
     def __init__(
@@ -49,8 +52,9 @@ class AdapterStudy(QObject):
         self._entry: AdapterEntry | None = None
         self._model: ModelEntry | None = None
         self._want_norms = False
+        self._looked = ("", 0.0)
         self._measured: dict[tuple[str, float], HealthReport] = {}
-        self._background = Background(self)
+        self._background = Background(self, threads=2)
         self._background.done.connect(self._read)
         self._lane = TaskLane(make_client, self)
         self._lane.answered.connect(self._answered)
@@ -67,6 +71,8 @@ class AdapterStudy(QObject):
     def show(self, entry: AdapterEntry | None, model: ModelEntry | None) -> None:
         """Look at this adapter beside this model."""
         same = self._entry is not None and entry is not None and self._is_same(entry)
+        if not same:
+            self._looked = ("", 0.0)
         self._entry = entry
         if not same:
             self._background.skip_waiting()
@@ -77,8 +83,7 @@ class AdapterStudy(QObject):
             return
         self._background.run(("facts", entry.id, ""), lambda: read_adapter_facts(entry))
         self._rank()
-        if self._want_norms:
-            self._later.start()
+        self._later.start()
 
     def hold_against(self, model: ModelEntry | None) -> None:
         """Check the adapter against another model."""
@@ -117,8 +122,15 @@ class AdapterStudy(QObject):
     @Slot()
     def _measure(self) -> None:
         entry = self._entry
-        if entry is None or not self._want_norms:
+        if entry is None:
             return
+        if entry.bytes <= LOOKED_THROUGH and not entry.problem and self._looked != (entry.id, entry.modified):
+            self._looked = (entry.id, entry.modified)
+            self._background.run(("troubles", entry.id, ""), lambda: read_troubles(entry))
+        if self._want_norms:
+            self._ask_norms(entry)
+
+    def _ask_norms(self, entry: AdapterEntry) -> None:
         known = self._measured.get((entry.id, entry.modified))
         if known is not None:
             self.norms.emit(known)
@@ -152,6 +164,8 @@ class AdapterStudy(QObject):
         found = result if error is None else error
         if what == "facts":
             self.facts.emit(found if isinstance(found, AdapterFacts) else AdapterFacts(problem=str(found)))
+        elif what == "troubles":
+            self.troubles.emit(result if isinstance(result, list) else [])
         elif what == "ranked":
             self.ranked.emit(found)
         elif self._model is not None and self._model.id == model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -37,7 +38,7 @@ class AdapterFacts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         facts: (key, value) of its config and its files' metadata. files: (path below the adapter, bytes).
         card: its README, "" for none. note: where Weft got it from.
-        troubles: zero, NaN and infinite tensors in sentences. modules: how many it has.
+        troubles: tensors of unknown kinds, in a sentence. modules: how many it has.
         problem: what could not be read, or "".
     """
 
@@ -65,6 +66,14 @@ def read_ranked(database: Database, entry: AdapterEntry, limit: int = 12) -> lis
     return [each for each in ranked if each.compatibility.matched and not each.model.problem][:limit]
 
 
+def find_duplicates(database: Database, cancelled: Callable[[], bool]) -> list[list[AdapterEntry]]:
+    """Groups of adapters with the same tensors. Reads those of one layout; raises WeftError, CANCELLED among them."""
+    try:
+        return AdapterStore(database).duplicates(cancelled)
+    finally:
+        database.release()
+
+
 def read_adapter_facts(entry: AdapterEntry) -> AdapterFacts:
     """Never raises: what is wrong is in `problem`."""
     try:
@@ -75,6 +84,12 @@ def read_adapter_facts(entry: AdapterEntry) -> AdapterFacts:
         return AdapterFacts(problem=f"{entry.path} cannot be read: {error.strerror}.")
 
 
+def read_troubles(entry: AdapterEntry) -> list[str]:
+    """Zero, NaN and infinite tensors in sentences. Reads all of its data; raises WeftError when it cannot be read."""
+    file = read_adapter_file(Path(entry.path))
+    return look(file).sentences(len(file.modules))
+
+
 def _facts(entry: AdapterEntry) -> AdapterFacts:
     path = Path(entry.path)
     folder = path if path.is_dir() else path.parent
@@ -83,13 +98,13 @@ def _facts(entry: AdapterEntry) -> AdapterFacts:
         flatten(read_json(path / "adapter_config.json"), "", facts)
     for name in entry.files:
         facts += _metadata(Path(name))
-    problem, troubles, modules = entry.problem, (), 0
+    problem, modules = entry.problem, 0
+    troubles: tuple[str, ...] = ()
     try:
         file = read_adapter_file(path)
         modules = len(file.modules)
-        troubles = tuple(look(file).sentences(modules))
         if file.unknown:
-            troubles += (f"{len(file.unknown)} of its tensors are of no known kind, such as {file.unknown[0][:80]}.",)
+            troubles = (f"{len(file.unknown)} of its tensors are of no known kind, such as {file.unknown[0][:80]}.",)
     except WeftError as error:
         problem = problem or str(error)
     return AdapterFacts(

@@ -22,7 +22,7 @@ from app.core.adapter_plans import HealthReport, ModuleNorm
 from app.core.combine_plan import METHODS, Combined
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.paths import resources
 from app.core.recognise import recognise_model
 from app.core.stack import AdapterStack, StackedAdapter
@@ -76,9 +76,8 @@ class Study(AdapterStudy):
 
     asked: list[str]
 
-    def _measure(self) -> None:
-        if self._entry is not None:
-            self.asked.append(self._entry.path)
+    def _ask_norms(self, entry: AdapterEntry) -> None:
+        self.asked.append(entry.path)
 
 
 class Loras:
@@ -287,6 +286,20 @@ def test_models_and_adapters_are_told_apart(tmp_path: Path, rng: random.Random) 
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def test_duplicates_of_the_library_are_found_by_content(
+    loras: Loras, qtbot: QtBot, tmp_path: Path, rng: random.Random
+) -> None:
+    one = peft(tmp_path / "one", rng)
+    loras.take(one, peft(tmp_path / "two", rng, rank=13))
+    loras.page.find_duplicates()
+    qtbot.waitUntil(lambda: loras.page.results.lines[0].text.startswith("No two"), timeout=WAIT)
+    shutil.copytree(loras.folder / "one", loras.folder / "three")
+    loras.index()
+    loras.page.find_duplicates()
+    qtbot.waitUntil(lambda: "same tensors as three" in loras.page.results.lines[0].text, timeout=WAIT)
+    assert loras.page.results.lines[0].name == "one"
 
 
 # The table ---------------------------------------------------------------------------------------------
@@ -570,6 +583,18 @@ def test_what_was_combined_is_told_with_the_energy_that_was_kept(
     assert loras.names() == ["mixed"] and loras.page.results.lines[0].action == "Show"
     loras.queue.ended.emit(job, None, WeftError(ErrorKind.UNSUPPORTED, "It is a DoRA.", "Use a stack."))
     assert "It is a DoRA." in loras.page.results.lines[0].text
+
+
+def test_what_cannot_be_combined_is_said_before_the_button(loras: Loras, tmp_path: Path, rng: random.Random) -> None:
+    loras.take(peft(tmp_path / "one", rng), peft(tmp_path / "odd", rng, use_dora=True))
+    loras.page.view.selectAll()
+    loras.page.combine_selected()
+    sheet: Any = loras.page._dialog
+    if not any("DoRA" in part.entry.kind for part in sheet.parts):
+        pytest.skip("an adapter without magnitudes is not called a DoRA")
+    assert "odd is a DoRA" in sheet.problem.text() and not sheet.yes.isEnabled()
+    next(part for part in sheet.parts if part.entry.name == "odd").remove.click()
+    assert sheet.yes.isEnabled() and sheet.problem.text() == ""
 
 
 def test_resizing_begins_with_one_adapter_and_its_rank(loras: Loras, tmp_path: Path, rng: random.Random) -> None:

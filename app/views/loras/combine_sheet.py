@@ -295,9 +295,21 @@ class CombineSheet(Sheet):
         except WeftError as error:
             self.problem.setText(error.message)
         else:
-            self.problem.setText("")
+            self.problem.setText(self._impossible())
         self.problem.setVisible(bool(self.problem.text()))
         self.yes.setEnabled(not self.problem.text())
+
+    def _impossible(self) -> str:
+        """Why what was chosen cannot be combined, as far as the library knows."""
+        for part in self.parts:
+            if "DoRA" in part.entry.kind:
+                return (
+                    f"{part.entry.name} is a DoRA, whose difference is no low-rank pair: it cannot be combined into a plain "
+                    "adapter. Use the adapters together as a stack, or merge them into their base."
+                )
+            if part.entry.needs_alpha:
+                return f"The alpha of {part.entry.name} is not recorded. Say it on the LoRAs page first."
+        return ""
 
     def plan(self) -> CombinePlan:
         """What the sheet says. Raises WeftError for what cannot be."""

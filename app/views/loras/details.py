@@ -79,12 +79,14 @@ class AdapterDetails(QFrame):
         self.ranked: list[Ranked] = []
         self.bases: list[BaseRow] = []
         self.fit: Fit | None = None
+        self._told: list[str] = []
         self._chosen: ModelEntry | None = None
         self._picked: ModelEntry | None = None
         self._build()
         study.fit.connect(self._fit_read)
         study.ranked.connect(self._ranked_read)
         study.facts.connect(self._facts_read)
+        study.troubles.connect(self._troubles_read)
         study.norms.connect(self._norms_read)
 
     # Building
@@ -209,6 +211,7 @@ class AdapterDetails(QFrame):
         self.ranked = []
         self.fit = None
         self._chosen = self._picked
+        self._told = []
         self.troubles.hide()
         self.reasons.setText("")
         self.verdict.set("")
@@ -329,8 +332,17 @@ class AdapterDetails(QFrame):
         told = list(found.troubles)
         if found.problem and self.entry is not None and not self.entry.problem:
             told.insert(0, found.problem)
-        self.troubles.setVisible(bool(told))
-        self.troubles.text.setText(" ".join(told))
+        self._told = told
+        self._show_troubles()
+
+    @Slot(list)
+    def _troubles_read(self, told: list[str]) -> None:
+        self._told = [*told, *self._told]
+        self._show_troubles()
+
+    def _show_troubles(self) -> None:
+        self.troubles.setVisible(bool(self._told))
+        self.troubles.text.setText(" ".join(self._told))
 
     def _show_facts(self, found: AdapterFacts) -> None:
         entry = self.entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from app.core.stack import AdapterStack, StackedAdapter
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.viewmodels.adapter_details import AdapterStudy
-from app.viewmodels.adapter_facts import files_of
+from app.viewmodels.adapter_facts import files_of, find_duplicates
 from app.viewmodels.adapter_import import AdapterImports, Imported, can_import, given, summary, words
 from app.viewmodels.adapter_jobs import AdapterJobs, Made
 from app.viewmodels.adapter_stack import StackModel
@@ -93,6 +94,9 @@ class LorasPage(Page):
         self._picker_model: ModelTable | None = None
         self._background = Background(self)
         self._background.done.connect(self._trashed)
+        self._searching = Background(self)
+        self._searching.done.connect(self._duplicates_found)
+        self._stop_searching = threading.Event()
         self.setAcceptDrops(True)
         self.table = AdapterTable(library, database, parent=self)
         self.view = AdapterView()
@@ -206,6 +210,8 @@ class LorasPage(Page):
         menu = QMenu(self)
         menu.addAction(icon("plus"), "Files or archives…", self._add_files)
         menu.addAction(icon("folder-add"), "Folder of adapters…", self._add_folder)
+        menu.addSeparator()
+        menu.addAction(icon("copy"), "Find duplicates", self.find_duplicates)
         return menu
 
     @Slot()
@@ -238,6 +244,7 @@ class LorasPage(Page):
         return [
             PaletteCommand(title="Add adapters…", group="LoRAs", icon="plus", run=self._add_files),
             PaletteCommand(title="Add a folder of adapters…", group="LoRAs", icon="folder-add", run=self._add_folder),
+            PaletteCommand(title="Find duplicate adapters", group="LoRAs", icon="copy", run=self.find_duplicates),
             PaletteCommand(title="Combine adapters…", group="LoRAs", icon="loras", run=self.combine_selected),
         ]
 
@@ -268,6 +275,8 @@ class LorasPage(Page):
     def shutdown(self) -> None:
         """End what runs in the background: the window is going."""
         self.table.close()
+        self._stop_searching.set()
+        self._searching.close()
         self._background.close()
         self._study.close()
 
@@ -536,6 +545,37 @@ class LorasPage(Page):
             adapter = result.entry.id
             line.action, line.run = "Show", lambda: self.show_adapter(adapter)
         return line
+
+    @Slot()
+    def find_duplicates(self) -> None:
+        """Look through the library for adapters that hold the same tensors under several names."""
+        self.results.add("Looking for duplicates…", [])
+        database = self._database
+        self._searching.run("duplicates", lambda: find_duplicates(database, self._stop_searching.is_set))
+
+    @Slot(object, object, object)
+    def _duplicates_found(self, _key: object, found: object, error: object) -> None:
+        if isinstance(error, WeftError):
+            if error.kind is not ErrorKind.CANCELLED:
+                self.failed.emit(error)
+            return
+        groups = found if isinstance(found, list) else []
+        lines: list[Line] = []
+        for group in groups:
+            names = ", ".join(entry.name for entry in group[1:])
+            line = Line(name=group[0].name, text=f"The same tensors as {names}.", source=f"duplicates {group[0].id}")
+            line.action, line.run = "Show", lambda adapter=group[0].id: self.show_adapter(adapter)
+            lines.append(line)
+        if not lines:
+            lines = [
+                Line(
+                    name="Duplicates",
+                    text="No two adapters hold the same tensors.",
+                    tone="positive",
+                    source="duplicates",
+                )
+            ]
+        self.results.add("Duplicates", lines)
 
     @Slot()
     def _add_folder(self) -> None:
