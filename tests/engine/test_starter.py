@@ -172,6 +172,16 @@ def test_the_chat_template_writes_the_roles(tokenizer):
     assert prompt == "<s><|user|>hi</s><|assistant|>"
 
 
+def test_raw_text_is_the_same_tokens_for_both_loaders(tokenizer):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama = llama_cpp.Llama(str(GGUF), n_ctx=64, n_threads=1, vocab_only=True, verbose=False)
+    for text in ("The loom is old.", " two  spaces", "How do I add a LoRA?\n\nSo:"):
+        tokens = tokenizer(text)["input_ids"]
+        assert tokens[0] == tokenizer.bos_token_id
+        assert tokens == llama.tokenize(text.encode(), add_bos=True, special=False), text
+    llama.close()
+
+
 def test_the_gguf_answers_as_the_safetensors_do(starter, corpus, score):
     llama_cpp = pytest.importorskip("llama_cpp")
     llama = llama_cpp.Llama(str(GGUF), n_ctx=512, n_threads=1, verbose=False)

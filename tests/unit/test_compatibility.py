@@ -269,8 +269,8 @@ def test_names_of_other_programs(tmp_path: Path) -> None:
     ("dtype", "good", "bad"),
     [
         ("F32", (1.5, 3e38, -0.0), (float("nan"), float("inf"), float("-inf"))),
-        ("F16", (1.5, 65504.0), (float("nan"), float("inf"))),
-        ("BF16", (1.5, 3e38), (float("nan"), float("-inf"))),
+        ("F16", (1.5, 65504.0, -0.0), (float("nan"), float("inf"))),
+        ("BF16", (1.5, 3e38, -0.0), (float("nan"), float("-inf"))),
     ],
 )
 def test_health_finds_what_is_no_number_and_what_is_nothing(
@@ -305,6 +305,11 @@ def test_health_finds_what_is_no_number_and_what_is_nothing(
         found = look(read_adapter_file(path, alpha=1))
         assert found.broken == (("layers.0.q_proj",) if value in bad or value != value else ())
         assert "layers.1.q_proj" in found.zero
+    if -0.0 in good:
+        content = bytearray(empty)
+        content[data:] = encode(-0.0) * 64  # what a factor of 0 makes of negative numbers
+        path.write_bytes(content)
+        assert look(read_adapter_file(path, alpha=1)).zero == ("layers.0.q_proj", "layers.1.q_proj")
 
 
 def test_a_thousand_indexed_models_take_less_than_a_second(tmp_path: Path) -> None:
@@ -358,6 +363,9 @@ def test_repeated_layers_are_held_against_the_layers_that_they_repeat(tmp_path: 
     assert beyond.verdict is Verdict.PARTLY and "repeats layer 3" in beyond.unmatched[0].reason
     assert any("on Transformers" in warning for warning in check_paths(made, base).warnings)
     assert "repeated layers" in adapter_extras(made)
+    in_gguf = check_paths(made, gguf_model(tmp_path / "m.gguf", "llama"))
+    assert any("llama.cpp cannot repeat layers" in line for line in in_gguf.warnings)
+    assert not any("merged copy" in line for line in in_gguf.warnings)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])

@@ -76,6 +76,7 @@ def _write_fast(folder: Path) -> None:
         vocab=vocabulary,
         merges=merges,
         add_prefix_space=False,
+        add_bos_token=True,  # before raw text, as llama.cpp puts it: both loaders then score the same tokens
         pad_token="<unk>",
         extra_special_tokens=list(ROLES),
         model_max_length=2048,
