@@ -13,7 +13,6 @@ from app.cli_task import run_task
 from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, lines
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths, resources
-from app.core.stack import AdapterStack
 from app.engine.environments import USABLE, Environments
 
 
@@ -75,10 +74,10 @@ def environment_of(a: CertifySide, b: CertifySide) -> str:
     return "export" if a.is_gguf or b.is_gguf else "core"
 
 
-def certify_result(base: str, stack: AdapterStack, made: str, text: str, *, quiet: bool) -> Certificate:
+def certify_result(base: CertifySide, made: str, text: str, *, quiet: bool) -> Certificate:
     """The certificate of what was made of a base and a stack, stored beside it and printed."""
     text = check_text(text)
-    found = certify(CertifySide(model=base, stack=stack), CertifySide(model=made), text, made)
+    found = certify(base, CertifySide(model=made), text, made)
     if not quiet:
         print_certificate(found)
     return found
@@ -114,9 +113,10 @@ def _text(path: Path) -> Path:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    a, b = find_model(parsed.a), find_model(parsed.b)
     found = certify(
-        CertifySide(model=find_model(parsed.a).path, stack=find_stack(parsed.adapter)),
-        CertifySide(model=find_model(parsed.b).path),
+        CertifySide(model=a.path, stack=find_stack(parsed.adapter), name=a.name),
+        CertifySide(model=b.path, name=b.name),
         str(_text(parsed.text)) if parsed.text else "",
         str(parsed.store.expanduser().absolute()) if parsed.store else "",
         tokens=parsed.tokens,

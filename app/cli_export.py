@@ -11,6 +11,7 @@ import msgspec
 from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
+from app.core.certify_plan import CertifySide
 from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
@@ -68,8 +69,9 @@ def ensure_environment() -> None:
 def _run(parsed: argparse.Namespace) -> int:
     gguf_type(parsed.type)  # before minutes are spent on an installation
     check_text(parsed.certify)
+    model = find_model(parsed.model, "transformers")
     plan = ExportPlan(
-        model=find_model(parsed.model, "transformers").path,
+        model=model.path,
         stack=find_stack(parsed.adapter),
         target=str(parsed.to.expanduser().absolute()),
         type=parsed.type.lower(),
@@ -80,16 +82,17 @@ def _run(parsed: argparse.Namespace) -> int:
         modelfile=parsed.modelfile,
     )
     ensure_environment()
+    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     made = msgspec.convert(run_task(ENVIRONMENT, "export_gguf", plan), ExportResult)
     if parsed.json:
         found = None
         if parsed.certify is not None:
-            found = certify_result(plan.model, plan.stack, made.file, parsed.certify, quiet=True)
+            found = certify_result(base, made.file, parsed.certify, quiet=True)
         print(certified_json(made, found))
         return 0
     print(f"{made.file}: {made.type}, {readable_bytes(made.bytes)}, {made.tensors} tensors.")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if parsed.certify is not None:
-        certify_result(plan.model, plan.stack, made.file, parsed.certify, quiet=False)
+        certify_result(base, made.file, parsed.certify, quiet=False)
     return 0

@@ -13,6 +13,7 @@ import msgspec
 from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
+from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.core.merge_plan import DTYPES, MergePlan, MergeResult, Packing
@@ -64,13 +65,14 @@ def _run(parsed: argparse.Namespace) -> int:
         base_name=model.name,
         license=parsed.license,
     )
+    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     made = msgspec.convert(run_task("core", "merge", plan), MergeResult)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if parsed.json:
         found = None
         if parsed.certify is not None:
-            found = certify_result(plan.model, plan.stack, made.folder, parsed.certify, quiet=True)
+            found = certify_result(base, made.folder, parsed.certify, quiet=True)
         print(certified_json(made, found))
         return 0
     again = f", {readable_bytes(made.resumed)} of it by an earlier run" if made.resumed else ""
@@ -80,7 +82,7 @@ def _run(parsed: argparse.Namespace) -> int:
         f"in {made.seconds:.1f} s."
     )
     if parsed.certify is not None:
-        certify_result(plan.model, plan.stack, made.folder, parsed.certify, quiet=False)
+        certify_result(base, made.folder, parsed.certify, quiet=False)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import struct
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -222,6 +223,7 @@ class MergeIntoGguf:
                     raise WeftError(
                         ErrorKind.INTERNAL, "The file has another size than planned.", "Please report this."
                     )
+            self._check_new(target)
             sync_file(target)
         except OSError as error:
             target.unlink(missing_ok=True)
@@ -229,6 +231,25 @@ class MergeIntoGguf:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+    def _check_new(self, target: Path) -> None:
+        """Have llama.cpp load a file with biases that the base had not: only it knows whether they have a place."""
+        new = [t.name for t in self.tensors if t.file is None]
+        if not new:
+            return
+        import llama_cpp
+
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(target), parameters)
+        if not model:
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"The stack trained biases ({new[0]}, {len(new)} in all) that llama.cpp has no place for in models of the "
+                f"architecture {self.base.base.architecture}.",
+                "Use the stack with Transformers, or train the adapter again without lora_bias.",
+            )
+        llama_cpp.llama_model_free(model)
 
     def _write_changed(
         self, out: BinaryIO, tensor: Planned, source: BinaryIO | None, advance: Callable[[int], None]

@@ -167,6 +167,7 @@ class MergedCopies:
     def _make_room(self, needed: int) -> None:
         """Take away old copies, so that the new one stays within the limit and on the drive."""
         folder = merged_folder()
+        _sweep(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -199,6 +200,18 @@ class MergedCopies:
                     raise os_error(header.path, error) from error
             self._identity = digest.hexdigest()
         return self._identity
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what engines that died were making: whole models that nobody would miss for a day."""
+    try:
+        import psutil
+    except ImportError:
+        return  # the cache takes them away in time
+    for stage in folder.glob(".making-*"):
+        pid = stage.name.split("-")[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def merged_folder() -> Path:

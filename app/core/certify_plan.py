@@ -15,10 +15,12 @@ class CertifySide(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: a folder (safetensors or .bin), or a GGUF file.
         stack: adapters that are live on it.
+        name: how it is called; "" for its folder's or file's name.
     """
 
     model: str
     stack: AdapterStack = AdapterStack()
+    name: str = ""
 
     @property
     def is_gguf(self) -> bool:

@@ -144,7 +144,12 @@ class _Certify:
                 f"The vocabularies differ: A has {a_size:,} tokens, B {b_size:,}. Predictions cannot be compared.",
                 "Compare models of the same vocabulary, such as a model and what was made of it.",
             )
-        if a != b:
+        if a != b and (a == b[1:] or a[1:] == b):
+            which = "B" if a == b[1:] else "A"
+            self.notes.append(
+                f"Of the two, only {which}'s tokenizer puts a token for the beginning before texts: both were given A's tokens."
+            )
+        elif a != b:
             place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             self.notes.append(
                 f"The two tokenizers split this text differently (first at token {place}): both models were given A's tokens."
@@ -255,7 +260,7 @@ def _into_card(card: Path, text: str) -> Path:
 
 
 def _title(side: CertifySide) -> str:
-    name = Path(side.model).name
+    name = side.name or Path(side.model).name
     return f"{name} with {side.stack.title}" if any(a.weight for a in side.stack.adapters) else name
 
 

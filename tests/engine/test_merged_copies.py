@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,36 @@ def test_copies_are_bounded_and_the_one_not_used_for_longest_goes(
     with pytest.raises(WeftError) as refused:
         MergedCopies(Path(made.entry.path)).serve(made.stack(dora=3.0), 0, lambda *_: None, lambda: False)
     assert refused.value.kind is ErrorKind.DISK_FULL and "WEFT_MERGED_CACHE_BYTES" in refused.value.hint
+
+
+@pytest.mark.fault
+def test_a_killed_merge_leaves_no_copy_and_its_remains_go_with_the_next(tmp_path: Path, seed: int, cache: Path) -> None:
+    entry = tiny_gguf.write(tmp_path / "big.gguf", hidden=512, intermediate=2048, layers=8, seed=seed, tied=True)
+    from tests.engine.test_merge_gguf import plain_adapter
+
+    shapes = {"output": (512, 512), **{f"blk.{i}.ffn_up": (2048, 512) for i in range(8)}}
+    adapter = plain_adapter(tmp_path / "a.gguf", shapes, seed)
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from app.adapters.merged_copies import MergedCopies\nfrom app.core.stack import AdapterStack, StackedAdapter\n"
+        "stack = AdapterStack(adapters=(StackedAdapter(path=sys.argv[2], weight=0.5),))\n"
+        "stop = int(sys.argv[3])\n"
+        "def advance(done, total):\n    if stop and done * 100 > stop * total:\n        os.kill(os.getpid(), 9)\n"
+        "print(MergedCopies(Path(sys.argv[1])).serve(stack, 0, advance, lambda: False).file)\n"
+    )
+    chance = random.Random(seed)
+    for stop in (chance.randint(1, 40), chance.randint(40, 90), 100, 0):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, entry.path, str(adapter), str(stop)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        left = sorted(path.name for path in cache.iterdir())
+        if ran.returncode == 0:
+            assert len(left) == 1 and Path(ran.stdout.strip()).is_file(), ran.stderr
+        else:
+            assert ran.returncode == -9 and len(left) == 1 and left[0].startswith(".making-"), (left, ran.stderr)
 
 
 def test_short_memory_gives_eight_bits_and_another_base_another_copy(tmp_path: Path, seed: int, cache: Path) -> None:
