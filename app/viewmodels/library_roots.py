@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -139,6 +140,35 @@ class LibraryRoots(QObject):
     def is_own(self, path: Path) -> bool:
         """Whether it lies in Weft's own models folder, where nobody but Weft put it."""
         return self._paths.models in path.parents
+
+    def downloads(self) -> Path:
+        """The folder that downloads and exported models go to."""
+        chosen = self._settings.settings.downloads
+        return Path(chosen) if chosen else self._paths.models
+
+    def is_own_downloads(self) -> bool:
+        """Whether that is Weft's own models folder."""
+        return self.downloads() == self._paths.models
+
+    def set_downloads(self, folder: Path | None) -> None:
+        """Let downloads go to a folder; None: to Weft's own. What came into the one before stays in the library.
+
+        Raises:
+            WeftError: NOT_FOUND or PERMISSION for a folder that cannot be written to; as `SettingsStore.update` does.
+        """
+        if folder is not None and not folder.is_dir():
+            raise WeftError(ErrorKind.NOT_FOUND, f"{folder} is no folder.", "Choose a folder that exists.")
+        if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+            raise WeftError(
+                ErrorKind.PERMISSION, f"Nothing can be written into {folder}.", "Choose a folder that you may write to."
+            )
+        now = self._settings.settings
+        chosen = "" if folder is None or folder.absolute() == self._paths.models else str(folder.absolute())
+        if chosen == now.downloads:
+            return
+        kept = () if not now.downloads or now.downloads in now.roots else (now.downloads,)
+        self._settings.update(downloads=chosen, roots=(*now.roots, *kept))
+        self.changed.emit()
 
     def _covered(self, place: Path) -> bool:
         return any(Path(root.path) == place or Path(root.path) in place.parents for root in self.roots())

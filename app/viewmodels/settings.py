@@ -9,6 +9,7 @@ from app.engine.environments import Environments, EnvironmentSpec, EnvironmentSt
 from app.store.settings import Settings, SettingsStore
 from app.viewmodels.background import Background
 from app.viewmodels.jobs import JobCenter
+from app.workers.load_plan import measured_threads, without_measurements
 
 
 class SettingsView(QObject):
@@ -40,6 +41,14 @@ class SettingsView(QObject):
             return False
         self.changed.emit(name)
         return True
+
+    def measured_threads(self) -> list[int]:
+        """See `load_plan.measured_threads`."""
+        return measured_threads(self.now.calibration)
+
+    def measure_again(self) -> None:
+        """Forget what was measured on this machine: the next load does it anew."""
+        self.set("calibration", without_measurements(self.now.calibration))
 
 
 class EngineList(QObject):

@@ -217,6 +217,22 @@ def _calibration_key(loader: str, name: str) -> str:
     return f"{platform.node() or 'here'}/{loader}/{name}"
 
 
+def measured_threads(calibration: Mapping[str, OptionValue]) -> list[int]:
+    """Numbers of threads that were measured to be the fastest on this machine, one for each loader and size of models."""
+    here = _calibration_key("", "").removesuffix("//") + "/"
+    return [
+        value
+        for name, value in sorted(calibration.items())
+        if name.startswith(here) and "threads" in name.removeprefix(here).split("/") and type(value) is int
+    ]
+
+
+def without_measurements(calibration: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """What was measured, without this machine's: the next loads measure anew."""
+    here = _calibration_key("", "").removesuffix("//") + "/"
+    return {name: value for name, value in calibration.items() if not name.startswith(here)}
+
+
 def shortage(estimate: Estimate, machine: Machine, *, freed: int = 0) -> str:
     """Why a load does not fit, in a sentence; "" when it does.
 

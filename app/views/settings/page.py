@@ -1,4 +1,4 @@
-"""The Settings page: folders, engines, appearance, defaults, shortcuts. Everything is saved as it is changed."""
+"""The Settings page: folders, engines, hub, appearance, new chats, defaults, performance, shortcuts. All is saved as it is changed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from app.viewmodels.units import short_path
 from app.views.dialogs import open_locally
 from app.views.option_fields import QuietCombo
 from app.views.page import Notice, Page, PaletteCommand, added_notice
+from app.views.settings.download_folder import DownloadFolder
 from app.views.settings.engines import EnginesSection
 from app.views.settings.new_chats import NewChatsSection
+from app.views.settings.performance import PerformanceSection
 from app.views.widgets import Chip, ElidedLabel, button, column, icon_button, label, row, rule, title
 
 WIDTH = 760
@@ -99,6 +101,9 @@ class SettingsPage(Page):
         self.new_chats = NewChatsSection(self._settings)
         self._body.addWidget(self.new_chats)
         self._defaults()
+        self._section("performance", "Performance")
+        self.performance = PerformanceSection(self._settings)
+        self._body.addWidget(self.performance)
         self._shortcuts()
         self._files()
         self._body.addStretch(1)
@@ -119,9 +124,10 @@ class SettingsPage(Page):
     def entered(self) -> None:
         self._engines.measure()
         self._show_roots()
+        self.performance.show_now()
 
     def show_section(self, name: str) -> None:
-        """Scroll to a section: folders, engines, appearance, defaults, shortcuts, files."""
+        """Scroll to a section: folders, engines, hub, appearance, new chats, defaults, performance, shortcuts, files."""
         self._scroll.ensureWidgetVisible(self.sections[name], 0, 400)
 
     def commands(self) -> list[PaletteCommand]:
@@ -152,6 +158,10 @@ class SettingsPage(Page):
         self._body.addWidget(self._root_box)
         add = button("Add a folder…", self._add_folder, icon_name="folder-add")
         self._body.addLayout(row(add, 1))
+        self._body.addSpacing(4)
+        self.download_folder = DownloadFolder(self._roots)
+        self.download_folder.failed.connect(self.failed)
+        self._body.addWidget(self.download_folder)
         self._body.addSpacing(4)
         self._body.addWidget(label("Models of other programs on this machine"))
         grid = QGridLayout()
@@ -275,6 +285,8 @@ class SettingsPage(Page):
     def _root_title(self, root: Root) -> str:
         if root.kind is RootKind.OWN:
             return "Weft's LoRAs" if Path(root.path) == self._paths.adapters else "Weft's models"
+        if Path(root.path) == self._roots.downloads():
+            return "Downloads"
         return "File" if root.kind is RootKind.FOLDER and Path(root.path).is_file() else root.title
 
     def _root_row(self, root: Root) -> QWidget:
