@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 from PySide6.QtCore import QObject, Slot
 from PySide6.QtWidgets import QDialog, QMenu, QWidget
 
-from app.core.adapter_import import ImportResult
 from app.core.library import ModelEntry
 from app.core.stack import AdapterStack
 from app.store.stacks import StackStore
-from app.viewmodels.adapter_import import AdapterImports, Imported, summary
 from app.viewmodels.adapter_jobs import AdapterJobs, Made
 from app.viewmodels.adapter_stack import StackModel
-from app.viewmodels.drops import Drops
 from app.viewmodels.fitting import judge
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
 from app.views.page import Notice, Page
 
 if TYPE_CHECKING:
+    from app.core.adapter_import import ImportResult
     from app.engine.client import EngineClient
     from app.house import House
+    from app.viewmodels.adapter_import import AdapterImports, Imported
+    from app.viewmodels.drops import Drops
 
 MEASURING = ("core", "llama_cpp")  # environments that have what measuring needs
 
@@ -38,18 +38,39 @@ class LorasHouse(QObject):
         self.stack = StackModel(house.loadout, self)
         self.stack.refused.connect(house.loadout.notice)
         self.saved = SavedStacks(StackStore(house.database), self.stack, self)
-        self.imports = AdapterImports(
-            house.database, paths.adapters, lambda: [root.path for root in house.roots.roots()], self
-        )
+        self._imports: AdapterImports | None = None
+        self._drops: Drops | None = None
         self.jobs = AdapterJobs(house.tasks, house.jobs, paths.adapters, self)
-        self.drops = Drops(self)
-        self.imports.library_changed.connect(house.refresh_library)
-        self.imports.ended.connect(self._imported)
-        self.imports.alpha_wanted.connect(self._ask_alpha)
         self.jobs.library_changed.connect(house.refresh_library)
         self.jobs.made.connect(self._made)
-        self.drops.adapters.connect(self._adapters_dropped)
-        self.drops.models.connect(self._models_dropped)
+
+    # Made when they are first needed: they import readers of formats, for which the first paint does not wait.
+
+    @property
+    def imports(self) -> AdapterImports:
+        """What brings adapters into the library."""
+        if self._imports is None:
+            from app.viewmodels.adapter_import import AdapterImports
+
+            house = self._house
+            self._imports = AdapterImports(
+                house.database, house.paths.adapters, lambda: [root.path for root in house.roots.roots()], self
+            )
+            self._imports.library_changed.connect(house.refresh_library)
+            self._imports.ended.connect(self._imported)
+            self._imports.alpha_wanted.connect(self._ask_alpha)
+        return self._imports
+
+    @property
+    def drops(self) -> Drops:
+        """What tells dropped adapters from models."""
+        if self._drops is None:
+            from app.viewmodels.drops import Drops
+
+            self._drops = Drops(self)
+            self._drops.adapters.connect(self._adapters_dropped)
+            self._drops.models.connect(self._models_dropped)
+        return self._drops
 
     def page(self) -> Page:
         """The LoRAs page."""
@@ -90,8 +111,10 @@ class LorasHouse(QObject):
 
     def close(self) -> None:
         """For the window's end."""
-        self.imports.close()
-        self.drops.close()
+        if self._imports is not None:
+            self._imports.close()
+        if self._drops is not None:
+            self._drops.close()
 
     def _models(self) -> ModelTable:
         house = self._house
@@ -159,6 +182,8 @@ class LorasHouse(QObject):
                     self.stack.add(Path(result.entry.path))
         if self._in_front or (not found.results and found.error is None):
             return  # the page shows each
+        from app.viewmodels.adapter_import import summary
+
         text, tone = summary(found)
         first = next((result.entry for result in found.here if result.entry is not None), None)
         show = (lambda: self._show(first.id)) if first is not None else self._show

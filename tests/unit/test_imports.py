@@ -175,6 +175,7 @@ def test_the_first_page_is_painted_without_what_only_later_steps_need() -> None:
         "markdown_it",
         "pygments",
         "psutil",
+        "app.core.adapter_import",
         "app.core.scan",
         "app.core.recognise",
         "app.engine.client",
