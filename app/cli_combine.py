@@ -28,21 +28,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the new adapter")
     command.add_argument(
-        "--method", choices=list(METHODS), default="cat", metavar="METHOD", help="see below; cat is exact"
+        "--method", choices=list(METHODS), metavar="METHOD", help="see below; cat, which is exact, or svd with --rank"
     )
     command.add_argument(
         "--density", type=float, default=0.5, help="share of values that is kept (ties, dare, magnitude)"
     )
     command.add_argument("--sign", choices=get_args(Sign), default="total", help="how ties elects a sign")
-    command.add_argument("--rank", type=int, default=0, help="of the result, for svd methods; resizes a single adapter")
+    command.add_argument(
+        "--rank", type=_rank, default=0, help="of the result, for svd methods; resizes a single adapter"
+    )
     command.add_argument("--clamp", type=float, default=1.0, help="quantile beyond which svd's values are cut")
     command.add_argument("--seed", type=int, default=0, help="of what dare drops")
     command.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the saved matrices")
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def _run(parsed: argparse.Namespace) -> int:
-    method = "svd" if parsed.rank and parsed.method == "cat" else parsed.method
+    method = parsed.method or ("svd" if parsed.rank else "cat")
     plan = CombinePlan(
         adapters=find_stack(parsed.adapter),
         to=str(parsed.to.expanduser().absolute()),
