@@ -34,8 +34,11 @@ _GIT_OID = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
 
 
-def configure(endpoint: str = "", proxy: str = "") -> None:
+def configure(endpoint: str = "", proxy: str = "", timeout: float = TIMEOUT) -> None:
     """Set what huggingface_hub reads at import, and how it connects. Call once, before anything else here.
+
+    Args:
+        timeout: seconds without an answer.
 
     Raises:
         WeftError: BAD_INPUT for an endpoint that is no address.
@@ -65,16 +68,19 @@ def configure(endpoint: str = "", proxy: str = "") -> None:
                 f"The hub redirects from https to plain http ({there.host}).",
                 "Check the hub endpoint in Settings; nothing was fetched.",
             )
-        if response.status_code == 429 or response.status_code >= 500:
+        # Uploads are huggingface_hub's own to repeat: it puts a file back to its beginning first, or to that of a part.
+        if (response.status_code == 429 or response.status_code >= 500) and response.request.method != "PUT":
             # Before huggingface_hub does its own waiting, of which nobody would hear.
             headers = response.headers
             raise _Busy(response.status_code, headers.get("Retry-After", ""), headers.get("Date", ""))
 
     class Client(httpx2.Client):
-        def send(self, *arguments: Any, **named: Any) -> httpx2.Response:
+        def send(self, request: httpx2.Request, **named: Any) -> httpx2.Response:
             try:
-                return super().send(*arguments, **named)
+                return super().send(request, **named)
             except httpx2.TransportError as error:
+                if request.method == "PUT":
+                    raise
                 # Under another name: huggingface_hub tries some of its questions again for half a minute, in silence.
                 raise _Unreachable(type(error).__name__) from error
 
@@ -82,7 +88,7 @@ def configure(endpoint: str = "", proxy: str = "") -> None:
         return Client(
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
-            timeout=TIMEOUT,
+            timeout=timeout,
             proxy=chosen or None,
             trust_env=False,  # the proxy is chosen above, as for the files' bytes
             verify=tls_context(),

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.fakes.hub_content import HubFile, HubRepo, make_file
+from tests.fakes.hub_upload import UploadHandler, Uploads
 
 
 @dataclasses.dataclass
@@ -75,6 +76,9 @@ class FakeHub:
         self.repos: dict[str, HubRepo] = {}
         self.requests: list[Request] = []
         self.tokens: dict[str, str] = {}  # token to user name
+        self.roles: dict[str, str] = {}  # token to "write" where it may; any other may only read
+        self.orgs: dict[str, tuple[str, ...]] = {}  # user to the organizations that they write for
+        self.uploads = Uploads()
         self.rate = rate
         self.total_rate = total_rate
         self.page_size = 20
@@ -184,7 +188,7 @@ class _Server(ThreadingHTTPServer):
         """Clients that hang up are part of the tests."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(UploadHandler, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
     wbufsize = 0
@@ -200,6 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._route()
 
     def do_POST(self) -> None:
+        self._route()
+
+    def do_PUT(self) -> None:
         self._route()
 
     # Routing -----------------------------------------------------------------------------------
@@ -223,6 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if fault := self.hub.take_fault(path, "api_redirect"):
             return self._redirect(fault.url, {})
+        if self.upload_route(path):
+            return None
         if self.record.host == self.hub.store_host or path.startswith("/blob-store/"):
             return self._store(path)
         if path == "/api/whoami-v2":
@@ -280,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "name": user,
                 "fullname": user,
                 "orgs": [],
-                "auth": {"accessToken": {"role": "read"}},
+                "auth": {"accessToken": {"role": self.hub.roles.get(self._token(), "read")}},
             }
         )
 
@@ -428,10 +437,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "Content-Type": "application/octet-stream",
             },
         )
-        self._body(file, start, stop, fault)
+        self._send(file, start, stop, fault)
         return None
 
-    def _body(self, file: HubFile, start: int, stop: int, fault: Fault | None) -> None:
+    def _send(self, file: HubFile, start: int, stop: int, fault: Fault | None) -> None:
         began, position = time.monotonic(), start
         limit = start + fault.after if fault and fault.kind in ("cut", "stall") else None
         chunk_size = 1 << 20 if not (self.hub.rate or self.hub.total_rate) else 1 << 16

@@ -1,0 +1,25 @@
+"""Put a folder or a file onto the hub: a repository of its own, private unless told otherwise."""
+
+from __future__ import annotations
+
+import threading
+
+from app.core.push_plan import PushPlan, PushResult
+from app.engine.report import HostReport
+from app.hub.push import Push
+
+Parameters = PushPlan
+
+
+def run(parameters: PushPlan, report: HostReport) -> PushResult:
+    """Upload. Raises WeftError, see `Push.run`."""
+    cancelled = threading.Event()
+    report.on_cancel(cancelled.set)
+    report.progress("Asking the hub")
+
+    def progress(phase: str, done: int, total: int) -> None:
+        report.progress(phase, done, total, "bytes")
+
+    return Push(
+        parameters, progress=progress, waiting=lambda words: report.progress(words or "Uploading"), cancelled=cancelled
+    ).run()
