@@ -19,11 +19,13 @@ from app import (
     cli_check,
     cli_combine,
     cli_compare,
+    cli_convert,
     cli_download,
     cli_export,
     cli_import,
     cli_merge,
     cli_perplexity,
+    cli_push,
     cli_train,
 )
 from app.backends import specs
@@ -106,12 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     download = cli_download.add_command(commands)
     cli_check.add_parser(commands)
     cli_import.add_parser(commands)
+    cli_convert.add_parser(commands)
     cli_compare.add_parser(commands)
     cli_perplexity.add_parser(commands)
     cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
     cli_export.add_parser(commands)
     cli_certify.add_parser(commands)
+    cli_push.add_parser(commands)
     cli_merge.add_parser(commands)
     for command in (loaders, models, adapters, chat, download):
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from app.viewmodels.adapter_import import AdapterImports, Imported
     from app.viewmodels.drops import Drops
 
-MEASURING = ("core", "llama_cpp")  # environments that have what measuring needs
+MEASURING = ("core", "llamacpp")  # environments that have what measuring needs
 
 
 class LorasHouse(QObject):

@@ -89,7 +89,7 @@ class AdapterJobs(QObject):
         target = self.place(name, "" if back else ".gguf")
         plan = ConvertPlan(adapter=entry.path, model=model, to=str(target))
         what = "PEFT" if back else "GGUF"
-        environment = "core" if self._jobs.is_ready("core") else "llama_cpp"
+        environment = "core" if self._jobs.is_ready("core") else "llamacpp"
         return self._tasks.submit(
             "convert_adapter", f"Convert {entry.name} to {what}"[:200], plan, environment=environment
         )

@@ -20,6 +20,7 @@ from app import logs
 from app.core.library import ModelEntry
 from app.core.paths import default_paths, resources
 from app.house import House
+from app.house_loras import MEASURING
 from app.rail import RAIL
 from app.views import theme
 from app.views.loras.sheets import AlphaSheet
@@ -136,7 +137,6 @@ def test_what_is_neither_is_said(house: House, qtbot: QtBot, tmp_path: Path) -> 
     house.window.take([tmp_path / "photo.zip"])
     qtbot.waitUntil(lambda: bool(house.window.toasts.shown), timeout=WAIT)
     assert "photo.zip is damaged" in house.window.toasts.shown[-1].notice.text
-    assert not house.window.take([tmp_path / "notes.docx"])
 
 
 def test_the_page_opens_by_its_number_and_closes_with_the_window(house: House, qtbot: QtBot) -> None:
@@ -147,3 +147,7 @@ def test_the_page_opens_by_its_number_and_closes_with_the_window(house: House, q
     house.window.show_page("loras")
     qtbot.waitUntil(lambda: house.window.page("loras").table.rowCount() >= 1, timeout=WAIT)  # type: ignore[attr-defined]
     assert "Combine adapters…" in [command.title for command in house.window.all_commands()]
+
+
+def test_measuring_and_converting_ask_for_environments_that_there_are(house: House) -> None:
+    assert set(MEASURING) <= set(house.environments.specs())
