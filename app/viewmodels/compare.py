@@ -175,7 +175,7 @@ class Compare(QObject):
 
     # Judging --------------------------------------------------------------------------------------
 
-    def marks(self, column: int) -> list[tuple[int, int]]:
+    def marks(self, column: int) -> tuple[tuple[int, int], ...]:
         """Where a column's answer differs from the first one's, in characters. The first is held against the second."""
         other = self.columns[0 if column else 1]
         return differences(self.columns[column].text, other.text)
@@ -186,8 +186,10 @@ class Compare(QObject):
         return not self.running and bool(answer.text) and not answer.chosen and bool(self._rejected(column))
 
     def _rejected(self, column: int) -> list[Column]:
+        """Every other answer once, however many columns gave it."""
         mine = self.columns[column].text
-        return [other for other in self.columns if other.text and other.text != mine]
+        others = {other.text: other for other in reversed(self.columns) if other.text and other.text != mine}
+        return list(reversed(others.values()))
 
     def prefer(self, column: int) -> None:
         """Keep this answer as better than every other one that differs: rows that training reads."""

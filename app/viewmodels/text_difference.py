@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import lru_cache
 
-LONGEST = 4_000  # words that are compared; the rest counts as the same
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+LONGEST = 2_000  # words that are compared; the rest counts as the same
+_CAREFUL = 600  # words; in longer texts the most frequent ones are no anchors, which would take seconds
+_WORDS = re.compile(r"\w+|[^\w\s]")
 
 
-def differences(text: str, other: str) -> list[tuple[int, int]]:
+@lru_cache(maxsize=16)
+def differences(text: str, other: str) -> tuple[tuple[int, int], ...]:
     """Ranges (first, end) of `text`, in characters, that `other` has not, in order.
 
-    Compares words and marks; blanks alone are no difference.
+    Compares words and marks; blanks alone are no difference. Kept, since a page asks again whenever it is drawn anew.
     """
-    ours, theirs = _WORDS.findall(text)[:LONGEST], _WORDS.findall(other)[:LONGEST]
-    places = [0]
-    for word in ours:
-        places.append(places[-1] + len(word))
-    found: list[tuple[int, int]] = []
-    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
-    for kind, first, end, _, _ in matcher.get_opcodes():
-        if kind in ("replace", "delete") and not "".join(ours[first:end]).isspace():
-            found.append((places[first], places[end]))
-    return found
+    ours, theirs = list(_WORDS.finditer(text))[:LONGEST], _WORDS.findall(other)[:LONGEST]
+    words = [word.group() for word in ours]
+    matcher = difflib.SequenceMatcher(None, words, theirs, autojunk=max(len(words), len(theirs)) > _CAREFUL)
+    return tuple(
+        (ours[first].start(), ours[end - 1].end())
+        for kind, first, end, _, _ in matcher.get_opcodes()
+        if kind in ("replace", "delete")
+    )

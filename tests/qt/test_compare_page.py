@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,16 +101,17 @@ def test_a_verdict_becomes_rows_that_training_reads(page: ComparePage, loadout: 
     from app.training.rows import load_rows
 
     page.add.click()
+    page.add.click()
     ask(page, "Which?\nThis one.")
-    for row, text in enumerate(("same", "better “ü”\nanswer", "same")):
+    for row, text in enumerate(("same", "better “ü”\nanswer", "same", "another")):
         loadout.say_row(row, text)
-    loadout.end("stop", "stop", "stop")
+    loadout.end("stop", "stop", "stop", "stop")
     page.columns[1].better.click()
     file = tmp_path / "data" / "preferences.jsonl"
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] == [
-        ("Which?\nThis one.", "better “ü”\nanswer", "same")
-    ] * 2
+        ("Which?\nThis one.", "better “ü”\nanswer", worse) for worse in ("same", "another")
+    ], "an answer that two columns gave is one example"
     assert rows[0]["rejected_stack"] == "base" and "system" not in rows[0]
     assert page.collected.text() == "2 examples collected" and not page.columns[1].better.isEnabled()
     loaded = load_rows(DataConfig(files=(str(file),)))
@@ -200,7 +202,21 @@ def test_differences_of_random_texts_are_what_the_other_lacks() -> None:
         kept.append(text[last:])
         rest = iter(other)
         assert all(word in rest for word in " ".join(kept).split()), "what is not marked stands in both, in this order"
-    assert differences("one two", "") == [(0, 7)] and differences("one two", "one two") == []
+    assert differences("one two", "") == ((0, 7),) and differences("one two", "one two") == ()
+
+
+def test_differences_of_long_answers_do_not_stall_the_window() -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    often, seldom = "the a of and to in is it".split(), [f"word{n}" for n in range(600)]
+
+    def answer() -> str:
+        return " ".join(chance.choice(often if chance.random() < 0.4 else seldom) for _ in range(4000))
+
+    began = time.process_time()
+    assert differences(answer(), answer())
+    assert time.process_time() - began < 0.5
 
 
 def test_without_a_model_it_says_what_to_do(page: ComparePage, loadout: Loadout) -> None:

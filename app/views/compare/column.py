@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PySide6.QtCore import Qt, Signal, Slot
 from PySide6.QtGui import QGuiApplication, QTextCharFormat, QTextCursor
 from PySide6.QtWidgets import QFrame, QPlainTextEdit, QTextEdit, QWidget
@@ -82,16 +84,16 @@ class CompareColumn(QFrame):
         if follows:
             bar.setValue(bar.maximum())
 
-    def mark(self, places: list[tuple[int, int]]) -> None:
+    def mark(self, places: Sequence[tuple[int, int]]) -> None:
         """Highlight ranges of the answer."""
         style = QTextCharFormat()
         style.setBackground(theme().color("selection"))
         style.setForeground(theme().color("on_selection"))
         marks: list[QTextEdit.ExtraSelection] = []
+        plain = self.text.toPlainText() if places else ""
         for first, end in places[:_MARKS]:
             cursor = QTextCursor(self.text.document())
             # Qt counts UTF-16 units; characters beyond the first plane take two.
-            plain = self.text.toPlainText()
             cursor.setPosition(_units(plain, first))
             cursor.setPosition(_units(plain, end), QTextCursor.MoveMode.KeepAnchor)
             mark = QTextEdit.ExtraSelection()

@@ -30,7 +30,7 @@ class _Line(QWidget):
         self.weight = QDoubleSpinBox()
         self.weight.setRange(-100, 100)
         self.weight.setSingleStep(0.05)
-        self.weight.setDecimals(2)
+        self.weight.setDecimals(3)  # as the command line's and the combining sheet's
         self.weight.setValue(weight)
         self.weight.setEnabled(on)
         self.weight.setAccessibleName(f"Weight of {name}")
