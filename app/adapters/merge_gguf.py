@@ -10,7 +10,10 @@ import contextlib
 import math
 import os
 import struct
-from collections.abc import Callable, Generator
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
@@ -209,12 +212,13 @@ class MergeIntoGguf:
 
         try:
             with target.open("wb") as out, contextlib.ExitStack() as opened:
+                pool = opened.enter_context(ThreadPoolExecutor(threads()))
                 out.write(self._head)
                 files = {header.path: opened.enter_context(_read_only(header.path)) for header in self.base.headers}
                 for tensor in self.tensors:
                     source = files.get(tensor.file) if tensor.file else None
                     if tensor.edits:
-                        self._write_changed(out, tensor, source, advance)
+                        self._write_changed(out, tensor, source, advance, pool)
                     else:
                         assert source is not None
                         _copy(source, tensor, out, advance)
@@ -252,7 +256,12 @@ class MergeIntoGguf:
         llama_cpp.llama_model_free(model)
 
     def _write_changed(
-        self, out: BinaryIO, tensor: Planned, source: BinaryIO | None, advance: Callable[[int], None]
+        self,
+        out: BinaryIO,
+        tensor: Planned,
+        source: BinaryIO | None,
+        advance: Callable[[int], None],
+        pool: ThreadPoolExecutor,
     ) -> None:
         from app.adapters.gguf_arithmetic import Change, pieces
 
@@ -264,13 +273,18 @@ class MergeIntoGguf:
             if source is None:
                 return numpy.zeros((end - start, tensor.width), numpy.float32)
             row = _size((tensor.width,), tensor.old)
-            return self._ggml.read(tensor.old, _read(source, tensor, start * row, (end - start) * row), tensor.width)
+            with reading:
+                data = _read(source, tensor, start * row, (end - start) * row)
+            return self._ggml.read(tensor.old, data, tensor.width)
 
+        def made(piece: tuple[int, int]) -> Any:
+            return self._ggml.write(tensor.type, change.apply(rows(*piece), piece[0]))
+
+        reading = threading.Lock()
         change: Change = Change(tensor.edits, self.base.base, tensor.rows, tensor.width, experts, rows)
-        for start, end in pieces(tensor.rows, tensor.width):
-            made = self._ggml.write(tensor.type, change.apply(rows(start, end), start))
-            out.write(made)
-            advance(len(made))
+        for data in in_order(pool, made, pieces(tensor.rows, tensor.width), 2 * threads()):
+            out.write(data)
+            advance(len(data))
 
 
 def merge_into_gguf(
@@ -294,6 +308,30 @@ def merge_into_gguf(
     merge = MergeIntoGguf(base, stack, types)
     merge.write(target, progress, cancelled)
     return merge.notes
+
+
+def threads() -> int:
+    """How many pieces are worked on at once."""
+    wanted = os.environ.get("WEFT_MERGE_THREADS", "")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(8, usable))
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[tuple[int, int]], Any], pieces: Iterable[tuple[int, int]], most: int
+) -> Generator[Any]:
+    """Results in the order of the pieces, of which at most so many are begun ahead."""
+    begun: deque[Future[Any]] = deque()
+    try:
+        for piece in pieces:
+            begun.append(pool.submit(work, piece))
+            if len(begun) >= most:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for waiting in begun:
+            waiting.cancel()
 
 
 def _size(shape: tuple[int, ...], kind: int) -> int:
