@@ -267,6 +267,23 @@ def test_only_those_of_an_archive_that_lacked_alpha_come_again(
     assert sorted(loras.names()) == ["bare", "whole"]
 
 
+def test_a_cancelled_import_leaves_nothing_and_forgets_what_waits(
+    loras: Loras, tmp_path: Path, rng: random.Random
+) -> None:
+    big = peft(tmp_path / "big", rng)
+    with (big / "ballast.txt").open("wb") as file:
+        file.truncate(64 << 20)
+    before = len(loras.ended)
+    loras.imports.add([big])
+    loras.imports.add([peft(tmp_path / "second", rng)])
+    loras.page.results.cancelled.emit()
+    loras.qtbot.waitUntil(lambda: len(loras.ended) > before and not loras.imports.busy, timeout=WAIT)
+    assert len(loras.ended) == before + 1 and loras.ended[-1].of(Outcome.ADDED) == []
+    left = [path.name for path in loras.folder.iterdir()] if loras.folder.exists() else []
+    assert left == [] and loras.names() == []
+    assert loras.page.results._progress.isHidden()
+
+
 def test_models_and_adapters_are_told_apart(tmp_path: Path, rng: random.Random) -> None:
     adapter = peft(tmp_path / "a", rng)
     gguf_adapter = library_files.write_gguf_adapter(tmp_path / "g.gguf")
