@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,12 +115,11 @@ def _preview(config: RunConfig, as_json: bool) -> int:
 
 
 def _export(parameters: TrainParameters, parsed: argparse.Namespace) -> int:
-    from app.training.run_export import export
+    from app.training.run_export import export, requirements_of
 
-    definition = tomllib.loads((resources() / "environments" / "core.toml").read_text("utf-8"))
-    pins = [pin for layer in definition["layers"] for pin in layer["requirements"]]
+    pins = requirements_of(resources() / "environments" / "core.toml")
     folder = parsed.export.expanduser().absolute()
-    todo = export(parameters, folder, "\n".join(pins) + "\n", parameters.run_file, with_model=parsed.with_model)
+    todo = export(parameters, folder, pins, parameters.run_file, with_model=parsed.with_model)
     if parsed.json:
         sys.stdout.write(msgspec.json.encode({"folder": str(folder), "next": todo}).decode() + "\n")
     else:

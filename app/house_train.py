@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from app.house import House
     from app.viewmodels.model_table import ModelTable
     from app.viewmodels.task_lane import TaskLane
+    from app.viewmodels.train_files import RunFiles
+    from app.viewmodels.train_runs import TrainRuns
 
 
 class TrainHouse(QObject):
@@ -25,12 +27,30 @@ class TrainHouse(QObject):
         super().__init__(house)
         self._house = house
         self._lane: TaskLane | None = None
+        self._runs: TrainRuns | None = None
+        self._files: RunFiles | None = None
+        house.tasks.changed.connect(self._work_began)
+
+    def runs(self) -> TrainRuns:
+        """What runs say, from the first job on: also of one that is resumed before the page was looked at."""
+        if self._runs is None:
+            from app.store.runs import RunStore
+            from app.viewmodels.train_runs import TrainRuns
+
+            house = self._house
+            self._runs = TrainRuns(house.job_store, house.tasks, RunStore(house.database), self)
+        return self._runs
+
+    @Slot()
+    def _work_began(self) -> None:
+        if self._runs is None and self._house.tasks.busy:
+            self.runs()
 
     def page(self) -> Page:
         """The Train page."""
         from app.viewmodels.task_lane import TaskLane
         from app.viewmodels.train_draft import TrainDraft
-        from app.viewmodels.train_runs import TrainRuns
+        from app.viewmodels.train_files import RunFiles
         from app.views.train.page import TrainPage
 
         house = self._house
@@ -40,7 +60,8 @@ class TrainHouse(QObject):
         )
         if house.loadout.model is not None and not house.loadout.model.problem:
             draft.set_model(house.loadout.model)
-        page = TrainPage(draft, TrainRuns(house.job_store, house.tasks, self), make_table=self._table)
+        self._files = RunFiles(house.library.find, self)
+        page = TrainPage(draft, self.runs(), make_table=self._table, run_files=self._files)
         page.use_wanted.connect(self._use)
         return page
 
@@ -51,9 +72,13 @@ class TrainHouse(QObject):
         self._house.window.page("train").train_on(entry)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """End the child that previews."""
+        """End the child that previews; keep what runs said."""
         if self._lane is not None:
             self._lane.close()
+        if self._files is not None:
+            self._files.close()
+        if self._runs is not None:
+            self._runs.close()
 
     def _preview_client(self) -> EngineClient:
         from app.engine import launch

@@ -219,4 +219,11 @@ CREATE TRIGGER adapters_own_name AFTER INSERT ON adapters WHEN EXISTS (SELECT 1 
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS, _LORAS, _ADAPTER_NAMES)
+_RUNS = """
+CREATE TABLE runs (  -- what a training run said: its curves, sample answers and notes
+    job INTEGER PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+    history BLOB NOT NULL
+);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _CHAT_UNDO, _NAMES, _DOWNLOADS, _LORAS, _ADAPTER_NAMES, _RUNS)

@@ -6,34 +6,14 @@ import os
 import warnings
 from pathlib import Path
 
-import msgspec
+from app.core.library import ModelFormat
+from app.engine.reporting import Report
+from app.training.module_names import Modules, ModulesParameters
 
-from app.core.library import ModelEntry, ModelFormat
-from app.engine.report import HostReport
-
-
-class Parameters(msgspec.Struct, frozen=True, kw_only=True):
-    """model: of the library."""
-
-    model: ModelEntry
+Parameters = ModulesParameters
 
 
-class Modules(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be trained.
-
-    Attributes:
-        linear: last names of linear modules, and how many bear each. embeddings: names of embeddings and the output layer.
-        experts: parameters that hold several experts, for target_parameters. layers: how many; pattern: what their list is called.
-    """
-
-    linear: dict[str, int]
-    embeddings: tuple[str, ...]
-    experts: tuple[str, ...]
-    layers: int
-    pattern: str
-
-
-def run(parameters: Parameters, report: HostReport) -> Modules:
+def run(parameters: ModulesParameters, report: Report) -> Modules:
     """Build the model on the meta device and look at its names.
 
     Raises:
@@ -46,6 +26,7 @@ def run(parameters: Parameters, report: HostReport) -> Modules:
 
     from app.generation import hf_files, hf_load
     from app.training.methods_torch import module_names
+    from app.training.speed_torch import products
 
     entry = parameters.model
     if entry.format is ModelFormat.GGUF:
@@ -75,4 +56,5 @@ def run(parameters: Parameters, report: HostReport) -> Modules:
         experts=tuple(sorted(experts)),
         layers=count,
         pattern=name.rpartition(".")[2],
+        flops=products(),
     )

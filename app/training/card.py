@@ -122,7 +122,7 @@ def card(record: RunRecord, model: ModelEntry) -> str:
         "modules": method.target_regex or method.targets,
         "start": method.init,
         "variant": ", ".join([n for n, on in (("rsLoRA", method.rslora), ("DoRA", method.dora)) if on]) or "LoRA",
-        "base held in": config.model.quantization if config.model.quantization != "none" else train.precision,
+        "base held in": _held_in(config, record.device),
         "objective": train.objective,
         "optimizer, schedule": f"{train.optimizer}, {train.scheduler}",
         "learning rate": f"{train.learning_rate:g}",
@@ -139,6 +139,16 @@ def card(record: RunRecord, model: ModelEntry) -> str:
     if record.notes:
         out += ["", "## Notes", "", *(f"- {note}" for note in record.notes)]
     return "\n".join(out) + "\n"
+
+
+def _held_in(config: RunConfig, device: str) -> str:
+    """The precision of the base; `auto` in words."""
+    if config.model.quantization != "none":
+        return config.model.quantization
+    on_card = not device.startswith("the processor")
+    return {"auto": "16 bits, as the graphics card has it" if on_card else "fp32"}.get(
+        config.train.precision, config.train.precision
+    )
 
 
 _ENDED = {

@@ -89,8 +89,39 @@ def _notes(config: RunConfig) -> list[str]:
         notes.append(
             "loftq_replace makes one step only: the adapter takes up what 4 bits lose; the 4-bit weights stay."
         )
+    nothing_held = not config.data.held_out and not config.data.held_out_files
+    if nothing_held and (train.keep_best or train.early_stopping):
+        notes.append("Nothing is held out, so there is no held-out loss: early_stopping and keep_best have no effect.")
     if train.keep_best and config.train.early_stopping is None:
         notes.append("keep_best takes the best of the whole run: set early_stopping to end it sooner.")
+    return notes
+
+
+def check_machine(config: RunConfig, cards: int) -> list[str]:
+    """Refuse what a machine with that many graphics cards cannot do; notes on what has no effect or takes long there.
+
+    Raises:
+        WeftError: UNSUPPORTED, naming the option and the way out.
+    """
+    method, train, model = config.method, config.train, config.model
+    if cards and model.device != "cpu":
+        return []
+    here = "There is no graphics card here" if not cards else "The run is to be on the processor"
+    if model.device == "cuda":
+        raise _cannot(f"{here}, and device = cuda asks for one.", "Take device = auto.")
+    if train.optimizer.startswith("paged"):
+        raise _cannot(
+            f"{here}, and {train.optimizer} moves its state off one.", "Take optimizer = adamw or adamw_8bit."
+        )
+    if model.attention == "flash_attention_2":
+        raise _cannot(f"{here}, and flash_attention_2 runs on one only.", "Take attention = auto.")
+    notes: list[str] = []
+    if method.dora and method.dora_offload:
+        notes.append(f"{here}: dora_offload has no effect.")
+    if method.init == "eva":
+        notes.append(f"{here}: EVA takes its time; fewer calibration samples are faster.")
+    if train.precision == "fp16":
+        notes.append(f"{here}: fp16 is slow on a processor; fp32 or bf16 are faster.")
     return notes
 
 
@@ -107,6 +138,10 @@ def changes_base(config: RunConfig) -> bool:
 def fits_nf4(config: RunConfig) -> bool:
     """Whether a LoftQ adapter fits the base that bitsandbytes quantizes to nf4 by itself."""
     return config.method.loftq_iterations == 1 and config.method.loftq_bits == "4"
+
+
+def _cannot(message: str, hint: str) -> WeftError:
+    return WeftError(ErrorKind.UNSUPPORTED, message, hint)
 
 
 def _bad(message: str, hint: str) -> WeftError:

@@ -6,6 +6,7 @@ Nothing of it needs this machine: paths in it are relative, and the training cod
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,12 @@ START = """#!/bin/sh
 # Set num_processes in accelerate.yaml to the number of graphics cards; for one card or none: python -m app.training.run_launched run.json
 cd "$(dirname "$0")" && exec accelerate launch --config_file accelerate.yaml -m app.training.run_launched run.json
 """
+
+
+def requirements_of(definition: Path) -> str:
+    """requirements.txt of an environment's definition: the pins that runs are tested with."""
+    layers = tomllib.loads(definition.read_text("utf-8"))["layers"]
+    return "".join(f"{pin}\n" for layer in layers for pin in layer["requirements"])
 
 
 def export(

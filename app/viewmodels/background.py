@@ -62,6 +62,11 @@ class Background(QObject):
         """Forget what has not begun."""
         self._pool.clear()
 
+    def finish(self) -> None:
+        """Wait for what was asked: for work whose result must not be lost when the window goes."""
+        if not self._pool.waitForDone(CLOSE_MS):
+            log.error("Background work did not end within %d s", CLOSE_MS // 1000)
+
     def close(self) -> None:
         self._pool.clear()
         if not self._pool.waitForDone(CLOSE_MS):

@@ -18,6 +18,7 @@ from app.core.jobs import Job, JobState, Progress
 from app.core.library import ModelFormat
 from app.store.database import Database
 from app.store.jobs import JobStore
+from app.store.runs import RunStore
 from app.training.data_config import (
     BadRow,
     DataReport,
@@ -27,8 +28,10 @@ from app.training.data_config import (
     PreviewResult,
     PreviewSpan,
 )
+from app.training.module_names import Modules, ModulesParameters
 from app.training.run_config import TrainNews, TrainParameters, TrainResult
 from app.viewmodels.train_draft import TrainDraft
+from app.viewmodels.train_files import RunFiles
 from app.viewmodels.train_runs import TrainRuns
 from app.views.train.chart import Chart, Series, readable, thinned, ticks
 from app.views.train.page import TrainPage
@@ -44,13 +47,23 @@ class Lane(QObject):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[PreviewParameters] = []
+        self.modules: list[ModulesParameters] = []
 
-    def ask(self, key: object, task: str, parameters: PreviewParameters) -> None:
-        assert task == "preview_data"
-        self.asked.append(parameters)
+    def ask(self, key: object, task: str, parameters: PreviewParameters | ModulesParameters) -> None:
+        if isinstance(parameters, ModulesParameters):
+            assert task == "train_modules"
+            self.modules.append(parameters)
+        else:
+            assert task == "preview_data"
+            self.asked.append(parameters)
 
     def answer(self, result: PreviewResult) -> None:
         self.answered.emit(self.asked[-1], msgspec.to_builtins(result))
+
+    def answer_modules(self, **found: Any) -> None:
+        known = {"linear": {"q_proj": 4, "v_proj": 4, "up_proj": 4}, "embeddings": ("embed_tokens", "lm_head")}
+        answer = Modules(**{"experts": (), "layers": 4, "pattern": "layers", "flops": 1e10, **known, **found})
+        self.answered.emit(self.modules[-1], msgspec.to_builtins(answer))
 
 
 class Queue(QObject):
@@ -119,8 +132,9 @@ class Bench:
         )
         self.page = TrainPage(
             self.draft,
-            TrainRuns(self.store, self.queue),  # type: ignore[arg-type]
+            TrainRuns(self.store, self.queue, RunStore(self.database)),  # type: ignore[arg-type]
             make_table=lambda: None,  # type: ignore[arg-type,return-value]
+            run_files=RunFiles(lambda name: trainable()),
         )
         self.data = tmp_path / "examples.jsonl"
         self.data.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -184,7 +198,7 @@ def test_it_says_what_is_missing_one_thing_after_the_other(bench: Bench, qtbot: 
     bench.draft.set_name("mine")
     assert setup.start.isEnabled()
     bench.draft.set_model(model(format=ModelFormat.GPTQ))
-    assert "cannot be trained on" in setup.note.text.text()
+    assert "needs a loader" in setup.note.text.text()
 
 
 def test_the_preview_colours_what_is_trained_and_lists_what_is_left_out(bench: Bench, qtbot: QtBot) -> None:
@@ -377,7 +391,13 @@ def test_a_real_training_through_the_page(qtbot: QtBot, tmp_path: Path) -> None:
     adapters = tmp_path / "loras"
     adapters.mkdir()
     draft = TrainDraft(queue=queue, lane=lane, adapters=adapters, machine=machine)
-    page = TrainPage(draft, TrainRuns(store, queue), make_table=lambda: None)  # type: ignore[arg-type,return-value]
+    runs = TrainRuns(store, queue, RunStore(database))
+    page = TrainPage(
+        draft,
+        runs,
+        make_table=lambda: None,  # type: ignore[arg-type,return-value]
+        run_files=RunFiles(lambda name: recognise_model(resources() / "starter" / "model")),  # type: ignore[arg-type,return-value]
+    )
     qtbot.addWidget(page)
     page.show()
     data = tmp_path / "voice.jsonl"

@@ -6,21 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PySide6.QtCore import QPoint, Qt, Signal, Slot
-from PySide6.QtGui import QDragEnterEvent, QDropEvent
+from PySide6.QtGui import QAction, QDragEnterEvent, QDropEvent, QKeySequence
 from PySide6.QtWidgets import QAbstractItemView, QListWidget, QListWidgetItem, QMenu, QSplitter, QStackedWidget, QWidget
 
 from app.core.errors import WeftError
 from app.core.jobs import Job
 from app.core.library import ModelEntry
+from app.training.run_config import RunConfig
 from app.viewmodels.jobs import STATE_WORDS
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.train_draft import DATA_SUFFIXES, TrainDraft
+from app.viewmodels.train_files import RunFiles
 from app.viewmodels.train_runs import TrainRuns
 from app.viewmodels.units import readable_when
 from app.views.icons import icon
-from app.views.page import Page, PaletteCommand
+from app.views.page import Notice, Page, PaletteCommand
 from app.views.train.run_view import RunView
-from app.views.train.setup import TrainSetup
+from app.views.train.setup import RUN_SUFFIX, TrainSetup
 from app.views.widgets import button, column, local_paths, row, title
 
 _JOB = Qt.ItemDataRole.UserRole
@@ -41,12 +43,13 @@ class TrainPage(Page):
         runs: TrainRuns,
         *,
         make_table: Callable[[], ModelTable],
+        run_files: RunFiles,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
         self.setAcceptDrops(True)
         self._draft, self._runs = draft, runs
-        self.setup = TrainSetup(draft, make_table=make_table)
+        self.setup = TrainSetup(draft, make_table=make_table, run_files=run_files)
         self.run = RunView(runs)
         self.stack = QStackedWidget()
         self.stack.addWidget(self.setup)
@@ -83,6 +86,15 @@ class TrainPage(Page):
         self.run.use_wanted.connect(self.use_wanted)
         runs.changed.connect(self._fill)
         runs.ended.connect(self._fill)
+        runs.trashed.connect(self._trashed)
+        run_files.opened.connect(self._opened)
+        run_files.written.connect(self._written)
+        run_files.failed.connect(self.failed)
+        remove = QAction("Remove from list", self.list)
+        remove.setShortcut(QKeySequence.StandardKey.Delete)
+        remove.setShortcutContext(Qt.ShortcutContext.WidgetShortcut)
+        remove.triggered.connect(self._remove_chosen)
+        self.list.addAction(remove)
         self._fill()
 
     # What the window asks ---------------------------------------------------------------------------
@@ -97,7 +109,7 @@ class TrainPage(Page):
         return [PaletteCommand(title="New training run", group="Train", icon="train", run=self._come_new)]
 
     def accepts(self, paths: list[Path]) -> bool:
-        return all(path.suffix.lower() in DATA_SUFFIXES for path in paths)
+        return all(path.suffix.lower() in (*DATA_SUFFIXES, RUN_SUFFIX) for path in paths)
 
     def take(self, paths: list[Path]) -> None:
         self.page_wanted.emit("train")
@@ -197,12 +209,49 @@ class TrainPage(Page):
         menu = QMenu(self)
         menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
         menu.addAction(icon("close"), "Remove from list", lambda: self._remove(ended))
+        if any(self._runs.unfinished(job) is not None for job in ended):
+            menu.addAction(
+                icon("trash"),
+                "Remove, and its checkpoints into the trash",
+                lambda: self._remove(ended, checkpoints=True),
+            )
         menu.popup(self.list.viewport().mapToGlobal(where))
 
-    def _remove(self, jobs: list[Job]) -> None:
+    @Slot()
+    def _remove_chosen(self) -> None:
+        self._remove([job for job in self._jobs_chosen() if not self._runs.is_active(job)])
+
+    def _remove(self, jobs: list[Job], *, checkpoints: bool = False) -> None:
+        if not jobs:
+            return
         for job in jobs:
             try:
+                if checkpoints:
+                    self._runs.trash_checkpoints(job)
                 self._runs.remove(job)
             except WeftError as error:
                 self.failed.emit(error)
         self.new_run()
+
+    @Slot(str, object)
+    def _trashed(self, name: str, error: WeftError | None) -> None:
+        if error is not None:
+            self.failed.emit(error)
+        else:
+            self._draft.changed.emit()  # its name is free again
+            self.notice.emit(Notice(text=f"{name} is in the trash."))
+
+    # Runs as files ----------------------------------------------------------------------------------
+
+    @Slot(object, object, str)
+    def _opened(self, config: RunConfig, model: ModelEntry | None, sentence: str) -> None:
+        self._draft.use_config(config)
+        if model is not None:
+            self._draft.set_model(model)
+        self.new_run()
+        if sentence:
+            self.notice.emit(Notice(text=f"The model of this run is not here: {sentence}", tone="warning"))
+
+    @Slot(str)
+    def _written(self, sentence: str) -> None:
+        self.notice.emit(Notice(text=sentence, tone="positive"))

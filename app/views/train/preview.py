@@ -21,6 +21,7 @@ class PreviewPane(QFrame):
         super().__init__(parent)
         self.setObjectName("panel")
         self._draft = draft
+        self._shown: tuple[PreviewExample, ...] | None = None
         self.summary = label(wrap=True, tone="muted")
         self.again = icon_button("reload", "Read the data again", draft.preview_again)
         self.text = QPlainTextEdit()
@@ -83,6 +84,7 @@ class PreviewPane(QFrame):
         if draft.result is None:
             self.summary.setText("")
             self.text.clear()
+            self._shown = None
             self.bad.setRowCount(0)
             return
         self.summary.setText(summary(draft.result.report))
@@ -90,6 +92,9 @@ class PreviewPane(QFrame):
         self._show_bad(draft.result.report.bad_rows, draft.result.report.bad)
 
     def _show_examples(self, examples: tuple[PreviewExample, ...]) -> None:
+        if examples == self._shown:
+            return  # the rest of the rows has been read meanwhile: whoever reads the first ones goes on
+        self._shown = examples
         look = theme()
         heading, trained, masked = QTextCharFormat(), QTextCharFormat(), QTextCharFormat()
         heading.setForeground(look.color("link"))
@@ -132,7 +137,8 @@ def _heading(example: PreviewExample) -> str:
 def summary(report: DataReport) -> str:
     """What became of the rows, in sentences."""
     kinds = sorted({file.format.replace("_", "/") for file in report.files if file.format})
-    first = f"{report.kept:,} of {report.rows:,} rows used" + (" so far" if report.partial else "")
+    first = f"{report.kept:,} of {report.rows:,} rows used"
+    first += " so far, the rest is being read" if report.partial else ""
     lines = [f"{first}, as {' and '.join(kinds)}." if kinds else f"{first}."]
     counts = [
         (report.bad, "left out"),

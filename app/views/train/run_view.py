@@ -11,8 +11,8 @@ from PySide6.QtWidgets import QGridLayout, QPlainTextEdit, QProgressBar, QTabWid
 from app.core.errors import WeftError
 from app.core.jobs import Job, JobState
 from app.viewmodels.jobs import STATE_WORDS
-from app.viewmodels.train_draft import RunState
 from app.viewmodels.train_runs import TrainRuns
+from app.viewmodels.train_state import RunState
 from app.viewmodels.units import readable_seconds
 from app.views.dialogs import reveal
 from app.views.log_view import LogView
@@ -45,7 +45,7 @@ class RunView(QWidget):
         self._runs = runs
         self.job: Job | None = None
         self._overlaid: list[Job] = []
-        self._samples_shown = -1
+        self._samples_shown = (-1, -1)
         self.name = title("")
         self.chip = Chip()
         self.state = ElidedLabel()
@@ -109,7 +109,7 @@ class RunView(QWidget):
     def show_run(self, job: Job, overlaid: list[Job]) -> None:
         """Show a run, and others' losses in the same chart."""
         if self.job is None or job.id != self.job.id:
-            self._samples_shown = -1
+            self._samples_shown = (-1, -1)
         self.job, self._overlaid = job, [other for other in overlaid if other.id != job.id]
         self.log.show_log(Path(job.log) if job.log else None)
         self.show_state()
@@ -154,10 +154,11 @@ class RunView(QWidget):
     def _show_buttons(self, job: Job, running: bool, active: bool, state: RunState) -> None:
         folder = self._runs.folder(job)
         made = folder is not None and folder.is_dir()
-        unfinished = folder is not None and folder.with_name(folder.name + ".training").is_dir()
+        unfinished = self._runs.unfinished(job) is not None
         self.pause.setVisible(running)
         self.pause.setText("Go on" if state.paused else "Pause")
         self.stop.setVisible(running)
+        self.stop.setEnabled(not state.stopping)
         self.cancel.setVisible(active)
         self.resume.setVisible(not active and not made and (unfinished or job.state is not JobState.DONE))
         self.again.setVisible(not active)
@@ -191,7 +192,7 @@ class RunView(QWidget):
             return f"{job.message} {job.hint}".strip(), "negative" if job.state is JobState.FAILED else "warning"
         if job.state is JobState.CANCELLED:
             return "Cancelled. Its checkpoints are kept: Resume goes on from the last one.", "info"
-        ending = _ENDINGS.get(str((state.result or {}).get("ended", "")), "")
+        ending = _ENDINGS.get(state.ended, "")
         return " ".join([part for part in (ending, *state.notes[-3:]) if part]), "warning" if ending else "info"
 
     def _show_curves(self) -> None:
@@ -214,9 +215,11 @@ class RunView(QWidget):
         self.speed.set_series([Series("tokens/s", state.series("tokens_per_second"))])
 
     def _show_samples(self, state: RunState) -> None:
-        if len(state.samples) == self._samples_shown:
+        newest = state.samples[-1][0] if state.samples else -1
+        shown = (len(state.samples), newest)
+        if shown == self._samples_shown:
             return
-        self._samples_shown = len(state.samples)
+        self._samples_shown = shown
         look = theme()
         heading, question, answer = QTextCharFormat(), QTextCharFormat(), QTextCharFormat()
         heading.setForeground(look.color("link"))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 from PySide6.QtCore import Qt, Signal, Slot
-from PySide6.QtWidgets import QComboBox, QFileDialog, QFormLayout, QFrame, QLineEdit, QScrollArea, QSplitter, QWidget
+from PySide6.QtWidgets import QFileDialog, QFrame, QLineEdit, QMenu, QScrollArea, QSplitter, QVBoxLayout, QWidget
 
-from app.core.errors import WeftError
+from app.core.errors import ErrorKind, WeftError
 from app.training.data_config import DataConfig
 from app.training.run_config import MethodConfig, ModelConfig, TrainConfig
 from app.viewmodels.model_table import ModelTable
-from app.viewmodels.train_draft import DATA_SUFFIXES, PRESETS, TrainDraft
+from app.viewmodels.train_draft import DATA_SUFFIXES, TrainDraft
+from app.viewmodels.train_files import RunFiles
+from app.viewmodels.train_presets import PRESETS
+from app.views.icons import icon
 from app.views.model_picker import ModelPicker
+from app.views.option_fields import QuietCombo
 from app.views.options_form import OptionsForm
+from app.views.train.columns import ColumnsForm
+from app.views.train.modules import ModulesChoice
 from app.views.train.preview import PreviewPane
 from app.views.widgets import Banner, ElidedLabel, Fold, button, column, icon_button, label, row, title
 
 CHANGED = "Own settings"
+RUN_SUFFIX = ".toml"
 _DATA_LEFT_OUT = ("files", "mapping", "held_out_files", "max_length", "packing", "seed")
 
 
@@ -33,10 +42,16 @@ class TrainSetup(QWidget):
     failed = Signal(object)
 
     def __init__(
-        self, draft: TrainDraft, *, make_table: Callable[[], ModelTable], parent: QWidget | None = None
+        self,
+        draft: TrainDraft,
+        *,
+        make_table: Callable[[], ModelTable],
+        run_files: RunFiles,
+        parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
         self._draft = draft
+        self._run_files = run_files
         self._make_table = make_table
         self._table: ModelTable | None = None
         self.preview = PreviewPane(draft)
@@ -86,25 +101,27 @@ class TrainSetup(QWidget):
         self._files = column(parent=self.files, spacing=2)
         add = button("Add files…", self._add_files, icon_name="plus")
         folder = button("Add a folder…", self._add_folder, kind="link")
+        measure = button(
+            "Measure on…", self._add_held_out, kind="link", tip="Files that are never trained on, instead of a share"
+        )
         buttons = QWidget()
-        row(add, folder, 1, parent=buttons)
+        row(add, folder, measure, 1, parent=buttons)
+        self.held_out = QWidget()
+        self._held_out = column(parent=self.held_out, spacing=2)
         self.hint = label(
             "Questions and answers, conversations, prompts with completions, preferences, or plain text. "
             "The format is recognised.",
             tone="muted",
             wrap=True,
         )
-        self.columns = QWidget()
-        self._columns = QFormLayout(self.columns)
-        self._columns.setContentsMargins(0, 0, 0, 0)
-        self._mapped: tuple[object, ...] = ()
+        self.columns = ColumnsForm(self._draft)
         self.data_form = OptionsForm(DataConfig, leave_out=_DATA_LEFT_OUT)
         self.data_form.changed.connect(self._data_changed)
         more = Fold("Data options", self.data_form)
-        self._section("Data", self.files, buttons, self.hint, self.columns, more)
+        self._section("Data", self.files, self.held_out, buttons, self.hint, self.columns, more)
 
     def _add_method(self) -> None:
-        self.preset = QComboBox()
+        self.preset = QuietCombo()
         self.preset.setAccessibleName("Preset")
         self.preset.addItems([*PRESETS, CHANGED])
         self.preset.activated.connect(self._preset_chosen)
@@ -112,7 +129,8 @@ class TrainSetup(QWidget):
         self.method_form.changed.connect(self._method_changed)
         self.train_form = OptionsForm(TrainConfig)
         self.train_form.changed.connect(self._train_changed)
-        self._section("Method", self.preset, self.method_form)
+        self.modules = ModulesChoice(self._draft)
+        self._section("Method", self.preset, self.modules, self.method_form)
         self._section("Training", self.train_form)
 
     def _foot(self) -> QWidget:
@@ -126,7 +144,8 @@ class TrainSetup(QWidget):
         self.start = button("Start training", self._start, kind="primary")
         self.note = Banner("info", slim=True)
         self.need = label(tone="muted", wrap=True)
-        line = row(self.name, self.start)
+        self.more = icon_button("more", "Save, open or export this run", self.open_menu)
+        line = row(self.name, self.more, self.start)
         line.setStretch(0, 1)
         layout = column(parent=foot, spacing=8, margins=(16, 8, 16, 12))
         layout.addWidget(self.note)
@@ -141,15 +160,13 @@ class TrainSetup(QWidget):
         """Show the draft as it is."""
         draft = self._draft
         self.base.setText(draft.model.name.replace("&", "&&") if draft.model is not None else "Choose a model…")
-        self._show_files()
-        self._show_columns()
+        self._show_files(self._files, draft.files)
+        self._show_files(self._held_out, draft.held_out_files, held_out=True)
+        self.columns.show_columns()
         for section, form in self._forms.items():
             if form.values() != draft.values[section]:
                 form.set_values(draft.values[section])
-        matching = next(
-            (n for n, (m, t) in PRESETS.items() if m == draft.values["method"] and t == draft.values["train"]), CHANGED
-        )
-        self.preset.setCurrentText(matching)
+        self.preset.setCurrentText(draft.preset or CHANGED)
         if self.name.text() != draft.name:
             self.name.setText(draft.name)
         problem = draft.problem() or next((p for form in self._forms.values() for p in form.problems().values()), "")
@@ -174,48 +191,26 @@ class TrainSetup(QWidget):
             "train": self.train_form,
         }
 
-    def _show_files(self) -> None:
-        shown = [self._files.itemAt(place).widget() for place in range(self._files.count())]  # type: ignore[union-attr]
-        if [widget.objectName() for widget in shown if widget is not None] == list(self._draft.files):
+    def _show_files(self, laid: QVBoxLayout, files: tuple[str, ...], *, held_out: bool = False) -> None:
+        shown = [laid.itemAt(place).widget() for place in range(laid.count())]  # type: ignore[union-attr]
+        if [widget.objectName() for widget in shown if widget is not None] == list(files):
             return
         for widget in shown:
             if widget is not None:
-                self._files.removeWidget(widget)
+                laid.removeWidget(widget)
                 widget.hide()
                 widget.deleteLater()
-        for path in self._draft.files:
+        for path in files:
             line = QWidget()
             line.setObjectName(path)
-            name = ElidedLabel(path, Qt.TextElideMode.ElideMiddle)
-            gone = icon_button("close", f"Leave {Path(path).name} out", lambda path=path: self._draft.remove_file(path))
-            laid = row(name, gone, parent=line)
-            laid.setStretch(0, 1)
-            self._files.addWidget(line)
-
-    def _show_columns(self) -> None:
-        """The recognised columns, each changeable, where the data has columns."""
-        result = self._draft.result
-        files = [file for file in result.report.files if file.columns] if result is not None else []
-        first = files[0] if files else None
-        wanted = (first.format, first.columns, tuple(sorted(first.mapping.items()))) if first is not None else ()
-        if wanted == self._mapped:
-            return
-        self._mapped = wanted
-        while self._columns.rowCount():
-            self._columns.removeRow(0)
-        self.columns.setVisible(first is not None and bool(first.mapping))
-        if first is None:
-            return
-        for field, now in first.mapping.items():
-            combo = QComboBox()
-            combo.setAccessibleName(f"Column of {field}")
-            combo.addItems(list(first.columns))
-            combo.setCurrentText(now)
-            combo.activated.connect(lambda _i, field=field, combo=combo: self._map(field, combo.currentText()))
-            self._columns.addRow(label(field, tone="muted"), combo)
-
-    def _map(self, field: str, chosen: str) -> None:
-        self._draft.set_mapping({**self._draft.mapping, field: chosen})
+            name = ElidedLabel(f"Measured on: {path}" if held_out else path, Qt.TextElideMode.ElideMiddle)
+            gone = icon_button(
+                "close",
+                f"Leave {Path(path).name} out",
+                lambda path=path: self._draft.remove_file(path, held_out=held_out),
+            )
+            row(name, gone, parent=line).setStretch(0, 1)
+            laid.addWidget(line)
 
     # Acts -------------------------------------------------------------------------------------------
 
@@ -241,12 +236,73 @@ class TrainSetup(QWidget):
         if chosen:
             self.take([Path(chosen)])
 
-    def take(self, paths: list[Path]) -> None:
-        """Take data files."""
-        refused = self._draft.add_files(paths)
-        if refused:
-            from app.core.errors import ErrorKind
+    def _add_held_out(self) -> None:
+        chosen, _ = QFileDialog.getOpenFileNames(self, "Examples to measure on", "", "All files (*)")
+        if chosen:
+            self.take([Path(path) for path in chosen], held_out=True)
 
+    @Slot()
+    def open_menu(self) -> QMenu:
+        """The run as a file: open, save, export."""
+        menu = QMenu(self)
+        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+        menu.addAction(icon("open"), "Open a run.toml…", self._open_run)
+        save = menu.addAction(icon("download"), "Save as run.toml…", self._save_run)
+        export = menu.addAction(icon("export"), "Export for another machine…", self._export_run)
+        ready = self._draft.model is not None and bool(self._draft.files) and bool(self._draft.name)
+        save.setEnabled(ready)
+        export.setEnabled(ready)
+        menu.popup(self.more.mapToGlobal(self.more.rect().topLeft()))
+        return menu
+
+    def _open_run(self) -> None:
+        chosen, _ = QFileDialog.getOpenFileName(self, "Open a run", "", "Training runs (*.toml)")
+        if chosen:
+            self._run_files.open(Path(chosen))
+
+    def _save_run(self) -> None:
+        chosen, _ = QFileDialog.getSaveFileName(
+            self, "Save the run", f"{self._draft.name}.toml", "Training runs (*.toml)"
+        )
+        if chosen:
+            self.save_run(Path(chosen))
+
+    def save_run(self, path: Path) -> None:
+        """Write the settings as a RUN.toml."""
+        with self._said():
+            self._run_files.save(self._draft.config(), path if path.suffix else path.with_suffix(".toml"))
+
+    def _export_run(self) -> None:
+        chosen = QFileDialog.getExistingDirectory(self, "Where the folder for the other machine goes")
+        if chosen:
+            self.export_run(Path(chosen) / f"{self._draft.name}-run")
+
+    def export_run(self, folder: Path) -> None:
+        """Write the folder that trains on another machine."""
+        model = self._draft.model
+        if model is not None:
+            with self._said():
+                self._run_files.export(self._draft.config(), model, folder)
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except WeftError as error:
+            self.failed.emit(error)
+        except msgspec.ValidationError as error:
+            self.failed.emit(WeftError(ErrorKind.BAD_INPUT, f"The settings cannot be used: {error}.", "Correct them."))
+
+    def take(self, paths: list[Path], *, held_out: bool = False) -> None:
+        """Take data files, or a RUN.toml."""
+        runs = [path for path in paths if path.suffix.lower() == RUN_SUFFIX]
+        for path in runs[:1]:
+            self._run_files.open(path)
+        paths = [path for path in paths if path not in runs]
+        if not paths:
+            return
+        refused = self._draft.add_files(paths, held_out=held_out)
+        if refused:
             names = ", ".join(refused[:5])
             kinds = ", ".join(DATA_SUFFIXES)
             self.failed.emit(
