@@ -149,7 +149,9 @@ class House(QObject):
             roots=self.roots,
             machine=self.machine,
             refresh=self.refresh_library,
+            adapters=self.loras.adapters_for,
         )
+        page.details.adapter_wanted.connect(self.loras.show_adapter)
         page.code_wanted.connect(self.questions.review_code)
         page.export_wanted.connect(self.exports.open_model)
         page.train_wanted.connect(self.training.train_on)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PySide6.QtCore import QObject, Slot
 from PySide6.QtWidgets import QDialog, QMenu, QWidget
 
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.stack import AdapterStack
 from app.store.stacks import StackStore
 from app.viewmodels.adapter_jobs import AdapterJobs, Made
@@ -108,6 +108,21 @@ class LorasHouse(QObject):
         else:
             text = "Load the model that the adapter was made for, or get it: it is merged into that."
             self._house.window.show_notice(Notice(text=text, tone="warning"))
+
+    def adapters_for(self, model: ModelEntry) -> list[tuple[AdapterEntry, int, int]]:
+        """The adapters of the library that fit a model: (adapter, matched, total). Reads files: for a thread."""
+        from app.store.adapters import AdapterStore
+
+        database = self._house.database
+        try:
+            return AdapterStore(database).adapters_for(model)
+        finally:
+            database.release()
+
+    @Slot(object)
+    def show_adapter(self, entry: AdapterEntry) -> None:
+        """Show an adapter on the LoRAs page."""
+        self._show(entry.id)
 
     def close(self) -> None:
         """For the window's end."""

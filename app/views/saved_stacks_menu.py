@@ -33,14 +33,14 @@ def fill_saved_stacks(
         return
     menu.addAction("Saved stacks").setEnabled(False)  # a heading; the style sheet draws no sections
     for each in known[:SHOWN]:
-        put = menu.addAction(each.name.replace("&", "&&"), lambda each=each: apply_stack(saved, each, notice))
+        put = menu.addAction(each.name.replace("&", "&&"), lambda _=False, each=each: apply_stack(saved, each, notice))
         put.setToolTip(f"Put on {each.stack.title}")
     menu.addSeparator()
     renaming, deleting = menu.addMenu("Rename"), menu.addMenu("Delete")
     for each in known[:SHOWN]:
         text = each.name.replace("&", "&&")
-        renaming.addAction(text, lambda each=each: rename_stack(saved, each, parent))
-        deleting.addAction(text, lambda each=each: delete_stack(saved, each, notice))
+        renaming.addAction(text, lambda _=False, each=each: rename_stack(saved, each, parent))
+        deleting.addAction(text, lambda _=False, each=each: delete_stack(saved, each, notice))
 
 
 def save_stack(saved: SavedStacks, parent: QWidget, notice: Callable[[Notice], object]) -> QDialog:

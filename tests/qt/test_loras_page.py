@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
-from PySide6.QtWidgets import QAbstractButton, QApplication, QComboBox, QLineEdit, QWidget
+from PySide6.QtWidgets import QAbstractButton, QApplication, QComboBox, QLineEdit, QPushButton, QWidget
 from pytestqt.qtbot import QtBot
 
 from app.core.adapter_import import Outcome
@@ -317,6 +317,13 @@ def test_duplicates_of_the_library_are_found_by_content(
     loras.page.find_duplicates()
     qtbot.waitUntil(lambda: "same tensors as three" in loras.page.results.lines[0].text, timeout=WAIT)
     assert loras.page.results.lines[0].name == "one"
+    loras.page.show_adapter(str(loras.folder / "two"))
+    item = loras.page.results._column.itemAt(0)
+    assert item is not None and item.widget() is not None
+    show = item.widget().findChild(QPushButton)  # type: ignore[union-attr]
+    assert show is not None and show.accessibleName() == "Show: one"
+    show.click()
+    assert loras.page.selected is not None and loras.page.selected.name == "one"
 
 
 # The table ---------------------------------------------------------------------------------------------

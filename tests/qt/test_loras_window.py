@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PySide6.QtCore import QMimeData, QPoint, QPointF, QSettings, Qt, QUrl
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
-from PySide6.QtWidgets import QApplication, QWidget
+from PySide6.QtWidgets import QApplication, QPushButton, QWidget
 from pytestqt.qtbot import QtBot
 
 from app import logs
@@ -129,6 +129,24 @@ def test_on_the_bar_it_joins_the_stack_too_even_after_alpha_was_asked(
     qtbot.waitUntil(lambda: sorted(adapters(house)) == ["lone", "whole"], timeout=WAIT)
     (entry,) = [each for each in house.library.adapters() if each.name == "lone"]
     assert entry.alpha == 2 * rank and not entry.needs_alpha
+
+
+def test_the_models_page_lists_the_adapters_that_fit(house: House, qtbot: QtBot) -> None:
+    house.window.show_page("models")
+    page = house.window.page("models")
+    page.show_model(house.library.find(str(resources() / "starter" / "model")).id)  # type: ignore[attr-defined]
+    details = page.details  # type: ignore[attr-defined]
+    details._adapters_fold.header.click()
+
+    def show() -> list[QPushButton]:
+        found = details._adapters_fold.content.findChildren(QPushButton)
+        return [each for each in found if each.accessibleName() == "Show voice-adapter on the LoRAs page"]
+
+    qtbot.waitUntil(lambda: len(show()) == 1, timeout=WAIT)
+    show()[0].click()
+    assert house.window.current == "loras"
+    shown = house.window.page("loras")
+    qtbot.waitUntil(lambda: shown.selected.name == "voice-adapter", timeout=WAIT)  # type: ignore[attr-defined]
 
 
 def test_what_is_neither_is_said(house: House, qtbot: QtBot, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ class CombineSheet(Sheet):
         self._parts_changed()
 
     def _parts_changed(self) -> None:
-        height = sum(part.sizeHint().height() + 4 for part in self.parts[:5])
+        height = sum(part.sizeHint().height() + 4 for part in self.parts[:3])
         self._scroll.setFixedHeight(max(40, height))
         self._suggest()
         self._look()

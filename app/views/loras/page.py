@@ -432,7 +432,7 @@ class LorasPage(Page):
         for each in ranked[:8]:
             found = each.compatibility
             text = f"{each.model.name}  ({found.matched:,} of {found.total:,})".replace("&", "&&")
-            menu.addAction(icon("load"), text, lambda model=each.model: self.use_with(entry, model))
+            menu.addAction(icon("load"), text, lambda _=False, model=each.model: self.use_with(entry, model))
         anchor = self.details.use
         menu.popup(anchor.mapToGlobal(anchor.rect().bottomLeft()))
 

@@ -42,7 +42,8 @@ class _LineWidget(QWidget):
         layout = row(IconLabel(*_marks(line.tone)), name, said, spacing=8, margins=(0, 2, 0, 2), parent=self)
         layout.setStretch(2, 1)
         if line.action and line.run is not None:
-            made = button(line.action, line.run, kind="link")
+            run = line.run
+            made = button(line.action, lambda: run(), kind="link")  # without the button's own argument
             made.setAccessibleName(f"{line.action}: {line.name}")
             layout.addWidget(made)
 

@@ -11,7 +11,7 @@ from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QProgressBar, QScrollA
 from app import backends
 from app.backends.base import Spec
 from app.core.errors import WeftError
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.memory import Machine
 from app.core.options import OptionField, OptionValue, build, describe
 from app.store.model_settings import ModelSettings
@@ -29,6 +29,7 @@ from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, i
 from app.workers.load_plan import shortage
 
 SAVE_MS = 400
+MOST_ADAPTERS = 40  # shown of those that fit
 
 
 class ModelDetails(QFrame):
@@ -36,10 +37,15 @@ class ModelDetails(QFrame):
 
     Signals:
         failed(WeftError); code_wanted(ModelEntry): the files that would run are to be shown.
+        adapter_wanted(AdapterEntry): show this adapter, which fits the model.
+
+    Args:
+        adapters: those of the library that fit a model, as (adapter, modules matched, modules), the best first; reads files.
     """
 
     failed = Signal(object)
     code_wanted = Signal(object)
+    adapter_wanted = Signal(object)
     closed = Signal()
 
     def __init__(
@@ -50,6 +56,7 @@ class ModelDetails(QFrame):
         machine: Callable[[], Machine],
         make_menu: Callable[[ModelEntry, QWidget], QMenu],
         show_advanced: bool = False,
+        adapters: Callable[[ModelEntry], list[tuple[AdapterEntry, int, int]]] | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -65,6 +72,10 @@ class ModelDetails(QFrame):
         self.form: OptionsForm | None = None
         self._background = Background(self)
         self._background.done.connect(self._facts_read)
+        self._adapters = adapters
+        self._adapters_of = ""
+        self._fitting = Background(self)
+        self._fitting.done.connect(self._adapters_read)
         self._save_later = QTimer(self)
         self._save_later.setSingleShot(True)
         self._save_later.setInterval(SAVE_MS)
@@ -135,6 +146,12 @@ class ModelDetails(QFrame):
         self._template_box.setMinimumHeight(200)
         self._template_fold = Fold("Chat template", self._template_box)
         self._template_fold.toggled.connect(self._read_facts)
+        self._adapter_rows = column(spacing=0)
+        listed = QWidget()
+        listed.setLayout(self._adapter_rows)
+        self._adapters_fold = Fold("Adapters that fit", listed)
+        self._adapters_fold.setVisible(self._adapters is not None)
+        self._adapters_fold.toggled.connect(self._read_adapters)
         inside = QWidget()
         body = column(spacing=12, margins=(16, 16, 16, 16), parent=inside)
         for item in (
@@ -151,7 +168,7 @@ class ModelDetails(QFrame):
             body.addWidget(item) if isinstance(item, QWidget) else body.addLayout(item)
         body.addLayout(saved)
         body.addLayout(self._form_place)
-        for fold in (self._facts_fold, self._header_fold, self._template_fold):
+        for fold in (self._adapters_fold, self._facts_fold, self._header_fold, self._template_fold):
             body.addWidget(fold)
         body.addStretch(1)
         scroll = QScrollArea()
@@ -188,12 +205,15 @@ class ModelDetails(QFrame):
             self._header_box.clear()
             self._template_box.clear()
             self._facts_of = ""
+            self._adapters_of = ""
         self._title.setText(entry.name)
         self._path.setText(entry.path)
         self._problem.setVisible(bool(entry.problem))
         self._problem.text.setText(entry.problem)
         self._show_loaders()
         self._show_facts()
+        if self._adapters_fold.header.isChecked():
+            self._read_adapters(True)
         if self._header_fold.header.isChecked() or self._template_fold.header.isChecked():
             self._read_facts(True)
 
@@ -466,6 +486,41 @@ class ModelDetails(QFrame):
             facts.template or "The model has no chat template. A plain one (ChatML) is used."
         )
 
+    @Slot(bool)
+    def _read_adapters(self, opened: bool) -> None:
+        entry, read = self.entry, self._adapters
+        if not opened or entry is None or read is None or self._adapters_of == entry.id:
+            return
+        self._adapters_of = entry.id
+        self._show_adapters("Looking…", [])
+        self._fitting.skip_waiting()
+        self._fitting.run(entry.id, lambda: read(entry))
+
+    @Slot(object, object, object)
+    def _adapters_read(self, key: object, result: object, error: object) -> None:
+        if self.entry is None or key != self.entry.id:
+            return
+        found = result if isinstance(result, list) else []
+        self._show_adapters(str(error) if error is not None else "No adapter of the library fits.", found)
+
+    def _show_adapters(self, otherwise: str, found: list[tuple[AdapterEntry, int, int]]) -> None:
+        while (item := self._adapter_rows.takeAt(0)) is not None:
+            if (old := item.widget()) is not None:
+                old.hide()
+                old.deleteLater()
+        for adapter, matched, total in found[:MOST_ADAPTERS]:
+            holder = QWidget()
+            name = ElidedLabel(adapter.name, mode=Qt.TextElideMode.ElideMiddle)
+            chip = Chip(f"{matched:,} of {total:,}", "positive" if matched == total else "warning")
+            chip.setToolTip(f"{matched:,} of its {total:,} modules match")
+            show = button("Show", lambda _=False, adapter=adapter: self.adapter_wanted.emit(adapter), kind="link")
+            show.setAccessibleName(f"Show {adapter.name} on the LoRAs page")
+            row(name, chip, show, parent=holder).setStretch(0, 1)
+            self._adapter_rows.addWidget(holder)
+        rest = len(found) - MOST_ADAPTERS
+        if rest > 0 or not found:
+            self._adapter_rows.addWidget(label(f"… and {rest:,} more" if found else otherwise, tone="muted", wrap=True))
+
     # Doing ------------------------------------------------------------------------------------------
 
     def load(self) -> None:
@@ -537,6 +592,7 @@ class ModelDetails(QFrame):
             self._save_later.stop()
             self.save()
         self._background.close()
+        self._fitting.close()
 
 
 def _suggestions(entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:

@@ -19,7 +19,7 @@ from PySide6.QtWidgets import (
 )
 
 from app.core.errors import WeftError
-from app.core.library import ModelEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
@@ -45,7 +45,7 @@ class ModelsPage(Page):
     """Every model of the library.
 
     Args:
-        refresh: looks at the disk again. scanning: whether that is going on now (asked once; `set_scanning` tells later).
+        refresh: looks at the disk again. adapters: those that fit a model, see `ModelDetails`. scanning: whether that is going on now (asked once; `set_scanning` tells later).
     """
 
     code_wanted = Signal(object)
@@ -63,6 +63,7 @@ class ModelsPage(Page):
         roots: LibraryRoots,
         machine: MachineWatch,
         refresh: Callable[[], None],
+        adapters: Callable[[ModelEntry], list[tuple[AdapterEntry, int, int]]] | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
@@ -92,6 +93,7 @@ class ModelsPage(Page):
             machine=machine.now,
             make_menu=self.make_menu,
             show_advanced=settings.now.show_advanced,
+            adapters=adapters,
         )
         self._filter_later = QTimer(self)
         self._filter_later.setSingleShot(True)
