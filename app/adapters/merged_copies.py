@@ -23,6 +23,7 @@ from app.adapters.conversion_cache import Cache
 from app.adapters.gguf_edits import GgufBase, open_base
 from app.adapters.merge_folder import adapter_hash
 from app.adapters.merge_gguf import VERSION, MergeIntoGguf
+from app.adapters.merge_staging import write_error
 from app.core.adapter_file import AdapterFile, read_adapter_file
 from app.core.compatibility import adapter_extras
 from app.core.errors import ErrorKind, WeftError
@@ -50,10 +51,11 @@ class Copy(NamedTuple):
 
 
 class _Made(msgspec.Struct):
-    """What stands beside a copy: how long it took, and what was told of it."""
+    """What stands beside a copy: how long it took, what was told of it, and its size."""
 
     seconds: float
     notes: list[str]
+    bytes: int
 
 
 class MergedCopies:
@@ -147,9 +149,12 @@ class MergedCopies:
         key = hashlib.sha256(repr((VERSION, types, self._of_base(), hashes)).encode()).hexdigest()[:40]
         cache = Cache(merged_folder(), self._limit, _RECENT)
         found = cache.get(key)
-        if found is not None and (found / _FILE).is_file():
+        if found is not None:
             with suppress(OSError, msgspec.MsgspecError):
-                return found / _FILE, msgspec.json.decode((found / _NOTE).read_bytes(), type=_Made)
+                made = msgspec.json.decode((found / _NOTE).read_bytes(), type=_Made)
+                if (found / _FILE).stat().st_size == made.bytes == plan.bytes:
+                    return found / _FILE, made
+            shutil.rmtree(found, ignore_errors=True)  # somebody cut it short
         if plan.bytes > self._limit:
             raise WeftError(
                 ErrorKind.DISK_FULL,
@@ -158,10 +163,13 @@ class MergedCopies:
             )
         self._make_room(plan.bytes)
         started = time.monotonic()
-        with cache.making(key) as stage:
-            plan.write(stage / _FILE, progress, cancelled)
-            made = _Made(time.monotonic() - started, plan.notes)
-            (stage / _NOTE).write_bytes(msgspec.json.encode(made))
+        try:
+            with cache.making(key) as stage:
+                plan.write(stage / _FILE, progress, cancelled)
+                made = _Made(time.monotonic() - started, plan.notes, plan.bytes)
+                (stage / _NOTE).write_bytes(msgspec.json.encode(made))
+        except OSError as error:
+            raise write_error(merged_folder() / key, error) from error
         return cache.path(key) / _FILE, made
 
     def _make_room(self, needed: int) -> None:

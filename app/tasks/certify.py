@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import os
 import re
 import tempfile
 import time
@@ -92,7 +93,10 @@ class _Certify:
     def _in_turn(self, free: int) -> None:
         import numpy
 
-        with tempfile.TemporaryDirectory(prefix="weft-certify-") as folder:
+        cache = os.environ.get("WEFT_CACHE") or None  # the system's temporary folder may lie in memory
+        if cache:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="weft-certify-", dir=cache) as folder:
             file = Path(folder) / "logits"
             with self._opened(self.plan.a, free) as a:
                 self._prepare(a)

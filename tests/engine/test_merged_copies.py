@@ -247,6 +247,10 @@ def test_copies_are_bounded_and_the_one_not_used_for_longest_goes(
                 os.utime(file.parent, (1e9 + place, 1e9 + place))
     assert [file.exists() for file in files] == [False, True, True]
     assert serve(1.1) == files[1], "found again, and used last"
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-100])
+    assert serve(1.1).read_bytes() == whole, "one that was cut short is made again"
+    os.utime(files[2].parent, (1e9, 1e9))
     serve(7.0)
     assert [file.exists() for file in files] == [False, True, False]
     monkeypatch.setenv("WEFT_MERGED_CACHE_BYTES", str(size // 2))
