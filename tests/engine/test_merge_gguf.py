@@ -139,6 +139,35 @@ def test_every_kind_of_adapter_equals_the_merged_model(tmp_path: Path, special: 
     assert own == (not tied or special in ("embedding", "embedding dora", "head", "embedding saved")), notes
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "bloom"])
+def test_small_pieces_make_no_difference(
+    tmp_path: Path, family: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.adapters import gguf_arithmetic
+
+    model = random_model(family, seed, tie_word_embeddings=False)
+    base = gguf_kit.write(model, family, tmp_path / "base.gguf")
+    embedding = FAMILIES[family][3]
+    settings = [*kinds(family), {"r": 2, "modules_to_save": [embedding]}, {"trainable_token_indices": [1, 5, 95]}]
+    settings += (
+        [{"r": 2, "target_modules": [embedding], "use_dora": True}, {"lora_bias": True}] if family != "mixtral" else []
+    )
+    pairs = [
+        (random_adapter(tmp_path / f"a{i}", family, model, seed + i, **kind), 0.5 - 0.3 * i)
+        for i, kind in enumerate(settings)
+    ]
+    merge(base, tmp_path / "large.gguf", *pairs)
+    monkeypatch.setattr(gguf_arithmetic, "_PIECE", random.Random(seed).randint(40, 300))
+    monkeypatch.setattr(gguf_arithmetic, "_HELD", 64)
+    merge(base, tmp_path / "small.gguf", *pairs)
+    large, small, plain = (values(tmp_path / name) for name in ("large.gguf", "small.gguf", "base.gguf"))
+    changed = 0
+    for name, value in large.items():
+        assert np.abs(value - small[name]).max() <= 1e-5 * max(1.0, np.abs(value).max()), name
+        changed += name not in plain or not np.array_equal(value, plain[name])
+    assert changed > 8
+
+
 def test_what_no_adapter_touches_keeps_its_bytes_and_keys(tmp_path: Path, seed: int) -> None:
     entry = tiny_gguf.write(tmp_path / "base.gguf", hidden=256, intermediate=512, kind="Q4_K_M", seed=seed)
     adapter = plain_adapter(tmp_path / "a.gguf", {"blk.0.attn_q": (256, 256), "blk.1.ffn_up": (512, 256)}, seed)

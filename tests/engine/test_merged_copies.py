@@ -135,6 +135,24 @@ def test_stacks_of_every_kind_have_the_merged_models_logits(tmp_path: Path, seed
         assert backend._model.path == Path(made.entry.path)
 
 
+def test_any_sequence_of_changes_ends_at_the_merged_model(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    made = Made(tmp_path, seed, tied=rng.random() < 0.5)
+    ids = [rng.randrange(3, 512) for _ in range(8)]
+    weights: dict[str, float] = {}
+    with loaded(Backend(), made.entry, **EXACT) as (backend, _):
+        for _ in range(10):
+            kind, chance = rng.choice(list(KINDS)), rng.random()
+            if chance < 0.25:
+                weights.pop(kind, None)
+            else:
+                weights[kind] = 0.0 if chance < 0.4 else round(rng.uniform(-1, 1.3), 2)
+            items = list(weights.items())
+            rng.shuffle(items)
+            backend.set_adapters(made.stack(**dict(items)), FakeReport())
+            assert np.abs(logits_of(backend, ids) - made.wanted(ids, **weights)).max() < 1e-3, items
+
+
 def test_a_load_with_a_stack_takes_the_copy_at_once_and_finds_it_again(tmp_path: Path, seed: int, cache: Path) -> None:
     from app.engine.protocol import Load
 
