@@ -146,7 +146,7 @@ def fill_train(house: House, folder: Path, shots: Path) -> None:
     draft = page._draft  # type: ignore[attr-defined]
     draft.set_model(starter("starter"))
     draft.add_files([file])
-    draft.use_preset("Tiny model")
+    draft.use_preset("Voice or style")
     draft.set_values("train", {**draft.values["train"], "epochs": 4.0, "max_length": 128, "samples": "What is a LoRA?"})
     wait_until(lambda: draft.result is not None and not draft.previewing, "the preview")
     house.window.resize(*SIZES[0])

@@ -98,7 +98,7 @@ def card(record: RunRecord, model: ModelEntry) -> str:
         "tags": ["lora", *(["dora"] if method.dora else []), "weft"],
     }
     out = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {record.name}", ""]
-    out.append(f"A LoRA adapter for **{model.name}**, trained with Weft on {_files(record.data_files)}.")
+    out.append(f"A LoRA adapter for **{model.name}**, trained with Weft on {data_words(record)}.")
     out += [
         "",
         "## How it went",
@@ -159,7 +159,9 @@ _ENDED = {
 }
 
 
-def _files(files: tuple[FileHash, ...]) -> str:
+def data_words(record: RunRecord) -> str:
+    """The names of the data's files, the first few."""
+    files = record.data_files
     names = [f"`{Path(f.path).name}`" for f in files[:5]]
     return ", ".join(names) + (f" and {len(files) - 5} more files" if len(files) > 5 else "") if names else "its data"
 

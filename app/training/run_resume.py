@@ -89,14 +89,6 @@ def check_same(asked: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def peek(target: Path, resume: str) -> Any:
-    """For the other processes of a run of several: the checkpoint that the first one goes on from."""
-    from app.training.checkpoint_torch import newest
-
-    unfinished = target.parent / (target.name + SUFFIX)
-    return newest(unfinished) if resume != "no" and (unfinished / "init").is_dir() else None
-
-
 def _quick(path: Path) -> list[Any]:
     """Size and a hash of both ends: enough to tell one model file from another."""
     size = path.stat().st_size

@@ -16,10 +16,12 @@ import msgspec
 import peft
 import torch
 
+from app.core.adapter_note import NAME as NOTE
+from app.core.adapter_note import AdapterNote, note_bytes
 from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
 from app.training import card, methods, methods_save_torch, methods_torch
-from app.training.checkpoint_torch import Counters, RunFolder, replace_folder, sync_tree
+from app.training.checkpoint_torch import Counters, RunFolder, peek, replace_folder, sync_tree
 from app.training.estimate import checkpoint_bytes, estimate, words
 from app.training.optimizers_torch import make_optimizer
 from app.training.packing_torch import PackingCheck, check_packing
@@ -197,8 +199,6 @@ class Run:
     def _begin(self, mark: dict[str, Any]) -> tuple[Counters, dict[str, torch.Tensor], Any, Any] | None:
         """The checkpoint to go on from, or None; writes down what this run is."""
         if self.folder is None:
-            from app.training.run_resume import peek
-
             return peek(Path(self.config.output.dir), self.parameters.resume)
         asked = self.folder.asked()
         mark = {**mark, "threads": torch.get_num_threads(), "versions": versions()}
@@ -387,6 +387,8 @@ class Run:
                 notes=result.notes,
             )
             (staged / card.RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+            note = AdapterNote(run=target.name, title=f"{target.name}, on {card.data_words(record).replace('`', '')}")
+            (staged / NOTE).write_bytes(note_bytes(note))
             (staged / "README.md").write_text(card.card(record, self.parameters.model), "utf-8")
             if self.parameters.run_file:
                 (staged / "run.toml").write_text(self.parameters.run_file, "utf-8")

@@ -19,8 +19,10 @@ import torch
 import transformers
 
 import app
+from app.core.adapter_note import read_note
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
+from app.core.recognise import recognise_adapter
 from app.tasks import train_modules
 from app.training import schedule
 from app.training.card import read_record
@@ -55,7 +57,10 @@ def test_the_folder_holds_adapter_card_and_record(model: ModelEntry, data: Path,
         "adapter_model.safetensors",
         "README.md",
         "weft_run.json",
+        "weft_adapter.json",
     }
+    entry = recognise_adapter(folder)
+    assert entry is not None and entry.run == "adapter" and data.name in read_note(folder).title
     assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
     record = read_record(folder)
     assert record is not None and record.config == made
@@ -134,6 +139,7 @@ def test_the_modules_of_a_model_are_read_from_it(family: str, linear: str, patte
     assert (found.layers, found.pattern) == (3, pattern)
     assert "lm_head" in found.embeddings
     assert bool(found.experts) == (family == "mixtral")
+    assert found.flops > 1e7
 
 
 def test_learning_rates_follow_transformers() -> None:

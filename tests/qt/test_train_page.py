@@ -10,15 +10,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from PySide6.QtCore import QObject, Signal
+from PySide6.QtCore import QObject, Qt, Signal
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState, Progress
-from app.core.library import ModelFormat
+from app.core.library import ModelFormat, ModelShape
 from app.store.database import Database
 from app.store.jobs import JobStore
 from app.store.runs import RunStore
+from app.training import run_file
 from app.training.data_config import (
     BadRow,
     DataReport,
@@ -33,6 +34,7 @@ from app.training.run_config import TrainNews, TrainParameters, TrainResult
 from app.viewmodels.train_draft import TrainDraft
 from app.viewmodels.train_files import RunFiles
 from app.viewmodels.train_runs import TrainRuns
+from app.viewmodels.train_state import MOST_POINTS, Curve
 from app.views.train.chart import Chart, Series, readable, thinned, ticks
 from app.views.train.page import TrainPage
 from tests.qt.shell_parts import GB, machine, model
@@ -170,7 +172,9 @@ def preview(**report: Any) -> PreviewResult:
     )
     bad = [BadRow("/x/examples.jsonl", 7, "It has no completion.")]
     numbers: dict[str, Any] = {"rows": 12, "kept": 10, "bad": 2, "examples": 10, "tokens": 90, "trained_tokens": 40}
-    return PreviewResult(examples=(example,), report=DataReport(files=[file], bad_rows=bad, **{**numbers, **report}))
+    return PreviewResult(
+        examples=(example,), report=DataReport(**{"files": [file], "bad_rows": bad, **numbers, **report})
+    )
 
 
 @pytest.fixture
@@ -336,6 +340,208 @@ def test_several_runs_lie_in_one_chart(bench: Bench, qtbot: QtBot) -> None:
     assert ": 3" in described and ": 2" in described
     bench.page._remove([bench.store.get(first.id)])
     assert bench.page.list.count() == 1
+
+
+def test_the_models_own_modules_are_offered(bench: Bench, qtbot: QtBot) -> None:
+    modules = bench.page.setup.modules
+    bench.prepare(qtbot)
+    assert not modules.isVisible() and bench.lane.modules[-1].model == bench.draft.model
+    bench.lane.answer_modules()
+    assert modules.isVisible() and "4 layers" in modules.header.text()
+    modules.header.click()
+    names = [modules.list.item(n).text().split()[0] for n in range(modules.list.count())]
+    assert names == ["q_proj", "v_proj", "up_proj", "embed_tokens", "lm_head"]
+    checked = [modules.list.item(n).checkState() is Qt.CheckState.Checked for n in range(5)]
+    assert checked == [True, True, True, False, False], "all linear ones are the default"
+    modules.list.setFocus()
+    modules.list.setCurrentRow(2)
+    qtbot.keyClick(modules.list, Qt.Key.Key_Space)
+    assert bench.draft.config().method.targets == "q_proj, v_proj"
+    assert bench.page.setup.method_form.values()["targets"] == "q_proj, v_proj"
+    qtbot.keyClick(modules.list, Qt.Key.Key_Space)
+    assert bench.draft.config().method.targets == "all-linear"
+    modules.attention.click()
+    bench.draft.set_values("method", {"targets": "v_proj, lm_head, model.layers.0.mlp.up_proj"})
+    checked = [modules.list.item(n).checkState() is Qt.CheckState.Checked for n in range(5)]
+    assert checked == [False, True, False, False, True]
+    modules.list.item(0).setCheckState(Qt.CheckState.Checked)
+    assert bench.draft.targets == ["q_proj", "v_proj", "lm_head", "model.layers.0.mlp.up_proj"], "what was typed stays"
+    bench.draft.set_model(model("other/one", format=ModelFormat.GGUF))
+    assert not modules.isVisible(), "these were the other model's"
+
+
+def test_the_first_rows_are_shown_before_all_are_read(bench: Bench, qtbot: QtBot) -> None:
+    bench.draft.set_model(trainable())
+    bench.draft.add_files([bench.data])
+    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=5000)
+    bench.lane.answer(preview(partial=True))
+    bench.lane.answer_modules()
+    first, whole = bench.lane.asked
+    assert first.most_rows > 0 and whole.most_rows == 0
+    pane = bench.page.setup.preview
+    assert "being read" in pane.summary.text() and "Takes about" not in bench.page.setup.need.text()
+    bench.lane.answer(preview(rows=70_000, kept=69_990, tokens=5_000_000, examples=69_990))
+    assert "69,990 of 70,000" in pane.summary.text() and "being read" not in pane.summary.text()
+    assert "Takes about" in bench.page.setup.need.text()
+    assert len(bench.lane.asked) == 2
+
+
+def test_columns_are_asked_for_where_they_are_not_recognised(bench: Bench, qtbot: QtBot) -> None:
+    bench.draft.set_model(trainable())
+    bench.draft.add_files([bench.data])
+    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=5000)
+    unknown = FileReport(file="/x/a.csv", columns=("frage", "antwort"), problem="Its format is not recognised.")
+    bench.lane.answer(preview(files=[unknown], rows=5, kept=0, examples=0))
+    form = bench.page.setup.columns
+    assert form.format is not None and not form.combos and "not recognised" in bench.page.setup.preview.summary.text()
+    form.format.setCurrentIndex(form.format.findData("prompt_completion"))
+    form.format.activated.emit(form.format.currentIndex())
+    assert list(form.combos) == ["prompt", "completion", "system"]
+    for field, column in (("prompt", "frage"), ("completion", "antwort")):
+        combo = form.combos[field]
+        combo.setCurrentIndex(combo.findData(column))
+        combo.activated.emit(combo.currentIndex())
+    qtbot.waitUntil(lambda: bench.lane.asked[-1].data.mapping != {}, timeout=5000)
+    asked = bench.lane.asked[-1].data
+    assert asked.format == "prompt_completion" and asked.mapping == {"prompt": "frage", "completion": "antwort"}
+    bench.draft.remove_file(str(bench.data))
+    assert bench.draft.mapping == {}
+
+
+def test_what_this_machine_cannot_do_is_said_before_the_start(bench: Bench, qtbot: QtBot) -> None:
+    bench.prepare(qtbot)
+    note, start = bench.page.setup.note.text, bench.page.setup.start
+    for section, values, word in (
+        ("train", {"optimizer": "paged_adamw_8bit"}, "adamw_8bit"),
+        ("model", {"device": "cuda"}, "no graphics card"),
+        ("model", {"attention": "flash_attention_2"}, "flash_attention_2"),
+        ("train", {"objective": "dpo"}, "chosen and rejected"),
+    ):
+        bench.draft.set_values(section, values)
+        assert word in note.text() and not start.isEnabled(), (values, note.text())
+        bench.draft.set_values(section, {})
+    assert start.isEnabled()
+    bench.draft.set_values("method", {"init": "off"})
+    assert "debugging" in note.text() and start.isEnabled()
+    bench.draft.set_values("data", {"held_out": 0.0})
+    bench.draft.set_values("train", {"early_stopping": 2})
+    assert any("Nothing is held out" in told for told in bench.draft.notes())
+
+
+def test_preferences_are_not_trained_as_answers(bench: Bench, qtbot: QtBot) -> None:
+    bench.prepare(qtbot)
+    file = FileReport(file="/x/a.jsonl", format="preference", columns=("prompt", "chosen", "rejected"), rows=3, kept=3)
+    bench.lane.answer(preview(files=[file], rows=3, kept=3))
+    assert "dpo or orpo" in bench.page.setup.note.text.text() and not bench.page.setup.start.isEnabled()
+    bench.draft.set_values("train", {"objective": "dpo"})
+    bench.lane.answer(preview(files=[file], rows=3, kept=3))
+    assert bench.page.setup.start.isEnabled(), bench.page.setup.note.text.text()
+
+
+def test_a_small_model_learns_at_a_higher_rate(bench: Bench) -> None:
+    small = msgspec.structs.replace(trainable(), shape=ModelShape(layers=4, hidden=256, vocabulary=2048, heads=4))
+    bench.draft.set_model(small)
+    assert bench.draft.preset == "Balanced" and 1e-3 < bench.draft.config().train.learning_rate < 5e-3
+    bench.draft.use_preset("Voice or style")
+    bench.draft.set_model(msgspec.structs.replace(trainable(), shape=ModelShape(layers=32, hidden=4096)))
+    assert bench.draft.preset == "Voice or style" and bench.draft.config().train.learning_rate == 2e-4
+    bench.draft.set_values("train", {"learning_rate": 7e-4})
+    bench.draft.set_model(small)
+    assert bench.draft.config().train.learning_rate == 7e-4, "what somebody chose stays"
+
+
+def test_two_runs_of_one_name_do_not_wait_for_each_other(bench: Bench, qtbot: QtBot) -> None:
+    bench.prepare(qtbot)
+    bench.draft.set_name("mine")
+    bench.page.setup.start.click()
+    bench.page.new_run()
+    assert bench.draft.name != "mine"
+    bench.draft.set_name("mine")
+    assert "already" in bench.page.setup.note.text.text() and not bench.page.setup.start.isEnabled()
+
+
+def test_curves_and_answers_outlive_a_restart(bench: Bench, qtbot: QtBot) -> None:
+    job = bench.start(qtbot)
+    queue, runs = bench.queue, bench.page._runs
+    for step in range(1, 6):
+        queue.metric.emit(job.id, step, {"loss": 5.0 - step, "grad_norm": 1.0})
+    queue.news.emit(
+        job.id, msgspec.json.encode(TrainNews(kind="samples", step=5, samples=(("Who?", "Ahoy."),))).decode()
+    )
+    runs.close()
+    queue.end(job.id, JobState.CRASHED, None, WeftError(ErrorKind.CRASHED, "It died.", ""))
+    again = TrainRuns(bench.store, queue, RunStore(bench.database))  # type: ignore[arg-type]
+    state = again.state(bench.store.get(job.id))
+    assert state.series("loss") == tuple((float(n), 5.0 - n) for n in range(1, 6)) and state.series("grad_norm")
+    assert state.samples == [(5, (("Who?", "Ahoy."),))]
+    made = queue.retry(job.id)  # as from the Jobs page
+    queue.metric.emit(made.id, 4, {"loss": 0.5})
+    assert again.state(made).series("loss")[-2:] == ((3.0, 2.0), (4.0, 0.5)), "it goes on from its checkpoint"
+
+
+def test_long_runs_stay_small() -> None:
+    curve = Curve()
+    for step in range(60_000):
+        curve.add(step, 100.0 if step == 12_345 else float(step % 7))
+    assert len(curve) <= MOST_POINTS and max(value for _, value in curve.points) == 100.0
+    assert [step for step, _ in curve.points] == sorted(step for step, _ in curve.points)
+    assert curve.points[-1] == (59_999.0, float(59_999 % 7))
+
+
+def test_a_run_is_saved_opened_and_exported(bench: Bench, qtbot: QtBot, tmp_path: Path) -> None:
+    bench.prepare(qtbot)
+    setup = bench.page.setup
+    bench.draft.set_values("method", {"r": 5, "init": "pissa"})
+    bench.draft.add_files([bench.data], held_out=True)
+    told: list[Any] = []
+    bench.page.notice.connect(told.append)
+    bench.page.failed.connect(told.append)
+    setup.save_run(tmp_path / "my run")
+    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    config = run_file.read(tmp_path / "my run.toml")
+    assert config == bench.draft.config()
+    bench.draft.set_values("method", {})
+    bench.draft.remove_file(str(bench.data), held_out=True)
+    assert bench.page.accepts([tmp_path / "my run.toml"])
+    bench.page.take([tmp_path / "my run.toml"])
+    qtbot.waitUntil(lambda: bench.draft.values["method"] == {"r": 5, "init": "pissa"}, timeout=5000)
+    assert bench.draft.held_out_files == (str(bench.data),)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    bench.draft.set_model(msgspec.structs.replace(trainable(), path=str(folder), files=()))
+    told.clear()
+    setup.export_run(tmp_path / "away")
+    qtbot.waitUntil(lambda: bool(told), timeout=20_000)
+    assert (tmp_path / "away" / "start.sh").exists() and (tmp_path / "away" / "model" / "weights").is_dir(), told
+    assert "torch==" in (tmp_path / "away" / "requirements.txt").read_text()
+    told.clear()
+    setup.export_run(tmp_path / "away")
+    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    assert isinstance(told[0], WeftError) and "there already" in told[0].message
+    (tmp_path / "bad.toml").write_text("[train]\nepoch = 3")
+    told.clear()
+    bench.page.take([tmp_path / "bad.toml"])
+    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    assert "epochs" in told[0].hint
+    menu = setup.open_menu()
+    assert [action.isEnabled() for action in menu.actions()] == [True, True, True]
+    menu.close()
+
+
+def test_checkpoints_of_a_run_that_is_removed_go_into_the_trash(
+    bench: Bench, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[list[Path]] = []
+    monkeypatch.setattr("app.viewmodels.model_files.trash_files", gone.append)
+    job = bench.start(qtbot)
+    left = bench.adapters / "tiny-1B-examples.training"
+    left.mkdir()
+    bench.queue.end(job.id, JobState.CRASHED, None, WeftError(ErrorKind.CRASHED, "It died.", ""))
+    assert bench.page.run.resume.isVisible()
+    with qtbot.waitSignal(bench.page._runs.trashed, timeout=5000):
+        bench.page._remove([bench.store.get(job.id)], checkpoints=True)
+    assert gone == [[left]] and bench.page.list.count() == 0
 
 
 def test_dropped_files_that_hold_no_examples_are_named(bench: Bench, tmp_path: Path) -> None:
