@@ -70,10 +70,21 @@ class Compare(QObject):
         self._request = 0
         self._answered_system = ""
         self._answered_model = ""
+        self._untouched = (
+            True  # nobody has chosen columns or asked anything yet: the last one shows the stack that is on
+        )
         loadout.row_tokens.connect(self._tokens)
         loadout.finished.connect(self._finished)
         loadout.failed.connect(self._failed)
-        loadout.changed.connect(self.state_changed)
+        loadout.changed.connect(self._loadout_changed)
+
+    @Slot()
+    def _loadout_changed(self) -> None:
+        if self._untouched and self.columns[-1].stack != self._loadout.stack:
+            self.columns[-1] = Column(self._loadout.stack)
+            self.columns_changed.emit()
+        else:
+            self.state_changed.emit()
 
     # Columns --------------------------------------------------------------------------------------
 
@@ -84,6 +95,7 @@ class Compare(QObject):
     def add(self, stack: AdapterStack | None = None) -> None:
         """Another column, with the stack of the loadout unless one is given."""
         if len(self.columns) < MOST and not self.running:
+            self._untouched = False
             self.columns.append(Column(self._loadout.stack if stack is None else stack))
             self.columns_changed.emit()
 
@@ -96,12 +108,14 @@ class Compare(QObject):
     def set_stack(self, column: int, stack: AdapterStack) -> None:
         """Give a column another stack. What it answered under the old one goes."""
         if not self.running:
+            self._untouched = False
             self.columns[column] = Column(stack)
             self.columns_changed.emit()
 
     def set_stacks(self, stacks: list[AdapterStack]) -> None:
         """Begin with these columns."""
         if not self.running:
+            self._untouched, self.note = False, ""
             given = [*stacks[:MOST]]
             while len(given) < LEAST:
                 given.append(AdapterStack())
@@ -129,7 +143,7 @@ class Compare(QObject):
             return
         for column in self.columns:
             column.text, column.tokens, column.statistics, column.chosen = "", 0, None, False
-        self.prompt, self.note = prompt, ""
+        self.prompt, self.note, self._untouched = prompt, "", False
         self._answered_system = self.system
         self._answered_model = self._loadout.model.name
         self.cleared.emit()

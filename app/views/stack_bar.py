@@ -7,13 +7,15 @@ from pathlib import Path
 
 from PySide6.QtCore import QPoint, QSize, Qt, Signal, Slot
 from PySide6.QtGui import QMouseEvent
-from PySide6.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QFrame, QMenu, QScrollArea, QSlider, QWidget
+from PySide6.QtWidgets import QDoubleSpinBox, QFileDialog, QFrame, QMenu, QScrollArea, QSlider, QWidget
 
 from app.viewmodels.adapter_stack import StackEntry, StackModel
+from app.views.elided import ElidedCheckBox
 from app.views.widgets import button, icon_button, row
 
 _STEPS = 100  # of the slider for a weight of 1
 _MOST = 100.0  # what may be typed
+_WIDEST = 240  # pixels of a name
 
 
 class WeightSlider(QSlider):
@@ -45,10 +47,10 @@ class AdapterChip(QFrame):
         super().__init__(parent)
         self.path = entry.path
         self.setObjectName("bar")
-        self.switch = QCheckBox(entry.name.replace("&", "&&"))
+        self.switch = ElidedCheckBox(entry.name, most=_WIDEST)
         self.switch.setChecked(entry.on)
         self.switch.setAccessibleName(f"Adapter {entry.name}")
-        self.switch.setToolTip(f"{entry.path}\nSwitch this adapter on or off")
+        self.switch.setToolTip(f"{entry.name}\n{entry.path}\nSwitch this adapter on or off")
         self.slider = WeightSlider()
         self.slider.setAccessibleName(f"Weight of {entry.name}")
         self.slider.setToolTip("Weight, 0 to 2; double-click for 1. Type other values beside it.")
@@ -57,6 +59,7 @@ class AdapterChip(QFrame):
         self.number.setSingleStep(0.05)
         self.number.setDecimals(2)
         self.number.setValue(entry.weight)
+        self.number.setMaximumWidth(92)  # of "-100.00"; the style would take half as much again
         self.number.setAccessibleName(f"Weight of {entry.name}, typed")
         self.slider.setValue(round(entry.weight * _STEPS))
         self.close_button = icon_button("close", f"Take {entry.name} out of the stack", self._remove)

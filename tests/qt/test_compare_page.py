@@ -76,7 +76,7 @@ def ask(page: ComparePage, text: str = "Hello?") -> None:
 def test_all_columns_are_asked_at_once_with_one_seed_and_stream_side_by_side(
     page: ComparePage, loadout: Loadout
 ) -> None:
-    assert [view.stack.text() for view in page.columns] == ["base", "pirate 0.7"]
+    assert [view.stack.full for view in page.columns] == ["base", "pirate 0.7"]
     page.seed.setValue(11)
     page.panel.system_changed.emit("Be brief.")
     ask(page)
@@ -134,9 +134,22 @@ def test_a_column_gets_another_stack_from_the_library(page: ComparePage, loadout
     assert [line.isHidden() for line in editor.lines] == [True, False]
     editor.lines[1].switch.setChecked(True)
     editor.lines[1].weight.setValue(-0.5)
-    assert page.columns[0].stack.text() == "formal -0.5"
+    assert page.columns[0].stack.full == "formal -0.5"
     editor.base.click()
-    assert page.columns[0].stack.text() == "base"
+    assert page.columns[0].stack.full == "base"
+
+
+def test_until_somebody_chooses_the_last_column_shows_the_stack_that_is_on(page: ComparePage, loadout: Loadout) -> None:
+    titles = lambda: [view.stack.full for view in page.columns]  # noqa: E731
+    loadout.stack = stack(("formal", 0.5))
+    loadout.changed.emit()
+    assert titles() == ["base", "formal 0.5"]
+    ask(page)
+    loadout.say_row(1, "Yes.")
+    loadout.end("stop", "stop")
+    loadout.stack = AdapterStack()
+    loadout.changed.emit()
+    assert titles() == ["base", "formal 0.5"] and page.columns[1].text.toPlainText() == "Yes."
 
 
 def test_two_to_six_columns(page: ComparePage, loadout: Loadout) -> None:
@@ -147,7 +160,7 @@ def test_two_to_six_columns(page: ComparePage, loadout: Loadout) -> None:
         page.columns[0].close_button.click()
     assert len(page.columns) == 2
     page.show_stacks([stack(("formal", 1.0))])
-    assert [view.stack.text() for view in page.columns] == ["formal 1", "base"]
+    assert [view.stack.full for view in page.columns] == ["formal 1", "base"]
 
 
 def test_stopping_keeps_what_came_and_a_failure_is_told_once(page: ComparePage, loadout: Loadout) -> None:
@@ -259,3 +272,47 @@ def test_everything_has_a_name_for_screen_readers(page: ComparePage) -> None:
         for widget in page.findChildren(kind):
             if widget.isVisible() and widget.focusPolicy() != Qt.FocusPolicy.NoFocus:
                 assert widget.accessibleName() or getattr(widget, "text", lambda: "")(), widget
+
+
+def test_long_names_hide_nothing_else(
+    page: ComparePage, loadout: Loadout, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "an adapter with a very long name & many words 日本 " * 4
+    monkeypatch.setattr(loadout, "adapters", lambda: [entry(name), entry("short")])
+    page._model.set_stacks([stack((name, 0.5)), *[stack(("short", n / 4)) for n in range(1, 6)]])
+    qtbot.wait(50)
+    shown = page.columns[0].stack.text()
+    assert (
+        shown.endswith("…")
+        and page.columns[0].stack.geometry().right() < page.columns[0].close_button.geometry().left()
+    )
+    qtbot.waitUntil(lambda: page.columns[1].stack.text() == "short 0.25")
+    page.columns[0].stack.click()
+    editor = page.findChild(StackEditor)
+    assert editor is not None
+    qtbot.wait(50)
+    for line in editor.lines:
+        right = line.weight.mapTo(editor, line.weight.rect().topRight()).x()
+        assert line.weight.isVisible() and right < editor.width(), "the weight is in reach"
+    editor.close()
+
+
+def test_ten_thousand_adapters_open_at_once(
+    page: ComparePage, loadout: Loadout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loadout, "adapters", lambda: [entry(f"adapter {n:05}") for n in range(10_000)])
+    page._model.set_stacks([stack(("adapter 09999", 0.125)), AdapterStack()])
+    began = time.perf_counter()
+    page.columns[0].stack.click()
+    assert time.perf_counter() - began < 1.0
+    editor = page.findChild(StackEditor)
+    assert (
+        editor is not None
+        and editor.lines[0].name == "adapter 09999"
+        and editor.stack == stack(("adapter 09999", 0.125))
+    )
+    editor.field.setText("07777")
+    (line,) = [line for line in editor.lines if line.isVisible() and line.name.endswith("07777")]
+    line.switch.click()
+    assert page._model.columns[0].stack == stack(("adapter 09999", 0.125), ("adapter 07777", 1.0))
+    editor.close()

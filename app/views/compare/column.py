@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PySide6.QtCore import Qt, Signal, Slot
+from PySide6.QtCore import Signal, Slot
 from PySide6.QtGui import QGuiApplication, QTextCharFormat, QTextCursor
 from PySide6.QtWidgets import QFrame, QPlainTextEdit, QTextEdit, QWidget
 
 from app.viewmodels.compare import Column
+from app.views.elided import ElidedLink
 from app.views.theme import set_property, theme
 from app.views.widgets import ElidedLabel, button, column, icon_button, row
 
@@ -31,12 +32,15 @@ class CompareColumn(QFrame):
         self.setObjectName("card")
         self.setMinimumWidth(200)
         self.place = place
-        self.stack = button("", self.stack_wanted.emit, kind="link", tip="Choose this column's adapters")
+        self.stack = ElidedLink()
+        self.stack.setAutoDefault(False)
+        self.stack.clicked.connect(self.stack_wanted)
         self.stack.setAccessibleName(f"Adapters of column {place + 1}")
         self.close_button = icon_button("close", f"Take column {place + 1} away", self.closed.emit)
         self.text = QPlainTextEdit()
         self.text.setObjectName("answer")
         self.text.setReadOnly(True)
+        self.text.setPlaceholderText("Choose this column's adapters above, then ask all columns below.")
         self.text.setUndoRedoEnabled(False)
         self.text.setFrameShape(QFrame.Shape.NoFrame)
         self.text.setAccessibleName(f"Answer of column {place + 1}")
@@ -47,18 +51,17 @@ class CompareColumn(QFrame):
         self.copy = icon_button("copy", "Copy this answer", self._copy)
         self.better = button("This one is better", self.preferred.emit, tip="Keep it as an example for training")
         head = row(self.stack, 1, self.close_button, margins=(8, 4, 4, 4))
-        foot = row(self.facts, self.copy, self.better, margins=(12, 4, 8, 8))
-        foot.setStretch(0, 1)
+        facts = row(self.facts, margins=(12, 4, 8, 0))
+        foot = row(self.better, 1, self.copy, margins=(8, 4, 8, 8))
         layout = column(parent=self, spacing=0, margins=(2, 2, 2, 2))
         layout.addLayout(head)
         layout.addWidget(self.text, 1)
+        layout.addLayout(facts)
         layout.addLayout(foot)
 
     def show_column(self, shown: Column, *, closable: bool, running: bool, can_prefer: bool) -> None:
         """Show everything but the text."""
-        self.stack.setText(
-            self.stack.fontMetrics().elidedText(shown.title, Qt.TextElideMode.ElideRight, 260).replace("&", "&&")
-        )
+        self.stack.set_full(shown.title)
         self.stack.setToolTip(f"{shown.title}\nChoose this column's adapters")
         self.stack.setEnabled(not running)
         self.close_button.setVisible(closable)

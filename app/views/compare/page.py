@@ -19,6 +19,7 @@ from app.views.compare.column import CompareColumn
 from app.views.compare.stack_editor import StackEditor
 from app.views.dialogs import reveal
 from app.views.page import Notice, Page, PaletteCommand
+from app.views.theme import theme
 from app.views.widgets import Banner, button, column, icon_button, label, row, title
 
 PANEL_WIDTH = 320
@@ -70,6 +71,7 @@ class ComparePage(Page):
         model.text_came.connect(self._text_came)
         model.cleared.connect(self._cleared)
         model.failed.connect(self.failed)
+        theme().changed.connect(self._mark)  # the marks have colours of their own
         self._rebuild()
 
     def _head(self) -> QWidget:

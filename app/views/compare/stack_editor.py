@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from PySide6.QtCore import QPoint, Qt, Signal, Slot
-from PySide6.QtWidgets import QCheckBox, QDoubleSpinBox, QFrame, QLineEdit, QScrollArea, QWidget
+from PySide6.QtWidgets import QDoubleSpinBox, QFrame, QLineEdit, QScrollArea, QWidget
 
 from app.core.library import AdapterEntry
 from app.core.stack import AdapterStack, StackedAdapter
+from app.views.elided import ElidedCheckBox
 from app.views.widgets import button, column, cut_corners, label, row
 
 WIDTH, HEIGHT = 400, 380
@@ -23,14 +24,14 @@ class _Line(QWidget):
     def __init__(self, path: str, name: str, weight: float, on: bool, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.path, self.name = path, name
-        self.switch = QCheckBox(name.replace("&", "&&"))
-        self.switch.setToolTip(path)
+        self.switch = ElidedCheckBox(name, fills=True)
+        self.switch.setToolTip(f"{name}\n{path}")
         self.switch.setAccessibleName(f"Adapter {name}")
         self.switch.setChecked(on)
         self.weight = QDoubleSpinBox()
         self.weight.setRange(-100, 100)
         self.weight.setSingleStep(0.05)
-        self.weight.setDecimals(3)  # as the command line's and the combining sheet's
+        self.weight.setDecimals(2 if round(weight, 2) == weight else 4)  # what is shown is what will be on
         self.weight.setValue(weight)
         self.weight.setEnabled(on)
         self.weight.setAccessibleName(f"Weight of {name}")
@@ -71,14 +72,11 @@ class StackEditor(QFrame):
         on = {adapter.path: adapter for adapter in stack.adapters}
         entries = {entry.path: entry.name for entry in known}
         names = {adapter.path: adapter.name or Path(adapter.path).name for adapter in stack.adapters}
-        for path, name in {**names, **entries}.items():
-            weight = on[path].weight if path in on else 1.0
-            line = _Line(path, name, weight or 1.0, path in on and bool(weight))
-            line.changed.connect(self._tell)
-            self.lines.append(line)
-            self._list.addWidget(line)
+        self._on = on
+        self._known = {**names, **entries}
+        self._made: dict[str, _Line] = {}
         self.empty = label("There is no adapter in the library yet. Drop one on the window.", tone="muted", wrap=True)
-        self.empty.setVisible(not self.lines)
+        self.empty.setVisible(not self._known)
         self._list.addWidget(self.empty)
         self._list.addStretch(1)
         area = QScrollArea()
@@ -86,6 +84,8 @@ class StackEditor(QFrame):
         area.setFrameShape(QFrame.Shape.NoFrame)
         area.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         area.setWidget(inner)
+        inner.setAutoFillBackground(False)
+        area.viewport().setAutoFillBackground(False)
         head = row(self.field, self.base)
         head.setStretch(0, 1)
         layout = column(parent=self, margins=(12, 12, 12, 12))
@@ -93,6 +93,15 @@ class StackEditor(QFrame):
         layout.addWidget(area, 1)
         cut_corners(self)
         self._filter("")
+
+    def _line(self, path: str) -> _Line:
+        """Lines are made as they are wanted: a library may have ten thousand adapters."""
+        weight = self._on[path].weight if path in self._on else 1.0
+        line = _Line(path, self._known[path], weight or 1.0, path in self._on and bool(weight))
+        line.changed.connect(self._tell)
+        self.lines.append(line)
+        self._made[path] = line
+        return line
 
     def open_below(self, anchor: QWidget) -> None:
         """Show it under a button, on the screen as far as it fits."""
@@ -118,11 +127,13 @@ class StackEditor(QFrame):
     @Slot(str)
     def _filter(self, text: str) -> None:
         words = text.casefold().split()
-        shown = 0
+        fitting = [path for path, name in self._known.items() if all(word in name.casefold() for word in words)]
+        listed = set(fitting[:_SHOWN])
+        shown = {*listed, *self._on, *(line.path for line in self.lines if line.switch.isChecked())}
+        for path in [path for path in self._known if path in shown and path not in self._made]:
+            self._list.insertWidget(len(self._made), self._line(path))
         for line in self.lines:
-            fits = all(word in line.name.casefold() for word in words) and shown < _SHOWN
-            line.setVisible(fits or line.switch.isChecked())
-            shown += fits
+            line.setVisible(line.path in listed or line.switch.isChecked())
 
     @Slot()
     def _tell(self) -> None:
