@@ -168,6 +168,37 @@ def test_small_pieces_make_no_difference(
     assert changed > 8
 
 
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [
+        ("gemma", ["norm", "input_layernorm"]), ("qwen3", ["q_norm", "k_norm", "post_attention_layernorm"]), ("bloom", ["query_key_value"]),
+        ("gpt2", ["c_attn", "c_fc"]), ("phi3", ["qkv_proj"]), ("mistral", ["q_proj"]), ("qwen2", ["k_proj"]),
+    ],
+)  # fmt: skip
+def test_modules_trained_whole_are_the_tensors_of_the_merged_model(
+    tmp_path: Path, family: str, saved: list[str], seed: int
+) -> None:
+    """Rows in llama.cpp's order, GPT-2's turned, biases with them, Gemma's norms with 1 added."""
+    model = random_model(family, seed, tie_word_embeddings=family in ALWAYS_TIED)
+    base = gguf_kit.write(model, family, tmp_path / "base.gguf")
+    other = [name for name in FAMILIES[family][2] if name not in saved][-1:]
+    pairs = [
+        (
+            random_adapter(tmp_path / f"a{n}", family, model, seed + n, modules_to_save=saved, target_modules=other),
+            weight,
+        )
+        for n, weight in enumerate((0.6, -0.3))
+    ]
+    notes = merge(base, tmp_path / "merged.gguf", *pairs)
+    assert not notes
+    wanted = values(gguf_kit.write(merged(model, pairs), family, tmp_path / "wanted.gguf"))
+    found, plain = values(tmp_path / "merged.gguf"), values(base)
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert np.abs(found[name] - value).max() <= 2e-6 * max(1.0, np.abs(value).max()), name
+    assert sum(not np.array_equal(found[name], plain[name]) for name in plain) >= 2 * len(saved) - 1
+
+
 def test_what_no_adapter_touches_keeps_its_bytes_and_keys(tmp_path: Path, seed: int) -> None:
     entry = tiny_gguf.write(tmp_path / "base.gguf", hidden=256, intermediate=512, kind="Q4_K_M", seed=seed)
     adapter = plain_adapter(tmp_path / "a.gguf", {"blk.0.attn_q": (256, 256), "blk.1.ffn_up": (512, 256)}, seed)
