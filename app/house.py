@@ -50,12 +50,6 @@ PALETTE_MODELS = 1000
 SETTLE_MS = 40  # a timer of 0 would come before the first page's paint, which waits for the screen
 
 
-def _task_worker(*arguments: Any, **keywords: Any) -> TaskWorker:
-    from app.workers.task_worker import TaskWorker
-
-    return TaskWorker(*arguments, **keywords)
-
-
 class House(QObject):
     """Builds stores, view models, workers and the window.
 
@@ -83,7 +77,7 @@ class House(QObject):
         self.settings_view = SettingsView(self.settings, self)
         self.roots = LibraryRoots(self.settings, paths, self)
         self.tasks = TaskQueue(
-            self.job_store, make_client=self._task_client, make_worker=_task_worker, logs=paths.logs, parent=self
+            self.job_store, make_client=self._task_client, make_worker=self._task_worker, logs=paths.logs, parent=self
         )
         self.jobs = JobCenter(self.job_store, self.environments, self._environment_worker, self, tasks=self.tasks)
         self.engines = EngineList(self.environments, self.jobs, self)
@@ -222,6 +216,11 @@ class House(QObject):
         if not environment:
             return launch.own_engine(self.paths, log.stem, variables)
         return launch.task_engine(environment, self.paths, log.stem, variables)
+
+    def _task_worker(self, *arguments: Any, **keywords: Any) -> TaskWorker:
+        from app.workers.task_worker import TaskWorker
+
+        return TaskWorker(*arguments, complete=self.exports.with_token, **keywords)
 
     def _environment_worker(self, name: str, repair: bool) -> EnvironmentWorker:
         from app.workers.environment_worker import EnvironmentWorker

@@ -101,6 +101,13 @@ class DownloadsHouse(QObject):
     def show_window(self) -> None:
         self.window().open()
 
+    def find(self, name: str) -> None:
+        """Show what the hub has under a name: its files, or what is called alike. Nothing is fetched yet."""
+        window = self.window()
+        window.open()
+        window.finder.field.setText(name)
+        window.finder.go()
+
     def take_link(self, link: str) -> None:
         """A `weft://` link was opened."""
         self.window().take_link(link)

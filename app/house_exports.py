@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from PySide6.QtCore import QObject, Slot
 
+from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState
-from app.core.library import ModelEntry
+from app.core.library import ModelEntry, ModelFormat
+from app.core.push_plan import PushPlan
 from app.core.stack import AdapterStack
 from app.viewmodels.tasks import parameters_of
 from app.views.page import Notice
@@ -19,7 +23,14 @@ if TYPE_CHECKING:
     from app.views.export.dialog import ExportDialog
 
 # Tasks whose result belongs into the library, and what it is called when it is there.
-_MADE = {"merge": "is merged", "export_gguf": "is exported", "train": "is trained"}
+_MADE = {
+    "merge": "is merged",
+    "export_gguf": "is exported",
+    "train": "is trained",
+    "certify": "is compared with what it was made of",
+    "push_hub": "is on the hub",
+}
+_INTO_LIBRARY = ("merge", "export_gguf", "train")
 
 
 class ExportHouse(QObject):
@@ -29,6 +40,7 @@ class ExportHouse(QObject):
         super().__init__(house)
         self._house = house
         self.dialog: ExportDialog | None = None
+        self._opened = 0
         house.tasks.ended.connect(self._ended)
 
     @Slot()
@@ -60,16 +72,47 @@ class ExportHouse(QObject):
             jobs=house.jobs,
             models=self._models(),
             memory_free=lambda: house.machine.now().ram_free,
+            find=self._find_base,
         )
         dialog = ExportDialog(draft, house.window)
         dialog.load_wanted.connect(self._load)
-        dialog.destroyed.connect(self._closed)
+        dialog.base_wanted.connect(lambda base: self._use_base(base, stack))
         self.dialog = dialog
+        self._opened += 1
+        dialog.destroyed.connect(partial(self._closed, self._opened))
         dialog.open()
 
-    @Slot()
-    def _closed(self) -> None:
-        self.dialog = None
+    def _find_base(self, name: str) -> ModelEntry | None:
+        """The library's model of a hub's name, in 16 bits or more. Asked in a thread of its own."""
+        last = name.rpartition("/")[2].casefold()
+        library = self._house.library
+        try:
+            for entry in library.models(last):
+                same = entry.name.rpartition("/")[2].casefold() == last
+                if same and not entry.problem and entry.format in (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN):
+                    return entry
+        finally:
+            library.release()
+        return None
+
+    def _use_base(self, base: ModelEntry | str, stack: AdapterStack) -> None:
+        if isinstance(base, str):
+            self._house.downloads.find(base)
+        else:
+            self.open(base, stack)
+
+    def with_token(self, job: Job, parameters: str) -> str:
+        """The parameters of an upload with the hub's token, which lies in no store. Called in the job's thread."""
+        if job.task != "push_hub":
+            return parameters
+        settings, plan = self._house.settings.settings, msgspec.json.decode(parameters, type=PushPlan)
+        token = self._house.downloads.tokens.get(settings.hub_endpoint)[0]
+        plan = msgspec.structs.replace(plan, endpoint=settings.hub_endpoint, proxy=settings.proxy, token=token)
+        return msgspec.json.encode(plan).decode()
+
+    def _closed(self, number: int, *_: object) -> None:
+        if number == self._opened:  # another one may have taken its place
+            self.dialog = None
 
     def _models(self) -> Path:
         chosen = self._house.settings.settings.downloads
@@ -88,19 +131,24 @@ class ExportHouse(QObject):
             self._house.window.show_notice(Notice(text=str(error), tone="warning"))
 
     @Slot(object, object, object)
-    def _ended(self, job: Job, _result: object, error: WeftError | None) -> None:
+    def _ended(self, job: Job, result: object, error: WeftError | None) -> None:
         if job.task not in _MADE:
             return
-        if job.state is JobState.DONE:
+        if job.state is JobState.DONE and job.task in _INTO_LIBRARY:
             self._house.refresh_library()
-        if self.dialog is not None and self.dialog.job == job.id:
+        if self.dialog is not None and self.dialog.shows(job.id):
             return  # it says so itself
         window = self._house.window
         if job.state is JobState.DONE:
             parameters = parameters_of(job)
             output = parameters.get("config", {}).get("output", {}).get("dir", "")
-            name = Path(str(parameters.get("target") or parameters.get("to") or output or job.title)).name
-            window.show_notice(Notice(text=f"{name} {_MADE[job.task]}.", tone="positive", important=True))
+            named = (parameters.get(key) for key in ("target", "to", "store", "path"))
+            name = Path(str(next(filter(None, named), output or job.title))).name
+            text = f"{name} {_MADE[job.task]}."
+            if job.task == "certify":
+                found = msgspec.convert(result, Certificate)
+                text += f" Mean KL {found.mean_kl:.2g}, the same likeliest token in {100 * found.top1_agreement:.1f} %."
+            window.show_notice(Notice(text=text, tone="positive", important=True))
         elif error is not None and error.kind is not ErrorKind.CANCELLED:
             window.show_notice(
                 Notice(

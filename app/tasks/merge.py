@@ -246,6 +246,7 @@ def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
         WeftError: UNSUPPORTED.
     """
     from app.core.quantization import from_config
+    from app.core.quantized_base import likely_base
 
     config = read_json(folder / "config.json")
     tables = [
@@ -267,24 +268,6 @@ def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
             else ""
         ),
     )
-
-
-def likely_base(folder: Path, config: dict[str, Any]) -> str:
-    """The hub's name of the 16-bit model that a quantized one was made from, as far as its files tell; "" else."""
-    import re
-
-    from app.core.unfinished import read_note
-
-    note = read_note(folder)
-    for name in (config.get("_name_or_path"), note.repo if note is not None else "", folder.name):
-        if isinstance(name, str) and (match := re.fullmatch(r"([\w.-]+/)?([\w.-]+)", name)):
-            tail = re.sub(
-                r"[-_.](unsloth-)?(bnb[-_]?[48]bit|[248]bits?|gptq|awq|exl[23]|hqq|int[48]|w[48]a16|fp8|eetq)([-_.].*)?$",
-                "", match[2], flags=re.IGNORECASE,
-            )  # fmt: skip
-            if tail != match[2] or (match[1] and name == config.get("_name_or_path")):
-                return (match[1] or "") + tail
-    return ""
 
 
 def check_plan(plan: MergePlan) -> None:

@@ -1,92 +1,71 @@
-"""What the merge-and-export dialog shows: the model and stack, formats with what they need, and the job that makes it."""
+"""What the merge-and-export dialog shows: the model and stack, formats with what they need, and the jobs that make it."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from PySide6.QtCore import QObject, Signal, Slot
 
+from app.core.certify_plan import Certificate, CertifyPlan, CertifySide
 from app.core.errors import ErrorKind, WeftError
-from app.core.export_plan import TYPES, ExportPlan, ExportResult
+from app.core.export_plan import OWN, ExportPlan, ExportResult
 from app.core.jobs import Job, JobState, Progress
 from app.core.library import ModelEntry, ModelFormat
+from app.core.merge_needs import MergeNeeds, merge_needs
 from app.core.merge_plan import MergePlan, MergeResult
+from app.core.paths import resources
+from app.core.push_plan import PushPlan, PushResult
+from app.core.quantized_base import base_of
 from app.core.stack import AdapterStack
+from app.hub.push import check_repo
+from app.viewmodels import export_choices
+from app.viewmodels.background import Background
+from app.viewmodels.export_choices import FOLDERS, MARGIN, PACKINGS, SAFETENSORS, ExportChoice, ExportNeed
 from app.viewmodels.jobs import JobCenter, Pace
-from app.viewmodels.tasks import TaskQueue
-from app.viewmodels.units import readable_bytes
+from app.viewmodels.tasks import Step, TaskQueue
 
-SAFETENSORS = "safetensors"
-FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
-_IMPORTS = 600_000_000  # bytes of memory that the libraries take
-_MERGE_MEMORY = 400_000_000
-_MARGIN = 64 * 1024 * 1024
-_BITS = {"F32": 32, "FLOAT32": 32}
-
-
-class ExportChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. key: `safetensors` or a GGUF type. title, help: as shown. imatrix: it needs an importance matrix."""
-
-    key: str
-    title: str
-    help: str
-    imatrix: bool = False
+_IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be said beside format, name and place. See MergePlan and ExportPlan."""
+    """What can be said beside format, name and place. See MergePlan, ExportPlan and PushPlan.
+
+    Attributes:
+        certify: compare the result with what it was made of. text: a text file for that; "" for ours.
+        push: where the result goes on the hub, `user/name` or `name`; None for nowhere. private: see PushPlan.
+    """
 
     imatrix: str = ""
     modelfile: bool = False
     shard_size: int = 0
     dtype: str = ""
-
-
-class ExportNeed(msgspec.Struct, frozen=True, kw_only=True):
-    """What an export takes, in bytes: on disk while it runs, of it the result, in memory; and what is free."""
-
-    disk: int
-    result: int
-    memory: int
-    disk_free: int
-    memory_free: int
-
-    @property
-    def sentence(self) -> str:
-        between = self.disk - self.result
-        way = f", {readable_bytes(between)} more while it is made" if between > 2 * _MARGIN else ""
-        return (
-            f"About {readable_bytes(self.result)}{way}; {readable_bytes(self.disk_free)} are free there. "
-            f"Memory: about {readable_bytes(self.memory)} of {readable_bytes(self.memory_free)} free."
-        )
-
-    @property
-    def problem(self) -> str:
-        if self.disk > self.disk_free:
-            return f"{readable_bytes(self.disk - self.disk_free)} are missing on that drive. Make room, or choose another place."
-        if self.memory > self.memory_free > 0:
-            return "There is less memory free than this takes. Eject the model or close other programs first."
-        return ""
+    certify: bool = True
+    text: str = ""
+    push: str | None = None
+    private: bool = True
 
 
 class ExportDraft(QObject):
-    """An export from its first choice to its end.
+    """An export from its first choice to its end, and what follows it: the certificate, the upload.
 
     Args:
         models: folder under which results go by default. memory_free: bytes, asked when needed.
+        find: the library's 16-bit model of a hub's name, or None.
 
     Signals:
         changed: choices, needs or the running job's figures changed.
         done(result): MergeResult or ExportResult. failed(WeftError).
+        certified(Certificate), pushed(PushResult): what followed has ended well. follow_failed(task, WeftError).
     """
 
     changed = Signal()
     done = Signal(object)
     failed = Signal(object)
+    certified = Signal(object)
+    pushed = Signal(object)
+    follow_failed = Signal(str, object)
 
     def __init__(
         self,
@@ -97,38 +76,80 @@ class ExportDraft(QObject):
         jobs: JobCenter,
         models: Path,
         memory_free: Callable[[], int],
+        find: Callable[[str], ModelEntry | None] = lambda _name: None,
         parent: QObject | None = None,
     ) -> None:
         super().__init__(parent)
         self.entry = entry
         self.stack = AdapterStack(adapters=tuple(a for a in stack.adapters if a.weight))
         self._queue, self._jobs, self._memory_free = queue, jobs, memory_free
-        self.choices = choices(entry, self.stack)
+        self.choices = export_choices.choices(entry, self.stack)
         self.format = self._default_format()
-        self.name = default_name(entry, self.stack)
+        self.name = export_choices.default_name(entry, self.stack)
         self.folder = models
         self.options = ExportOptions()
         self.job: Job | None = None
         self.progress: Progress | None = None
         self.paused = False
         self.warnings: list[str] = []
+        self.following: Job | None = None  # the certificate or the upload, while it waits or runs
+        self.base = ""  # the 16-bit model that a quantized one was made from, by its hub's name
+        self.base_here: ModelEntry | None = None
+        self._ours: set[int] = set()  # jobs of this draft
         self._waits = False
         self._pace = Pace()
+        self._find = find
+        self._needs: dict[tuple[str, str], MergeNeeds | None] = {}
+        self._work = Background(self)
+        self._work.done.connect(self._worked)
         queue.progressed.connect(self._progressed)
         queue.warned.connect(self._warned)
         queue.ended.connect(self._ended)
+        queue.followed.connect(self._followed)
         jobs.environment_ready.connect(self._environment_ready)
         jobs.environment_failed.connect(self._environment_failed)
+        if entry.format not in (*FOLDERS, ModelFormat.GGUF) and not entry.problem:
+            self._work.run("base", lambda: self._look_for_base(Path(entry.path)))
+        self._measure()
 
     def _default_format(self) -> str:
         keys = [choice.key for choice in self.choices]
-        return SAFETENSORS if SAFETENSORS in keys else "q4_k_m" if "q4_k_m" in keys else ""
+        wanted = (SAFETENSORS, OWN.name, "q4_k_m", *PACKINGS)
+        return next((key for key in wanted if key in keys), "")
+
+    # What is read of the disk: never in the window's thread -------------------------------------------
+
+    def _look_for_base(self, folder: Path) -> tuple[str, ModelEntry | None]:
+        name = base_of(folder)
+        return name, self._find(name) if name else None
+
+    def _measure(self) -> None:
+        """Ask the base's headers what a merge takes; until they have told, the library's entry gives an estimate."""
+        if self.format != SAFETENSORS:
+            return
+        key = (self.options.dtype, str(self.folder))
+        if key not in self._needs:
+            self._needs[key] = None
+            plan = self.plan()
+            assert isinstance(plan, MergePlan)
+            self._work.run(key, lambda: merge_needs(plan))
+
+    @Slot(object, object, object)
+    def _worked(self, key: object, result: object, error: object) -> None:
+        if key == "base" and isinstance(result, tuple):
+            self.base, self.base_here = result
+        elif isinstance(key, tuple) and isinstance(result, MergeNeeds):
+            self._needs[key] = result
+        elif error is not None:
+            return  # the estimate stands; the job itself says what is wrong with the files
+        self.changed.emit()
 
     # Choices --------------------------------------------------------------------------------------
 
     def choose(self, key: str) -> None:
         """Another format."""
         self.format = key
+        self._measure()
         self.changed.emit()
 
     def set_name(self, name: str) -> None:
@@ -137,10 +158,12 @@ class ExportDraft(QObject):
 
     def set_folder(self, folder: Path) -> None:
         self.folder = folder
+        self._measure()
         self.changed.emit()
 
     def set_options(self, options: ExportOptions) -> None:
         self.options = options
+        self._measure()
         self.changed.emit()
 
     @property
@@ -148,16 +171,22 @@ class ExportDraft(QObject):
         return next((choice for choice in self.choices if choice.key == self.format), None)
 
     @property
+    def makes_folder(self) -> bool:
+        """Whether a model folder is made, and no GGUF file."""
+        return self.format in PACKINGS
+
+    @property
     def target(self) -> Path:
         """The folder, or the GGUF file in a folder of its own, that is made."""
-        if self.format == SAFETENSORS:
+        if self.makes_folder:
             return self.folder / self.name
-        return self.folder / self.name / f"{self.name}-{self.format.upper()}.gguf"
+        kind = self.entry.quantization if self.format == OWN.name else self.format
+        return self.folder / self.name / f"{self.name}-{(kind or self.format).upper()}.gguf"
 
     @property
     def environment(self) -> str:
         """Where the task runs."""
-        return "core" if self.format == SAFETENSORS else "export"
+        return "core" if self.makes_folder else "export"
 
     @property
     def needs_installation(self) -> bool:
@@ -166,31 +195,46 @@ class ExportDraft(QObject):
 
     def need(self) -> ExportNeed:
         """What it takes. Asks the file system how much is free."""
-        result, between = sizes(self.entry, self.format, self.options.dtype)
-        memory = _MERGE_MEMORY + _IMPORTS if self.format == SAFETENSORS else _IMPORTS + 3 * largest(self.entry)
-        if self.options.imatrix and self.format != SAFETENSORS:
+        result, between = export_choices.sizes(self.entry, self.format, self.options.dtype)
+        free = export_choices.free_at(self.folder)
+        told = self._needs.get((self.options.dtype, str(self.folder))) if self.format == SAFETENSORS else None
+        if told is not None:
+            return ExportNeed(
+                disk=told.disk,
+                result=told.disk,
+                memory=told.memory,
+                disk_free=free,
+                memory_free=self._memory_free(),
+                drive=told.drive,
+            )
+        largest = export_choices.largest(self.entry)
+        memory = _IMPORTS + (largest if self.makes_folder else 3 * largest)
+        if self.options.imatrix and not self.makes_folder:
             memory += between or result
         return ExportNeed(
-            disk=result + between + _MARGIN,
+            disk=result + between + MARGIN,
             result=result,
             memory=memory,
-            disk_free=free_at(self.folder),
+            disk_free=free,
             memory_free=self._memory_free(),
         )
 
     def problem(self) -> str:
         """Why it cannot start, in a sentence; "" when it can."""
         if not self.choices:
-            return refusal(self.entry)
-        if not self.name:
-            return "It needs a name."
-        if re.search(r'[<>:"/\\|?*\x00-\x1f]', self.name) or self.name.strip(". ") != self.name or len(self.name) > 120:
-            return 'A name has at most 120 characters, none of < > : " / \\ | ? *, and no point at its ends.'
+            return export_choices.refusal(self.entry, self.base)
+        if wrong := export_choices.name_problem(self.name):
+            return wrong
         if self.target.exists():
             return f"{self.target.name} exists there already. Choose another name."
         choice = self.choice
         if choice is not None and choice.imatrix and not self.options.imatrix:
             return f"{choice.title} needs an importance matrix: choose a text for it."
+        if self.options.push is not None:
+            try:
+                check_repo(self.options.push)
+            except WeftError as error:
+                return f"{error.message} {error.hint}"
         need = self.need()
         return need.problem if need.disk > need.disk_free else ""
 
@@ -199,6 +243,10 @@ class ExportDraft(QObject):
     @property
     def running(self) -> bool:
         return self._waits or (self.job is not None and self._queue.is_active(self.job.id))
+
+    def owns(self, job: int) -> bool:
+        """Whether a job is this export, or follows it."""
+        return job in self._ours
 
     @property
     def waits_for_installation(self) -> bool:
@@ -226,21 +274,23 @@ class ExportDraft(QObject):
 
     def _submit(self) -> None:
         self._waits, self.paused, self.progress, self._pace = False, False, None, Pace()
-        title = f"Export {self.target.name}" if self.format != SAFETENSORS else f"Merge {self.name}"
-        task = "merge" if self.format == SAFETENSORS else "export_gguf"
-        self.job = self._queue.submit(task, title, self.plan(), environment=self.environment)
+        title = f"Merge {self.name}" if self.makes_folder else f"Export {self.target.name}"
+        task = "merge" if self.makes_folder else "export_gguf"
+        self.job = self._queue.submit(task, title, self.plan(), environment=self.environment, then=self.steps())
+        self._ours = {self.job.id}
         self.changed.emit()
 
     def plan(self) -> MergePlan | ExportPlan:
         """What the task is given."""
         options = self.options
-        if self.format == SAFETENSORS:
+        if self.makes_folder:
             return MergePlan(
                 model=self.entry.path,
                 stack=self.stack,
                 target=str(self.target),
-                dtype=options.dtype,
+                dtype=options.dtype if self.format == SAFETENSORS else "",
                 shard_size=options.shard_size,
+                packed=PACKINGS[self.format],
                 base_name=self.entry.name,
             )
         return ExportPlan(
@@ -249,9 +299,43 @@ class ExportDraft(QObject):
             target=str(self.target),
             type=self.format,
             name=self.name,
-            imatrix=options.imatrix,
+            imatrix=options.imatrix if self.choice is not None and self.takes_imatrix else "",
             modelfile=options.modelfile,
         )
+
+    @property
+    def takes_imatrix(self) -> bool:
+        """Whether an importance matrix makes a difference: only where llama.cpp quantizes."""
+        return not self.makes_folder and self.format not in ("f32", "f16", "bf16", "q8_0", OWN.name)
+
+    def steps(self) -> list[Step]:
+        """What follows the export: the certificate first, so that it goes up with the rest."""
+        options, made, found = self.options, str(self.target), list[Step]()
+        if options.certify:
+            plan = CertifyPlan(
+                a=CertifySide(model=self.entry.path, stack=self.stack),
+                b=CertifySide(model=made),
+                text=options.text or str(resources() / "certificate_text.txt"),
+                store=made,
+            )
+            found.append(
+                Step(task="certify", title=f"Certify {self.name}", parameters=plan, environment=self.environment)
+            )
+        if options.push is not None:
+            path = made if self.makes_folder else str(self.target.parent)
+            push = PushPlan(path=path, repo=check_repo(options.push), private=options.private)
+            title = f"Upload {self.name} to {options.push}"
+            found.append(
+                Step(
+                    task="push_hub",
+                    title=title,
+                    parameters=push,
+                    environment="",
+                    resource="network",
+                    always=bool(found),  # what could not be compared was made all the same
+                )
+            )
+        return found
 
     def cancel(self) -> None:
         """Stop; what was written goes. An installation goes on by itself."""
@@ -268,9 +352,14 @@ class ExportDraft(QObject):
             self._queue.adjust(self.job.id, {"paused": paused})
             self.changed.emit()
 
+    def cancel_following(self) -> None:
+        """Stop the certificate or the upload; the export stays."""
+        if self.following is not None:
+            self._queue.cancel(self.following.id)
+
     @Slot(int, object)
     def _progressed(self, job: int, progress: Progress) -> None:
-        if self.job is not None and job == self.job.id:
+        if job in self._ours:
             self.progress = progress
             self._pace.add(progress)
             self.changed.emit()
@@ -280,16 +369,35 @@ class ExportDraft(QObject):
         if self.job is not None and job == self.job.id:
             self.warnings.append(sentence)
 
+    @Slot(int, object)
+    def _followed(self, before: int, job: Job) -> None:
+        if before in self._ours:
+            self._ours.add(job.id)
+            self.following, self.progress, self._pace = job, None, Pace()
+            self.changed.emit()
+
     @Slot(object, object, object)
     def _ended(self, job: Job, result: object, error: WeftError | None) -> None:
+        if self.following is not None and job.id == self.following.id:
+            self._follow_ended(job, result, error)
         if self.job is None or job.id != self.job.id:
             return
         self.job = job
         if error is not None or job.state is not JobState.DONE:
             self.failed.emit(error or WeftError(ErrorKind.CRASHED, job.message, job.hint))
         else:
-            kind = MergeResult if self.format == SAFETENSORS else ExportResult
+            kind = MergeResult if self.makes_folder else ExportResult
             self.done.emit(msgspec.convert(result, kind))
+        self.changed.emit()
+
+    def _follow_ended(self, job: Job, result: object, error: WeftError | None) -> None:
+        self.following = None
+        if error is not None or job.state is not JobState.DONE:
+            self.follow_failed.emit(job.task, error or WeftError(ErrorKind.CRASHED, job.message, job.hint))
+        elif job.task == "certify":
+            self.certified.emit(msgspec.convert(result, Certificate))
+        else:
+            self.pushed.emit(msgspec.convert(result, PushResult))
         self.changed.emit()
 
     @Slot(str)
@@ -303,72 +411,3 @@ class ExportDraft(QObject):
             self._waits = False
             self.failed.emit(error)
             self.changed.emit()
-
-
-def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
-    """Formats that a model can be exported to; none for what cannot."""
-    if entry.problem or entry.format not in (*FOLDERS, ModelFormat.GGUF):
-        return []
-    found = [
-        ExportChoice(key=each.name, title=f"GGUF {each.name.upper()}", help=each.help, imatrix=each.imatrix)
-        for each in TYPES.values()
-    ]
-    if entry.format in FOLDERS and stack.adapters:
-        sentence = "A model folder like the base's, in its own precision: exact, and every program reads it."
-        found.insert(0, ExportChoice(key=SAFETENSORS, title="Safetensors", help=sentence))
-    return found
-
-
-def refusal(entry: ModelEntry) -> str:
-    """Why a model has no formats to export to."""
-    if entry.problem:
-        return entry.problem
-    return (
-        f"{entry.name} is quantized ({entry.format.value} {entry.quantization}): a merge into it would be rounded away. "
-        "Export from the 16-bit model that it was made from."
-    )
-
-
-def default_name(entry: ModelEntry, stack: AdapterStack) -> str:
-    """A name made from the base's and the adapters', as a file may be called."""
-    base = entry.name.rpartition("/")[2].removesuffix(".gguf")
-    if entry.format is ModelFormat.GGUF and entry.quantization:
-        base = re.sub(rf"[-_. ]?{re.escape(entry.quantization)}$", "", base, flags=re.IGNORECASE)
-    names = [base, *(a.name or Path(a.path).stem for a in stack.adapters if a.weight)]
-    joined = "-".join(re.sub(r"[^\w.+-]+", "-", name).strip("-.") for name in names)
-    return joined[:100].strip("-.") or "model"
-
-
-def weights_of(entry: ModelEntry) -> int:
-    """How many weights a model has, as far as its headers tell."""
-    return entry.parameters or (entry.weight_bytes or entry.bytes) // 2
-
-
-def sizes(entry: ModelEntry, key: str, dtype: str = "") -> tuple[int, int]:
-    """Bytes of the result, and of what lies on disk beside it while it is made."""
-    weights = weights_of(entry)
-    if key == SAFETENSORS:
-        own = entry.weight_bytes or entry.bytes
-        return (weights * (4 if dtype == "float32" else 2) if dtype else own), 0
-    kind = TYPES.get(key)
-    if kind is None:
-        return 0, 0
-    result = int(weights * kind.bits / 8)
-    return result, 0 if kind.direct and entry.format is not ModelFormat.GGUF else weights * 2
-
-
-def largest(entry: ModelEntry) -> int:
-    """Bytes of the largest tensor in float32, or a guess at it."""
-    shape = entry.shape
-    widest = max(shape.vocabulary, shape.intermediate)
-    return 4 * widest * shape.hidden if widest and shape.hidden else weights_of(entry) // 10
-
-
-def free_at(folder: Path) -> int:
-    """Bytes free on the drive on which a folder lies, or would lie."""
-    for place in (folder, *folder.parents):
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,19 @@ from app.store.jobs import JobStore
 
 log = logging.getLogger("weft")
 CLOSE_MS = 6000
+# What lies on the disk of these goes on from any moment, but is cleared away by a cancel: the end of the window kills them.
+KILLED_AT_CLOSE = frozenset({"merge", "export_gguf"})
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that follows another one. See `TaskQueue.submit`. always: also when the one before it failed or was cancelled."""
+
+    task: str
+    title: str
+    parameters: Any
+    environment: str = "core"
+    resource: str = "cpu"
+    always: bool = False
 
 
 class TaskQueue(QObject):
@@ -31,6 +44,7 @@ class TaskQueue(QObject):
         changed: a job was added, began or ended.
         progressed(job id, Progress), metric(job id, step, dict), news(job id, JSON), warned(job id, sentence): while it runs.
         ended(Job, result dict or None, WeftError or None): the job as it ended.
+        followed(job id, Job): what was to follow a job that ended well is in the queue now.
     """
 
     changed = Signal()
@@ -39,6 +53,7 @@ class TaskQueue(QObject):
     news = Signal(int, str)
     warned = Signal(int, str)
     ended = Signal(object, object, object)
+    followed = Signal(int, object)
 
     def __init__(
         self,
@@ -67,13 +82,19 @@ class TaskQueue(QObject):
         *,
         environment: str = "core",
         resource: str = "cpu",
+        then: Sequence[Step | Mapping[str, Any]] = (),
     ) -> Job:
         """Put a job into the queue. An environment of "" is the window's own.
+
+        Args:
+            then: what follows, one after the other, when it has ended well: also after a retry, and after a restart.
 
         Raises:
             WeftError: the store cannot be written.
         """
-        envelope = {"environment": environment, "parameters": parameters}
+        envelope: dict[str, Any] = {"environment": environment, "parameters": parameters}
+        if then:
+            envelope["then"] = list(then)
         job = self._store.create(task, title, resource, msgspec.json.encode(envelope).decode())
         job = self._store.update(job.id, log=str(self._logs / f"job-{job.id}-{task}.log"))
         self._waiting.append(job)
@@ -142,7 +163,14 @@ class TaskQueue(QObject):
         if "resume" in parameters:
             # A task that takes a word for it goes on only where there is something to go on with.
             parameters = {**parameters, "resume": "if_there" if isinstance(parameters["resume"], str) else True}
-        return self.submit(job.task, job.title, parameters, environment=envelope["environment"], resource=job.resource)
+        return self.submit(
+            job.task,
+            job.title,
+            parameters,
+            environment=envelope["environment"],
+            resource=job.resource,
+            then=envelope.get("then", ()),
+        )
 
     def close(self) -> None:
         """Stop what runs and wait for it: the window is going. Each can be started again from the Jobs page."""
@@ -153,7 +181,10 @@ class TaskQueue(QObject):
         self._waiting.clear()
         workers = list(self._running.values())
         for worker in workers:
-            worker.stop()
+            if worker.job.task in KILLED_AT_CLOSE:
+                worker.kill()
+            else:
+                worker.stop()
         for worker in workers:
             if not worker.wait(CLOSE_MS):
                 log.error("%s did not stop within %d s", worker.job.title, CLOSE_MS // 1000)
@@ -216,7 +247,20 @@ class TaskQueue(QObject):
         self._outcome(worker, result, error)
 
     def _outcome(self, worker: Any, result: object, error: WeftError | None) -> None:
-        self.ended.emit(self._store.get(worker.job.id), result, error)
+        job = self._store.get(worker.job.id)
+        self.ended.emit(job, result, error)
+        steps = (_envelope(job) or {}).get("then") or []
+        step = msgspec.convert(steps[0], Step) if steps else None
+        if step is not None and (step.always or job.state is JobState.DONE):
+            following = self.submit(
+                step.task,
+                step.title,
+                step.parameters,
+                environment=step.environment,
+                resource=step.resource,
+                then=steps[1:],
+            )
+            self.followed.emit(job.id, following)
 
     @Slot()
     def _finished(self) -> None:

@@ -43,6 +43,7 @@ class TaskWorker(QThread):
     Args:
         job: its row in the store, QUEUED. parameters: the task's, as JSON.
         make_client: makes the child, not started; may raise WeftError.
+        complete: (job, parameters) to the parameters with what must not lie in the store, such as a token; called in this thread.
 
     Signals:
         spoke: the task said something: `take()` it. Never more than one undelivered.
@@ -59,9 +60,11 @@ class TaskWorker(QThread):
         store: JobStore,
         *,
         make_client: Callable[[], EngineClient],
+        complete: Callable[[Job, str], str] | None = None,
         parent: QObject | None = None,
     ) -> None:
         super().__init__(parent)
+        self._complete = complete
         self.setObjectName(f"job {job.id} {job.task}")
         self.job = job
         self._parameters = parameters
@@ -90,6 +93,14 @@ class TaskWorker(QThread):
             client, command = self._client, self._command
         if client is not None:
             client.cancel(command)
+
+    def kill(self) -> None:
+        """End the child at once, so that what it has written stays. `ended` follows."""
+        with self._lock:
+            self._stopping = True
+            client = self._client
+        if client is not None:
+            client.kill()
 
     def adjust(self, parameters: str) -> None:
         """Tell the running task to change something: JSON that it understands. Nothing happens when it has ended."""
@@ -135,13 +146,14 @@ class TaskWorker(QThread):
     def _work(self) -> dict[str, Any]:
         self._store.update(self.job.id, state=JobState.STARTING)
         client = self._make_client()
+        parameters = self._parameters if self._complete is None else self._complete(self.job, self._parameters)
         try:
             client.start()
             with self._lock:
                 if self._stopping:
                     raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
                 self._client = client
-                self._command = client.send(protocol.RunTask(task=self.job.task, parameters=self._parameters))
+                self._command = client.send(protocol.RunTask(task=self.job.task, parameters=parameters))
             return self._listen(client, self._command)
         finally:
             with self._lock:

@@ -12,14 +12,17 @@ import pytest
 from PySide6.QtCore import QObject, Qt, Signal
 from pytestqt.qtbot import QtBot
 
+from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult
 from app.core.jobs import Job, JobState, Progress
 from app.core.library import ModelFormat
 from app.core.merge_plan import MergePlan, MergeResult
+from app.core.push_plan import PushResult
 from app.core.stack import AdapterStack, StackedAdapter
-from app.viewmodels import export as export_module
-from app.viewmodels.export import SAFETENSORS, ExportDraft, ExportOptions, choices, default_name
+from app.viewmodels import export_choices as export_module
+from app.viewmodels.export import ExportDraft, ExportOptions
+from app.viewmodels.export_choices import SAFETENSORS, choices, default_name
 from app.views.export.dialog import ExportDialog
 from tests.qt.shell_parts import GB, model
 
@@ -37,15 +40,18 @@ class Queue(QObject):
     progressed = Signal(int, object)
     warned = Signal(int, str)
     ended = Signal(object, object, object)
+    followed = Signal(int, object)
 
     def __init__(self) -> None:
         super().__init__()
         self.submitted: list[tuple[str, str, Any, str]] = []
+        self.then: Any = ()
         self.asked: list[object] = []
         self.active = False
 
-    def submit(self, task: str, title: str, parameters: Any, *, environment: str = "core") -> Job:
+    def submit(self, task: str, title: str, parameters: Any, *, environment: str = "core", then: Any = ()) -> Job:
         self.submitted.append((task, title, parameters, environment))
+        self.then = then
         self.active = True
         return Job(id=7, task=task, title=title)
 
@@ -57,6 +63,14 @@ class Queue(QObject):
 
     def adjust(self, job: int, parameters: object) -> None:
         self.asked.append((job, parameters))
+
+    def follow(self, before: int, number: int, task: str) -> None:
+        self.followed.emit(before, Job(id=number, task=task, title=task))
+
+    def end_following(self, number: int, task: str, result: object, error: WeftError | None = None) -> None:
+        state = JobState.DONE if error is None else JobState.FAILED
+        answer = None if result is None else msgspec.to_builtins(result)
+        self.ended.emit(Job(id=number, task=task, title=task, state=state), answer, error)
 
     def end(self, result: object, error: WeftError | None = None) -> None:
         self.active = False
@@ -221,8 +235,171 @@ def test_escape_leaves_a_running_export_at_work(dialog: ExportDialog, queue: Que
     assert not dialog.isVisible() and not queue.asked
 
 
+CERTIFICATE = Certificate(
+    a="tiny with pirate",
+    b="tiny-pirate",
+    text="certificate_text.txt",
+    text_sha256="0" * 64,
+    predictions=2047,
+    largest_logit_difference=0.0123,
+    mean_kl=0.00045,
+    largest_kl=0.2,
+    top1_agreement=0.9876,
+    perplexity_a=12.3456,
+    perplexity_b=12.5,
+    window=512,
+    notes=["A note of the comparison."],
+)
+
+
+def test_the_certificate_follows_is_shown_and_can_be_switched_off(dialog: ExportDialog, queue: Queue) -> None:
+    dialog.start.click()
+    (step,) = queue.then
+    assert step.task == "certify" and step.environment == "core"
+    plan = queue.submitted[0][2]
+    assert step.parameters.a.model == plan.model and step.parameters.a.stack == plan.stack
+    assert step.parameters.b.model == plan.target == step.parameters.store
+    assert Path(step.parameters.text).is_file(), "the text of ours is there"
+    queue.end(MergeResult(folder=plan.target, bytes=GB, tensors=4, changed=4))
+    queue.follow(7, 8, "certify")
+    queue.progressed.emit(8, Progress(phase="Reading the text with A", done=512, total=2048, unit="tokens"))
+    assert dialog.following.isVisible() and "512 of 2,048 tokens" in dialog.follow_figures.text()
+    dialog.skip.click()
+    assert queue.asked[-1] == ("cancel", 8)
+    queue.end_following(8, "certify", CERTIFICATE)
+    values = {key: shown.text() for key, shown in dialog.certificate.values.items()}
+    assert dialog.certificate.isVisible() and not dialog.following.isVisible()
+    assert values["logits"] == "0.0123" and values["top1"] == "98.76 %" and "0.00045" in values["kl"]
+    assert (values["before"], values["after"]) == ("12.3456", "12.5000")
+    assert "A note of the comparison." in dialog.certificate.notes.text()
+
+
+def test_without_the_certificate_nothing_follows(dialog: ExportDialog, queue: Queue) -> None:
+    dialog.form.certify.setChecked(False)
+    dialog.start.click()
+    assert queue.then == []
+
+
+def test_a_text_of_the_users_is_compared_over(dialog: ExportDialog, draft: ExportDraft, queue: Queue) -> None:
+    draft.set_options(ExportOptions(text="/texts/mine.txt"))
+    assert dialog.form.text.text() == "Over mine.txt"
+    dialog.form.our_text.click()
+    assert "of ours" in dialog.form.text.text()
+    draft.set_options(ExportOptions(text="/texts/mine.txt"))
+    dialog.start.click()
+    assert queue.then[0].parameters.text == "/texts/mine.txt"
+
+
+def test_the_upload_follows_the_certificate_also_when_that_fails(
+    dialog: ExportDialog, queue: Queue, tmp_path: Path
+) -> None:
+    assert not dialog.form.repo.isVisible()
+    dialog.form.push.setChecked(True)
+    assert dialog.form.repo.text() == "tiny-1B-pirate" and dialog.form.private.isChecked()
+    dialog.form.repo.setText("not a name")
+    assert "no name for the hub" in dialog.form.note.text.text() and not dialog.start.isEnabled()
+    dialog.form.repo.setText("alice/pirate")
+    dialog.start.click()
+    certify, upload = queue.then
+    assert (certify.task, upload.task, upload.environment) == ("certify", "push_hub", "") and upload.always
+    plan = upload.parameters
+    assert (plan.repo, plan.private, plan.token) == ("alice/pirate", True, "")
+    assert plan.path == str(tmp_path / "tiny-1B-pirate")
+    queue.end(MergeResult(folder=plan.path, bytes=GB, tensors=4, changed=4))
+    queue.follow(7, 8, "certify")
+    queue.end_following(8, "certify", None, WeftError(ErrorKind.OUT_OF_MEMORY, "Too large.", "Close programs."))
+    assert "could not be compared" in dialog.follow_error.text.text() and not dialog.certificate.isVisible()
+    queue.follow(8, 9, "push_hub")
+    queue.progressed.emit(9, Progress(phase="Uploading", done=GB // 2, total=GB, unit="bytes"))
+    assert dialog.following.isVisible() and dialog.follow_bar.value() == 500
+    queue.end_following(
+        9, "push_hub", PushResult(repo="alice/pirate", url="https://hub/alice/pirate", commit="1", files=4, bytes=GB)
+    )
+    assert dialog.uploaded.text() == "Uploaded privately: https://hub/alice/pirate"
+
+
+def made_dialog(entry: Any, queue: Queue, jobs: Jobs, folder: Path, qtbot: QtBot, find: Any = None) -> ExportDialog:
+    draft = ExportDraft(
+        entry,
+        STACK,
+        queue=queue,  # type: ignore[arg-type]
+        jobs=jobs,  # type: ignore[arg-type]
+        models=folder,
+        memory_free=lambda: 8 * GB,
+        find=find or (lambda _name: None),
+    )
+    dialog = ExportDialog(draft)
+    dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose, False)
+    qtbot.addWidget(dialog)
+    dialog.show()
+    return dialog
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_quantized_base_names_the_model_to_use_instead(
+    queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path, here: bool
+) -> None:
+    packed = tmp_path / "tiny-GPTQ"
+    packed.mkdir()
+    (packed / "config.json").write_text('{"_name_or_path": "maker/tiny"}', "utf-8")
+    entry = model("maker/tiny-GPTQ", format=ModelFormat.GPTQ, quantization="4-bit", path=str(packed))
+    whole = folder_model() if here else None
+    asked: list[str] = []
+    dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot, lambda name: (asked.append(name), whole)[1])
+    qtbot.waitUntil(dialog.form.base_note.isVisible)
+    assert asked == ["maker/tiny"] and "maker/tiny" in dialog.form.note.text.text() and not dialog.start.isEnabled()
+    assert dialog.form.use_base.text() == ("Use it" if here else "Find it on the hub")
+    wanted: list[object] = []
+    dialog.base_wanted.connect(wanted.append)
+    dialog.form.use_base.click()
+    assert wanted == [whole or "maker/tiny"] and not dialog.isVisible()
+
+
+def test_a_base_that_bitsandbytes_packed_can_be_unpacked_or_packed_again(
+    queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path
+) -> None:
+    packed = tmp_path / "tiny-bnb-4bit"
+    packed.mkdir()
+    (packed / "config.json").write_text("{}", "utf-8")
+    entry = model(
+        "maker/tiny-bnb-4bit", format=ModelFormat.BITSANDBYTES, quantization="4-bit", path=str(packed), parameters=GB
+    )
+    dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot)
+    qtbot.waitUntil(dialog.form.base_note.isVisible)
+    assert "nothing is lost" in dialog.form.base_note.text.text()
+    for key, packing in (("safetensors-16bit", "16bit"), ("safetensors-again", "again")):
+        dialog.form.format.setCurrentIndex(dialog.form.format.findData(key))
+        plan = dialog._draft.plan()
+        assert isinstance(plan, MergePlan) and plan.packed == packing
+        assert "los" in dialog.form.help.text() or "rounds" in dialog.form.help.text()
+    dialog.start.click()
+    loss = "Packing again changed the merged weights by 0.4 % on average."
+    queue.end(MergeResult(folder=str(tmp_path / "x"), bytes=GB, tensors=4, changed=4, method="peft", notes=[loss]))
+    assert loss in dialog.notes.text() and "Merged by PEFT" in dialog.outcome.text()
+
+
+def test_what_a_merge_takes_is_asked_of_the_headers(queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path) -> None:
+    from app.core.paths import resources
+    from app.core.recognise import recognise_model
+
+    entry = recognise_model(resources() / "starter" / "model")
+    assert entry is not None
+    # What the library says may be wrong; the files are what is merged.
+    dialog = made_dialog(
+        msgspec.structs.replace(entry, bytes=7 * GB, weight_bytes=7 * GB), queue, jobs, tmp_path, qtbot
+    )
+    draft = dialog._draft
+    real = sum(path.stat().st_size for path in Path(entry.path).glob("*.safetensors"))
+    assert draft.need().result == 7 * GB, "until the headers have been read"
+    qtbot.waitUntil(lambda: draft.need().result < GB)
+    assert real <= draft.need().disk <= real + 40 * 1024 * 1024
+    draft.set_options(ExportOptions(dtype="float32"))
+    qtbot.waitUntil(lambda: draft.need().disk > 1.5 * real)
+
+
 @pytest.mark.skipif(not os.environ.get("WEFT_PYTHON_CORE"), reason="WEFT_PYTHON_CORE names no interpreter with PyTorch")
 def test_a_real_merge_through_the_dialog_lands_in_the_library(qtbot: QtBot, tmp_path: Path) -> None:
+    from app.core.certificate_file import read_certificate
     from app.core.paths import default_paths, resources
     from app.core.recognise import recognise_model
     from app.engine import launch
@@ -254,9 +431,14 @@ def test_a_real_merge_through_the_dialog_lands_in_the_library(qtbot: QtBot, tmp_
     qtbot.addWidget(dialog)
     dialog.show()
     try:
-        with qtbot.waitSignal(draft.done, timeout=120_000) as got:
+        results: list[Any] = []
+        draft.done.connect(results.append)
+        with qtbot.waitSignal(draft.certified, timeout=180_000) as got:
             dialog.start.click()
-        result = got.args[0]
+        (result,), found = results, got.args[0]
+        assert dialog.certificate.isVisible() and found.predictions > 100
+        assert found.mean_kl < 1e-3 and found.top1_agreement > 0.99 and found.perplexity_a > 1
+        assert read_certificate(Path(result.folder)) == found, "stored with the model"
         made = recognise_model(Path(result.folder))
         assert made is not None and not made.problem and made.has_chat_template
         assert result.changed == 28 and "28 of" in dialog.outcome.text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from app.core.jobs import Job, JobState
 from app.engine.client import EngineClient
 from app.store.database import Database
 from app.store.jobs import JobStore
-from app.viewmodels.tasks import TaskQueue, parameters_of
+from app.viewmodels import tasks as tasks_module
+from app.viewmodels.tasks import Step, TaskQueue, parameters_of
 from app.workers.task_worker import TaskWorker
 
 WAIT = 20_000
@@ -197,3 +199,58 @@ def test_closing_stops_what_runs_and_leaves_a_job_to_start_again(qtbot: QtBot, b
     bench.queue.close()
     assert bench.state(running) is JobState.CRASHED and bench.state(waiting) is JobState.CRASHED
     assert "Start it again" in bench.store.get(running.id).hint
+
+
+def test_what_follows_a_job_comes_one_after_the_other_also_after_a_retry(bench: Bench, qtbot: QtBot) -> None:
+    def step(how: str, **more: object) -> Step:
+        return Step(task="pretend", title=how, parameters={"how": how}, **more)  # type: ignore[arg-type]
+
+    followed: list[tuple[int, str]] = []
+    bench.queue.followed.connect(lambda before, job: followed.append((before, job.title)))
+    first = bench.queue.submit(
+        "pretend", "first", {"how": "badly"}, then=[step("badly"), step("well", always=True), step("well")]
+    )
+    qtbot.waitUntil(lambda: len(bench.ends) == 1, timeout=WAIT)
+    assert followed == [], "nothing follows what failed"
+    # What is tried again, and goes well now, is followed as the first would have been.
+    stored = json.loads(bench.store.get(first.id).parameters)
+    stored["parameters"]["how"] = "well"
+    bench.store.update(first.id, parameters=json.dumps(stored))
+    again = bench.queue.retry(first.id)
+    qtbot.waitUntil(lambda: len(bench.ends) == 5, timeout=WAIT)
+    titles = [job.title for job, _, _ in bench.ends]
+    assert titles == ["first", "first", "badly", "well", "well"]
+    assert [before for before, _ in followed] == [again.id, again.id + 1, again.id + 2]
+
+
+def test_secrets_reach_the_task_and_never_the_store(bench: Bench, qtbot: QtBot, tmp_path: Path) -> None:
+    secret = f"hf_{uuid.uuid4().hex}"
+
+    def worker(*arguments: Any, **keywords: Any) -> TaskWorker:
+        def complete(job: Job, text: str) -> str:
+            return json.dumps({**json.loads(text), "path": secret, "steps": 5, "how": job.title})
+
+        return TaskWorker(*arguments, complete=complete, **keywords)
+
+    bench.queue._make_worker = worker
+    bench.queue.submit("pretend", "well", {"steps": 1})
+    qtbot.waitUntil(lambda: len(bench.ends) == 1, timeout=WAIT)
+    assert bench.ends[0][1]["steps"] == 5, "the task was told"
+    qtbot.waitUntil(lambda: not bench.queue.busy, timeout=WAIT)
+    bench.database.close()
+    for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
+        assert secret.encode() not in path.read_bytes(), path
+
+
+def test_a_merge_is_killed_and_not_cancelled_when_the_window_goes(
+    bench: Bench, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel clears away what was made; after a kill it goes on from there."""
+    monkeypatch.setattr(tasks_module, "KILLED_AT_CLOSE", {"pretend"})
+    stopped: list[str] = []
+    monkeypatch.setattr(TaskWorker, "stop", lambda self: stopped.append("cancelled"))
+    job = bench.submit(steps=500, seconds=0.02)
+    qtbot.waitUntil(lambda: bench.state(job) is JobState.RUNNING, timeout=WAIT)
+    bench.queue.close()
+    assert not stopped and bench.state(job) is JobState.CRASHED
+    assert "what was already complete is used" in bench.store.get(job.id).hint

@@ -7,12 +7,16 @@ from pathlib import Path
 from PySide6.QtCore import QSize, Qt, QTimer, Signal, Slot
 from PySide6.QtWidgets import QDialog, QLabel, QProgressBar, QSizePolicy, QStackedWidget, QWidget
 
+from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportResult
+from app.core.jobs import Progress
 from app.core.merge_plan import MergeResult
+from app.core.push_plan import PushResult
 from app.viewmodels.export import ExportDraft
 from app.viewmodels.units import readable_bytes, readable_seconds
 from app.views.dialogs import reveal
+from app.views.export.certificate import CertificateView
 from app.views.export.form import ExportForm
 from app.views.widgets import Banner, ElidedLabel, IconLabel, button, column, label, row, title
 
@@ -24,9 +28,11 @@ class ExportDialog(QDialog):
 
     Signals:
         load_wanted(path): the result is to be loaded.
+        base_wanted(ModelEntry or hub's name): this one is to be exported instead, or to be got.
     """
 
     load_wanted = Signal(str)
+    base_wanted = Signal(object)
 
     def __init__(self, draft: ExportDraft, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -51,14 +57,17 @@ class ExportDialog(QDialog):
         draft.changed.connect(self._show)
         draft.done.connect(self._done)
         draft.failed.connect(self._failed)
+        draft.certified.connect(self._certified)
+        draft.pushed.connect(self._pushed)
+        draft.follow_failed.connect(self._follow_failed)
+        self.form.base_wanted.connect(self._want_base)
         self._show()
         self.form.name.setFocus()
         self.form.name.selectAll()
 
-    @property
-    def job(self) -> int:
-        """Number of the job that it shows; 0 before one runs."""
-        return self._draft.job.id if self._draft.job is not None else 0
+    def shows(self, job: int) -> bool:
+        """Whether this dialog says itself how a job ends."""
+        return self._draft.owns(job)
 
     def sizeHint(self) -> QSize:
         return QSize(640, super().sizeHint().height())
@@ -96,12 +105,37 @@ class ExportDialog(QDialog):
         self.notes = label(tone="muted", wrap=True, selectable=True)
         head = row(IconLabel("done", 24, "positive"), self.outcome, spacing=12)
         head.setStretch(1, 1)
-        self._result = column(parent=page, spacing=8)
-        self._result.addLayout(head)
-        for widget in (self.place, self.notes):
-            self._result.addWidget(widget)
-        self._result.addStretch(1)
+        self.certificate = CertificateView()
+        self.certificate.hide()
+        self.uploaded = label(wrap=True, selectable=True)
+        self.uploaded.hide()
+        self.follow_error = Banner("warning")
+        self.follow_error.hide()
+        result = column(parent=page, spacing=8)
+        result.addLayout(head)
+        for widget in (self.place, self.notes, self._following_part(), self.certificate, self.uploaded):
+            result.addWidget(widget)
+        result.addWidget(self.follow_error)
+        result.addStretch(1)
         return page
+
+    def _following_part(self) -> QWidget:
+        """The progress of what follows."""
+        self.follow_phase = label()
+        self.follow_bar = QProgressBar()
+        self.follow_bar.setTextVisible(False)
+        self.follow_bar.setAccessibleName("Progress of what follows")
+        self.follow_figures = label(tone="muted")
+        self.skip = button("Skip", self._draft.cancel_following)
+        self.following = QWidget()
+        whole = column(parent=self.following, spacing=4)
+        first = row(self.follow_phase, self.skip)
+        first.setStretch(0, 1)
+        whole.addLayout(first)
+        whole.addWidget(self.follow_bar)
+        whole.addWidget(self.follow_figures)
+        self.following.hide()
+        return self.following
 
     # State ----------------------------------------------------------------------------------------
 
@@ -126,6 +160,8 @@ class ExportDialog(QDialog):
         self.close_button.setVisible(page != _RUNNING)
         if page == _RUNNING:
             self._show_progress()
+        if page == _DONE:
+            self._show_following()
 
     def _turn_to(self, page: int) -> None:
         if page == self.pages.currentIndex() and self._turned:
@@ -149,19 +185,36 @@ class ExportDialog(QDialog):
             self._text(self.phase, "Waiting for its turn" if draft.job is not None else "Starting")
         else:
             self._text(self.phase, "Paused" if draft.paused else progress.phase)
-        fraction = progress.fraction if progress is not None else None
-        self.bar.setRange(0, 0 if fraction is None else 1000)
-        self.bar.setValue(round(1000 * (fraction or 0)))
+        _advance(self.bar, progress)
+        self._text(self.figures, self._figures(progress))
+
+    def _show_following(self) -> None:
+        job, progress = self._draft.following, self._draft.progress
+        was = self.following.isVisible()
+        self.following.setVisible(job is not None)
+        if job is not None:
+            doing = (
+                "Comparing it with the base and its adapters" if job.task == "certify" else "Uploading it to the hub"
+            )
+            self._text(self.follow_phase, f"{doing}: {progress.phase}" if progress is not None else doing)
+            self.skip.setAccessibleName(f"Skip: {doing}")
+            _advance(self.follow_bar, progress)
+            self._text(self.follow_figures, self._figures(progress))
+        if was != (job is not None):
+            QTimer.singleShot(0, self, self.adjustSize)
+
+    def _figures(self, progress: Progress | None) -> str:
+        draft = self._draft
         parts: list[str] = []
         if progress is not None and progress.total and progress.unit == "bytes":
             parts.append(f"{readable_bytes(progress.done)} of {readable_bytes(progress.total)}")
             if draft.speed:
                 parts.append(f"{readable_bytes(draft.speed)}/s")
         elif progress is not None and progress.total:
-            parts.append(f"{progress.done:g} of {progress.total:g} {progress.unit}")
+            parts.append(f"{progress.done:,g} of {progress.total:,g} {progress.unit}")
         if draft.seconds_left is not None and not draft.paused:
             parts.append(f"{readable_seconds(draft.seconds_left)} left")
-        self._text(self.figures, " · ".join(parts))
+        return " · ".join(parts)
 
     @staticmethod
     def _text(shown: QLabel, text: str) -> None:
@@ -197,6 +250,33 @@ class ExportDialog(QDialog):
         self._show()
         self.load.setDefault(True)
 
+    @Slot(object)
+    def _certified(self, found: Certificate) -> None:
+        self.certificate.show_certificate(found)
+        self.certificate.show()
+        QTimer.singleShot(0, self, self.adjustSize)
+
+    @Slot(object)
+    def _pushed(self, result: PushResult) -> None:
+        who = "privately" if result.private else "for everybody"
+        self.uploaded.setText(f"Uploaded {who}: {result.url}")
+        self.uploaded.show()
+        QTimer.singleShot(0, self, self.adjustSize)
+
+    @Slot(str, object)
+    def _follow_failed(self, task: str, error: WeftError) -> None:
+        if error.kind is ErrorKind.CANCELLED:
+            return
+        what = "It could not be compared" if task == "certify" else "It could not be uploaded"
+        self.follow_error.text.setText(f"{what}. {error} Jobs offers to try again.")
+        self.follow_error.show()
+        QTimer.singleShot(0, self, self.adjustSize)
+
+    @Slot()
+    def _want_base(self) -> None:
+        self.base_wanted.emit(self._draft.base_here or self._draft.base)
+        self.close()
+
     def _reveal(self) -> None:
         reveal(Path(self._path))
 
@@ -205,8 +285,20 @@ class ExportDialog(QDialog):
         self.close()
 
 
+def _advance(bar: QProgressBar, progress: Progress | None) -> None:
+    fraction = progress.fraction if progress is not None else None
+    bar.setRange(0, 0 if fraction is None else 1000)
+    bar.setValue(round(1000 * (fraction or 0)))
+
+
 def _outcome(result: MergeResult | ExportResult) -> str:
     took = f"in {readable_seconds(result.seconds)}" if result.seconds >= 1 else "in under a second"
     if isinstance(result, MergeResult):
-        return f"Merged: {readable_bytes(result.bytes)}, {result.changed} of {result.tensors} tensors changed, {took}."
+        how = (
+            "Merged"
+            if result.method == "streaming"
+            else f"Merged by {result.method.upper()}, the whole model in memory"
+        )
+        again = f", {readable_bytes(result.resumed)} of it by an earlier run" if result.resumed else ""
+        return f"{how}: {readable_bytes(result.bytes)}{again}, {result.changed} of {result.tensors} tensors changed, {took}."
     return f"Exported as {result.type.upper()}: {readable_bytes(result.bytes)}, {result.tensors} tensors, {took}."

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from PySide6.QtCore import Qt, Slot
+from PySide6.QtCore import Qt, Signal, Slot
 from PySide6.QtWidgets import QCheckBox, QFileDialog, QFormLayout, QLineEdit, QWidget
 
-from app.viewmodels.export import SAFETENSORS, ExportDraft
+from app.viewmodels.export import ExportDraft
+from app.viewmodels.export_choices import SAFETENSORS
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, ElidedLabel, Fold, button, column, label, row
 
@@ -18,7 +19,13 @@ _DTYPES = (("As the base has it", ""), ("bfloat16", "bfloat16"), ("float16", "fl
 
 
 class ExportForm(QWidget):
-    """The first page of the dialog. It writes into the draft as things change."""
+    """The first page of the dialog. It writes into the draft as things change.
+
+    Signals:
+        base_wanted: the 16-bit model that a quantized one was made from is to be used, or to be got.
+    """
+
+    base_wanted = Signal()
 
     def __init__(self, draft: ExportDraft, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -55,21 +62,72 @@ class ExportForm(QWidget):
         fields.addRow(label("Place", tone="muted"), place)
         self.need = label(wrap=True, tone="muted")
         fields.addRow(label("Takes", tone="muted"), self.need)
+        fields.addRow(label("Then", tone="muted"), self._then())
         self.more = Fold("More options", self._more())
         for wrapped in (self.help, self.need):
             # A form gives a wrapped label the height it had at another width.
             wrapped.setMinimumHeight(2 * wrapped.fontMetrics().lineSpacing())
             wrapped.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
         self.note = Banner("info")
+        self.use_base = button("", self.base_wanted.emit)
+        self.base_note = Banner("info")
+        self.base_note.add(self.use_base)
         column(parent=self, spacing=12).addLayout(fields)
         layout = self.layout()
         assert layout is not None
         layout.addWidget(self.more)
         layout.addWidget(self.note)
+        layout.addWidget(self.base_note)
         self.format.currentIndexChanged.connect(self._format_chosen)
         self.name.textChanged.connect(draft.set_name)
         draft.changed.connect(self.show_state)
         self.show_state()
+
+    def _then(self) -> QWidget:
+        """What follows: the certificate, the upload."""
+        options = self._draft.options
+        self.certify = QCheckBox("Compare it with the base and its adapters (certificate)")
+        self.certify.setChecked(options.certify)
+        self.certify.toggled.connect(lambda on: self._set(certify=on))
+        self.text = ElidedLabel("", Qt.TextElideMode.ElideMiddle)
+        self.text.setProperty("tone", "muted")
+        self.own_text = button("Over a text of yours…", self._choose_certificate_text, kind="link")
+        self.our_text = button("Over ours", lambda: self._set(text=""), kind="link")
+        self._texts = QWidget()
+        texts = row(self.text, self.own_text, self.our_text, parent=self._texts, margins=(24, 0, 0, 0))
+        texts.setStretch(0, 1)
+        self.push = QCheckBox("Upload it to the hub")
+        self.push.setChecked(options.push is not None)
+        self.push.toggled.connect(self._push)
+        self.repo = QLineEdit(options.push or "")
+        self.repo.setAccessibleName("Name on the hub")
+        self.repo.setPlaceholderText("user/name")
+        self.repo.textChanged.connect(self._push)
+        self.private = QCheckBox("Private")
+        self.private.setChecked(options.private)
+        self.private.toggled.connect(lambda on: self._set(private=on))
+        self._hub = QWidget()
+        hub = row(self.repo, self.private, parent=self._hub, margins=(24, 0, 0, 0))
+        hub.setStretch(0, 1)
+        holder = QWidget()
+        column(self.certify, self._texts, self.push, self._hub, spacing=4, parent=holder)
+        return holder
+
+    def _set(self, **options: object) -> None:
+        self._draft.set_options(msgspec.structs.replace(self._draft.options, **options))
+
+    def _push(self, _: object = None) -> None:
+        if self.push.isChecked() and not self.repo.text() and not self.repo.hasFocus():
+            self.repo.setText(self._draft.name)  # calls this again
+            return
+        self._set(push=self.repo.text().strip() if self.push.isChecked() else None)
+
+    def _choose_certificate_text(self) -> None:
+        chosen, _ = QFileDialog.getOpenFileName(
+            self, "Text for the certificate", "", "Texts (*.txt *.md);;All files (*)"
+        )
+        if chosen:
+            self._set(text=chosen)
 
     def _more(self) -> QWidget:
         options = self._draft.options
@@ -85,9 +143,9 @@ class ExportForm(QWidget):
         text.setStretch(0, 1)
         self._gguf = QWidget()
         sentence = "Importance matrix: a text like what the model will read, by which quantizing weighs what matters."
-        inner = column(label(sentence, tone="muted", wrap=True), parent=self._gguf)
-        inner.addLayout(text)
-        inner.addWidget(self.modelfile)
+        self._imatrix = QWidget()
+        column(label(sentence, tone="muted", wrap=True), parent=self._imatrix).addLayout(text)
+        column(self._imatrix, self.modelfile, parent=self._gguf)
         self._folder = QWidget()
         form = QFormLayout(self._folder)
         form.setContentsMargins(0, 0, 0, 0)
@@ -112,11 +170,18 @@ class ExportForm(QWidget):
         """Show what follows from the choices."""
         draft = self._draft
         choice = draft.choice
-        folder = draft.format == SAFETENSORS
+        folder = draft.makes_folder
         self.help.setText(choice.help if choice is not None else "")
         self._gguf.setVisible(not folder)
         self._folder.setVisible(folder)
         self.more.setVisible(bool(draft.choices))
+        self._imatrix.setVisible(draft.takes_imatrix)
+        self.dtype.setEnabled(draft.format == SAFETENSORS)
+        self._texts.setVisible(draft.options.certify)
+        self.text.setText(f"Over {Path(draft.options.text).name}" if draft.options.text else "Over a text of ours")
+        self.our_text.setVisible(bool(draft.options.text))
+        self._hub.setVisible(draft.options.push is not None)
+        self._show_base()
         self.imatrix.setText(Path(draft.options.imatrix).name if draft.options.imatrix else "None")
         self.clear_text.setVisible(bool(draft.options.imatrix))
         self.place.setText(str(draft.folder))
@@ -128,6 +193,20 @@ class ExportForm(QWidget):
         self.note.setVisible(bool(text))
         self.note.text.setText(text)
         self.note.set_tone("negative" if problem else "warning" if memory else "info")
+
+    def _show_base(self) -> None:
+        draft = self._draft
+        self.base_note.setVisible(bool(draft.base))
+        here = draft.base_here
+        if not draft.base:
+            return
+        if draft.choices:
+            text = f"{draft.entry.name} was made from {draft.base}. Merged into that, nothing is lost."
+        else:
+            text = f"{draft.base} is in your library." if here is not None else f"{draft.base} can be downloaded."
+        self.base_note.text.setText(text)
+        self.use_base.setText("Use it" if here is not None else "Find it on the hub")
+        self.use_base.setAccessibleName(f"{self.use_base.text()}: {draft.base}")
 
     @Slot(int)
     def _format_chosen(self, _index: int) -> None:

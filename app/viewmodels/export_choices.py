@@ -1,0 +1,162 @@
+"""What a model can be exported to, under which name, and what that takes: as far as the library's entry tells."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from app.core.export_plan import OWN, TYPES
+from app.core.library import ModelEntry, ModelFormat
+from app.core.merge_plan import Packing
+from app.core.stack import AdapterStack
+from app.viewmodels.units import readable_bytes
+
+SAFETENSORS = "safetensors"
+# What becomes of a base that bitsandbytes has packed.
+PACKINGS: dict[str, Packing] = {SAFETENSORS: "refuse", "safetensors-16bit": "16bit", "safetensors-again": "again"}
+FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
+MARGIN = 64 * 1024 * 1024
+
+
+class ExportChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One format. key: of PACKINGS or a GGUF type. title, help: as shown. imatrix: it needs an importance matrix."""
+
+    key: str
+    title: str
+    help: str
+    imatrix: bool = False
+
+
+class ExportNeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What an export takes, in bytes: on disk while it runs, of it the result, in memory; and what is free."""
+
+    disk: int
+    result: int
+    memory: int
+    disk_free: int
+    memory_free: int
+    drive: str = ""
+
+    @property
+    def sentence(self) -> str:
+        between = self.disk - self.result
+        way = f", {readable_bytes(between)} more while it is made" if between > 2 * MARGIN else ""
+        where = f"on the drive of {self.drive}" if self.drive else "there"
+        return (
+            f"About {readable_bytes(self.result)}{way}; {readable_bytes(self.disk_free)} are free {where}. "
+            f"Memory: about {readable_bytes(self.memory)} of {readable_bytes(self.memory_free)} free."
+        )
+
+    @property
+    def problem(self) -> str:
+        if self.disk > self.disk_free:
+            return f"{readable_bytes(self.disk - self.disk_free)} are missing on that drive. Make room, or choose another place."
+        if self.memory > self.memory_free > 0:
+            return "There is less memory free than this takes. Eject the model or close other programs first."
+        return ""
+
+
+def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
+    """Formats that a model can be exported to; none for what cannot."""
+    if entry.problem:
+        return []
+    if entry.format is ModelFormat.BITSANDBYTES and stack.adapters:
+        return [
+            ExportChoice(
+                key="safetensors-16bit",
+                title="Safetensors, in 16 bits",
+                help="The base is unpacked first: what packing had lost of it stays lost, and nothing more is.",
+            ),
+            ExportChoice(
+                key="safetensors-again",
+                title=f"Safetensors, packed again ({entry.quantization or 'bitsandbytes'})",
+                help="As small as the base. Packing rounds what the adapters changed; how much is measured and said at the end.",
+            ),
+        ]
+    if entry.format not in (*FOLDERS, ModelFormat.GGUF):
+        return []
+    found = [
+        ExportChoice(key=each.name, title=f"GGUF {each.name.upper()}", help=each.help, imatrix=each.imatrix)
+        for each in TYPES.values()
+    ]
+    if entry.format in FOLDERS and stack.adapters:
+        sentence = "A model folder like the base's, in its own precision: exact, and every program reads it."
+        found.insert(0, ExportChoice(key=SAFETENSORS, title="Safetensors", help=sentence))
+    elif entry.format is ModelFormat.GGUF and stack.adapters:
+        sentence = "Every tensor keeps its type; what adapters change is quantized to that again."
+        found.insert(0, ExportChoice(key=OWN.name, title=f"GGUF, as the base ({entry.quantization})", help=sentence))
+    return found
+
+
+def refusal(entry: ModelEntry, base: str = "") -> str:
+    """Why a model has no formats to export to. base: the 16-bit model that it was made from, if known."""
+    if entry.problem:
+        return entry.problem
+    of = f": {base}" if base else ""
+    if entry.format is ModelFormat.BITSANDBYTES:
+        return f"{entry.name} is packed by bitsandbytes, and no adapter is on: export the 16-bit model that it was made from{of}."
+    return (
+        f"{entry.name} is quantized ({entry.format.value} {entry.quantization}): a merge into it would be rounded away. "
+        f"Export from the 16-bit model that it was made from{of}."
+    )
+
+
+def default_name(entry: ModelEntry, stack: AdapterStack) -> str:
+    """A name made from the base's and the adapters', as a file may be called."""
+    base = entry.name.rpartition("/")[2].removesuffix(".gguf")
+    if entry.format is ModelFormat.GGUF and entry.quantization:
+        base = re.sub(rf"[-_. ]?{re.escape(entry.quantization)}$", "", base, flags=re.IGNORECASE)
+    names = [base, *(a.name or Path(a.path).stem for a in stack.adapters if a.weight)]
+    joined = "-".join(re.sub(r"[^\w.+-]+", "-", name).strip("-.") for name in names)
+    return joined[:100].strip("-.") or "model"
+
+
+def name_problem(name: str) -> str:
+    """Why a name cannot be that of a file, in a sentence; "" when it can."""
+    if not name:
+        return "It needs a name."
+    if re.search(r'[<>:"/\\|?*\x00-\x1f]', name) or name.strip(". ") != name or len(name) > 120:
+        return 'A name has at most 120 characters, none of < > : " / \\ | ? *, and no point at its ends.'
+    return ""
+
+
+def weights_of(entry: ModelEntry) -> int:
+    """How many weights a model has, as far as its headers tell."""
+    return entry.parameters or (entry.weight_bytes or entry.bytes) // 2
+
+
+def sizes(entry: ModelEntry, key: str, dtype: str = "") -> tuple[int, int]:
+    """Bytes of the result, and of what lies on disk beside it while it is made."""
+    weights = weights_of(entry)
+    if key in PACKINGS:
+        own = entry.weight_bytes or entry.bytes
+        if key == "safetensors-16bit":
+            return weights * 2, 0
+        return (weights * (4 if dtype == "float32" else 2) if dtype else own), 0
+    if key == OWN.name:
+        return entry.bytes, 0
+    kind = TYPES.get(key)
+    if kind is None:
+        return 0, 0
+    result = int(weights * kind.bits / 8)
+    return result, 0 if kind.direct and entry.format is not ModelFormat.GGUF else weights * 2
+
+
+def largest(entry: ModelEntry) -> int:
+    """Bytes of the largest tensor in float32, or a guess at it."""
+    shape = entry.shape
+    widest = max(shape.vocabulary, shape.intermediate)
+    return 4 * widest * shape.hidden if widest and shape.hidden else weights_of(entry) // 10
+
+
+def free_at(folder: Path) -> int:
+    """Bytes free on the drive on which a folder lies, or would lie."""
+    for place in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return 0
