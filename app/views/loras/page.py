@@ -3,61 +3,47 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import QItemSelection, QModelIndex, QPoint, Qt, QTimer, Signal, Slot
-from PySide6.QtGui import QDragEnterEvent, QDropEvent, QGuiApplication, QKeySequence, QShortcut
+from PySide6.QtCore import QItemSelection, QModelIndex, QPoint, Qt, QTimer, Slot
+from PySide6.QtGui import QDragEnterEvent, QDropEvent, QKeySequence, QShortcut
 from PySide6.QtWidgets import QDialog, QFileDialog, QFrame, QLineEdit, QMenu, QSplitter, QStackedWidget, QWidget
 
 from app.core.adapter_import import ImportResult, Outcome
-from app.core.errors import ErrorKind, WeftError
-from app.core.library import AdapterEntry, AdapterFormat, ModelEntry, ModelFormat
-from app.core.paths import resources
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.viewmodels.adapter_details import AdapterStudy
-from app.viewmodels.adapter_facts import files_of, find_duplicates
 from app.viewmodels.adapter_import import AdapterImports, Imported, can_import, given, summary, words
-from app.viewmodels.adapter_jobs import AdapterJobs, Made
+from app.viewmodels.adapter_jobs import AdapterJobs
 from app.viewmodels.adapter_stack import StackModel
 from app.viewmodels.adapter_table import AdapterRole, AdapterTable
 from app.viewmodels.background import Background
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.loadout import Loadout
-from app.viewmodels.model_files import trash_files
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
-from app.viewmodels.units import readable_bytes
-from app.views.dialogs import ConfirmDialog, reveal
 from app.views.icons import icon
-from app.views.loras.combine_sheet import CombineSheet
 from app.views.loras.details import AdapterDetails
+from app.views.loras.keeping import KeepingPage
 from app.views.loras.results import Line, Results
-from app.views.loras.sheets import ConvertSheet
 from app.views.loras.table import AdapterView
 from app.views.model_picker import ModelPicker
-from app.views.page import Notice, Page, PaletteCommand
+from app.views.page import Notice, PaletteCommand
 from app.views.saved_stacks_menu import fill_saved_stacks
 from app.views.widgets import EmptyState, button, column, icon_button, label, local_paths, row, title
 
 FILTER_MS = 80
-CONVERTIBLE = 40  # models that are offered
 
 
-class LorasPage(Page):
+class LorasPage(KeepingPage):
     """Every adapter of the library.
 
     Args:
         refresh: looks at the disk again. make_models: a table of models, to pick one from.
-
-    Signals:
-        compare_wanted(AdapterStack): compare these with the base. export_wanted(ModelEntry or None, AdapterStack): merge and export.
     """
-
-    compare_wanted = Signal(object)
-    export_wanted = Signal(object, object)
 
     def __init__(
         self,
@@ -348,9 +334,6 @@ class LorasPage(Page):
 
     # Using ------------------------------------------------------------------------------------------
 
-    def _is_stacked(self, path: str) -> bool:
-        return any(entry.path == path for entry in self._stack_model.entries)
-
     @Slot()
     def _stack_changed(self) -> None:
         self.table.set_stacked(frozenset(entry.path for entry in self._stack_model.entries))
@@ -451,66 +434,6 @@ class LorasPage(Page):
     def _compare(self, entry: AdapterEntry) -> None:
         self.compare_wanted.emit(AdapterStack(adapters=(StackedAdapter(path=entry.path, name=entry.name),)))
 
-    # Making -----------------------------------------------------------------------------------------
-
-    @Slot()
-    def combine_selected(self) -> None:
-        """Combine what is selected; when that is one, with what is in the stack."""
-        chosen = [(entry, 1.0) for entry in self.chosen if not entry.problem]
-        if len(chosen) < 2 and self._stack_model.entries:
-            known = {entry.path for entry, _ in chosen}
-            weights = {entry.path: entry.weight for entry in self._stack_model.entries}
-            stacked = self._library.adapters_by_id(list(weights))
-            chosen = [(e, weights.get(e.path, w)) for e, w in chosen]
-            chosen += [(entry, weights[entry.path]) for entry in stacked if entry.path not in known]
-        table = AdapterTable(self._library, self._database)
-        sheet = CombineSheet(self._jobs, chosen, table, parent=self.window())
-        table.setParent(sheet)
-        self._show(sheet)
-
-    def resize_rank(self, entry: AdapterEntry) -> None:
-        """Bring an adapter to another rank."""
-        self._show(CombineSheet(self._jobs, [(entry, 1.0)], None, resize=True, parent=self.window()))
-
-    def convert(self, entry: AdapterEntry) -> None:
-        """To GGUF, or from GGUF to PEFT."""
-        back = entry.format is AdapterFormat.GGUF
-        ranked = self.details.ranked if self.details.entry is not None and self.details.entry.id == entry.id else []
-        models = [each.model for each in ranked if not back or each.model.format is not ModelFormat.GGUF][:CONVERTIBLE]
-        if not models:
-            what = "a safetensors model that it fits" if back else "a model that it fits"
-            hint = "Its headers say how the matrices are named and ordered. Download it, then convert."
-            self.failed.emit(WeftError(ErrorKind.NOT_FOUND, f"The library needs {what} to convert {entry.name}.", hint))
-            return
-        suffix = "" if back else ".gguf"
-        text = (
-            "A PEFT folder for transformers and most trainers; the numbers keep their bits."
-            if back
-            else "A .gguf adapter for llama.cpp and programs that are built on it, for this model and its quantizations."
-        )
-        sheet = ConvertSheet(
-            f"Convert {entry.name} to {'PEFT' if back else 'GGUF'}",
-            text,
-            models,
-            self._jobs.free_name(Path(entry.path).stem if back else entry.name.rpartition("/")[2], suffix),
-            lambda name: self._jobs.refusal(name, suffix),
-            lambda model, name: self._jobs.convert(entry, model, name),
-            self.window(),
-        )
-        self._show(sheet)
-
-    def _show(self, sheet: QDialog) -> None:
-        self._dialog = sheet
-        sheet.open()
-
-    @Slot(object)
-    def _made(self, made: Made) -> None:
-        line = Line(name=made.title, text=made.text, tone=made.tone)
-        if made.path:
-            line.action, line.run = "Show", lambda: self.show_adapter(made.path)
-            self._wanted_path = made.path
-        self.results.add(made.title, [line])
-
     # Adding -----------------------------------------------------------------------------------------
 
     @Slot(object)
@@ -547,37 +470,6 @@ class LorasPage(Page):
         return line
 
     @Slot()
-    def find_duplicates(self) -> None:
-        """Look through the library for adapters that hold the same tensors under several names."""
-        self.results.add("Looking for duplicates…", [])
-        database = self._database
-        self._searching.run("duplicates", lambda: find_duplicates(database, self._stop_searching.is_set))
-
-    @Slot(object, object, object)
-    def _duplicates_found(self, _key: object, found: object, error: object) -> None:
-        if isinstance(error, WeftError):
-            if error.kind is not ErrorKind.CANCELLED:
-                self.failed.emit(error)
-            return
-        groups = found if isinstance(found, list) else []
-        lines: list[Line] = []
-        for group in groups:
-            names = ", ".join(entry.name for entry in group[1:])
-            line = Line(name=group[0].name, text=f"The same tensors as {names}.", source=f"duplicates {group[0].id}")
-            line.action, line.run = "Show", lambda adapter=group[0].id: self.show_adapter(adapter)
-            lines.append(line)
-        if not lines:
-            lines = [
-                Line(
-                    name="Duplicates",
-                    text="No two adapters hold the same tensors.",
-                    tone="positive",
-                    source="duplicates",
-                )
-            ]
-        self.results.add("Duplicates", lines)
-
-    @Slot()
     def _add_folder(self) -> None:
         dialog = QFileDialog(self.window(), "Add a folder of adapters", str(Path.home()))
         dialog.setFileMode(QFileDialog.FileMode.Directory)
@@ -596,49 +488,6 @@ class LorasPage(Page):
         dialog.filesSelected.connect(lambda names: self.take([Path(name) for name in names]))
         dialog.open()
 
-    # Menu, name, trash ------------------------------------------------------------------------------
-
-    def make_menu(self, entry: AdapterEntry, parent: QWidget) -> QMenu:
-        """What can be done with an adapter; what cannot says why."""
-        menu = QMenu(parent)
-        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        menu.setToolTipsVisible(True)
-        usable = not entry.problem and not entry.needs_alpha
-        use = menu.addAction(
-            icon("plus"), "Take out" if self._is_stacked(entry.path) else "Use", lambda: self.use(entry)
-        )
-        use.setShortcut("Return")
-        back = entry.format is AdapterFormat.GGUF
-        combine = menu.addAction("Combine…", self.combine_selected)
-        resize = menu.addAction("Change the rank…", lambda: self.resize_rank(entry))
-        convert = menu.addAction("Convert to PEFT…" if back else "Convert to GGUF…", lambda: self.convert(entry))
-        compare = menu.addAction(icon("compare"), "Compare with base", lambda: self._compare(entry))
-        export = menu.addAction(icon("export"), "Merge and export…", lambda: self._export(entry))
-        for each in (use, combine, resize, convert, compare, export):
-            each.setEnabled(usable)
-            each.setToolTip("" if usable else entry.problem or "Its alpha is not recorded: say it first.")
-        menu.addSeparator()
-        menu.addAction(icon("folder"), "Show in file manager", lambda: reveal(Path(entry.path)))
-        menu.addAction(icon("copy"), "Copy path", lambda: QGuiApplication.clipboard().setText(entry.path))
-        rename = menu.addAction(icon("edit"), "Rename", self.rename_selected)
-        rename.setShortcut("F2")
-        rename.setToolTip("Changes the name in the list, not the file's")
-        menu.addSeparator()
-        reason = self._trash_refusal(entry)
-        trash = menu.addAction(icon("trash"), "Move to trash", self.trash_selected)
-        trash.setShortcut("Del")
-        trash.setEnabled(not reason)
-        trash.setToolTip(reason)
-        return menu
-
-    def _export(self, entry: AdapterEntry) -> None:
-        stack = AdapterStack(adapters=(StackedAdapter(path=entry.path, name=entry.name),))
-        ranked = self.details.ranked if self.details.entry is not None and self.details.entry.id == entry.id else []
-        loaded = self._loadout.model
-        fits = [each.model for each in ranked]
-        model = loaded if loaded is not None and any(each.id == loaded.id for each in fits) else None
-        self.export_wanted.emit(model or (fits[0] if fits else loaded), stack)
-
     @Slot(QPoint)
     def _context_menu(self, where: QPoint) -> None:
         index = self.view.indexAt(where)
@@ -649,84 +498,6 @@ class LorasPage(Page):
             if not self.view.selectionModel().isRowSelected(index.row(), QModelIndex()):
                 self.view.setCurrentIndex(index)
             self.make_menu(entry, self).popup(self.view.viewport().mapToGlobal(where))
-
-    @Slot()
-    def rename_selected(self) -> None:
-        """Edit the name that is shown, in its place; the file keeps its own. Empty goes back to that."""
-        if self.selected is not None:
-            self.view.rename(self.view.currentIndex().row())
-
-    @Slot(object, str)
-    def _renamed(self, entry: AdapterEntry, name: str) -> None:
-        if name != entry.name:
-            QTimer.singleShot(0, self, lambda: self.rename(entry, name))  # the table is still closing its editor
-
-    def rename(self, entry: AdapterEntry, name: str) -> None:
-        """Show an adapter under another name from now on."""
-        try:
-            self._library.rename_adapter(entry.id, name)
-        except WeftError as error:
-            self.failed.emit(error)
-            return
-        self.table.refresh()
-
-    def _trash_refusal(self, entry: AdapterEntry) -> str:
-        if resources() in Path(entry.path).parents:
-            return "It belongs to Weft itself, and is only read here."
-        if self._is_stacked(entry.path):
-            return "It is in the stack. Take it out first."
-        return ""
-
-    @Slot()
-    def trash_selected(self) -> None:
-        """Move what is selected to the trash; outside Weft's own folder other programs may need it, so that is asked first."""
-        entries = self.chosen or ([self.selected] if self.selected is not None else [])
-        for entry in entries:
-            if reason := self._trash_refusal(entry):
-                self.notice.emit(Notice(text=f"{entry.name} cannot be moved to the trash. {reason}", tone="warning"))
-                return
-        files = [path for entry in entries for path in files_of(entry)]
-        if not files:
-            return
-        if all(self._imports.folder in path.parents or self._roots.is_own(path) for path in files):
-            self._trash(entries, files)
-            return
-        names = "\n".join(str(path) for path in files[:10])
-        more = f"\n… and {len(files) - 10} more" if len(files) > 10 else ""
-        dialog = ConfirmDialog(
-            f"Move {_names(entries)} to the trash?",
-            f"{names}{more}\n{readable_bytes(sum(entry.bytes for entry in entries))}",
-            "Move to trash",
-            lambda: self._trash(entries, files),
-            self.window(),
-            danger=True,
-            hint="Not all of it lies in Weft's own folder: another program may use it too.",
-        )
-        dialog.no.setDefault(True)
-        self._show(dialog)
-
-    def _trash(self, entries: Sequence[AdapterEntry], files: list[Path]) -> None:
-        if not any(self._is_stacked(entry.path) for entry in entries):  # it may have been put on meanwhile
-            self._background.run(_names(entries), lambda: trash_files(files))
-
-    @Slot(object, object, object)
-    def _trashed(self, name: object, undo: object, error: object) -> None:
-        if isinstance(error, WeftError):
-            self.failed.emit(error)
-        else:
-            run = (lambda: self._undo_trash(undo)) if callable(undo) else None
-            self.notice.emit(Notice(text=f"{name} moved to the trash.", action="Undo" if run else "", run=run))
-        self._refresh()
-
-    def _undo_trash(self, undo: Callable[..., object]) -> None:
-        try:
-            undo()
-        except WeftError as error:
-            self.failed.emit(error)
-        except OSError as error:
-            text = f"It could not be restored: {error}. Take it out of the trash by hand."
-            self.notice.emit(Notice(text=text, tone="negative"))
-        self._refresh()
 
     # Drops ------------------------------------------------------------------------------------------
 
@@ -739,7 +510,3 @@ class LorasPage(Page):
         if self.accepts(paths):
             event.acceptProposedAction()
             self.take(paths)
-
-
-def _names(entries: Sequence[AdapterEntry]) -> str:
-    return entries[0].name if len(entries) == 1 else f"{len(entries)} adapters"
