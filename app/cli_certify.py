@@ -10,7 +10,7 @@ import msgspec
 
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
-from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, lines
+from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, environment_of, lines
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths, resources
 from app.engine.environments import USABLE, Environments
@@ -65,13 +65,6 @@ def certify(
     if environments.state(name) not in USABLE:
         environments.install_for_command_line(name)
     return msgspec.convert(run_task(name, "certify", plan), Certificate)
-
-
-def environment_of(a: CertifySide, b: CertifySide) -> str:
-    """The smallest environment in which both models can be loaded."""
-    if a.is_gguf and b.is_gguf:
-        return "llamacpp"
-    return "export" if a.is_gguf or b.is_gguf else "core"
 
 
 def certify_result(base: CertifySide, made: str, text: str, *, quiet: bool) -> Certificate:

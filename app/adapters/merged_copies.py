@@ -96,7 +96,7 @@ class MergedCopies:
         note = (
             f"llama.cpp cannot add {_listed(why)} while it runs. A merged copy of the model serves "
             f"({folder.stat().st_size / 1e9:.2f} GB in the cache folder): a weight change of "
-            f"{_listed([a.name or Path(a.path).name for a in merged.adapters])} takes {max(made.seconds, 0.1):.1f} s."
+            f"{_listed([a.name or Path(a.path).name for a in merged.adapters])} takes {max(made.seconds, 0.1):.1f} s and loads the model again."
         )
         return Copy(folder, live, [note, *made.notes])
 

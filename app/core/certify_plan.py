@@ -82,6 +82,13 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     files: list[str] = []
 
 
+def environment_of(a: CertifySide, b: CertifySide) -> str:
+    """The smallest environment in which both models can be loaded."""
+    if a.is_gguf and b.is_gguf:
+        return "llamacpp"
+    return "export" if a.is_gguf or b.is_gguf else "core"
+
+
 def lines(found: Certificate) -> list[str]:
     """A certificate in words, a fact a line."""
     return [

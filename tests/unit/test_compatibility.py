@@ -450,3 +450,23 @@ def test_patterns_are_tried_in_their_order() -> None:
         plain = [p if p in special else re.escape(p) for p in patterns]
         expected = next((p for p, e in zip(patterns, plain, strict=True) if re.match(rf"(.*\.)?({e})$", module)), None)
         assert pattern_key(patterns, module) == expected, (module, patterns)
+
+
+def test_what_a_merged_copy_serves_fits_a_gguf(tmp_path: Path) -> None:
+    """Whole modules fit with a warning that tells of the copy; so do pairs of an embedding that is the output head too."""
+    extra = {"base_model.model.lm_head.weight": ("F32", (VOCABULARY, HIDDEN))}
+    made = adapter(tmp_path / "adapter", "llama", extra=extra)
+    found = check_paths(made, gguf_model(tmp_path / "m.gguf", "llama"))
+    assert found.verdict is Verdict.FITS, found.unmatched
+    assert any("merged copy of the model serves it" in warning for warning in found.warnings)
+    tensors = [("token_embd.weight", (HIDDEN, VOCABULARY), 0)]
+    tensors += [
+        (f"blk.{layer}.{GGUF[name]}.weight", (n, out), 0)
+        for layer in range(LAYERS)
+        for name, (out, n) in FAMILIES["llama"][3].items()
+    ]
+    tied = tmp_path / "tied.gguf"
+    tied.write_bytes(gguf_bytes({"general.architecture": "llama"}, tensors))
+    plain = adapter(tmp_path / "plain", "llama")
+    found = check_paths(plain, entry(tied, "llama", (str(tied),), format=ModelFormat.GGUF))
+    assert found.verdict is Verdict.FITS, found.unmatched
