@@ -262,6 +262,7 @@ class House(QObject):
         self.machine.known.connect(self._machine_known)
         self.machine.start()
         self.downloads.open()
+        self.exports.leftovers.look()
         for sentence in (self.database.notice, *self.settings.problems):
             if sentence:
                 self.window.show_notice(Notice(text=sentence, tone="warning"))
@@ -334,6 +335,7 @@ class House(QObject):
             ("previews", self.training.close),
             ("long tasks", self.tasks.close),
             ("jobs", self.jobs.close),
+            ("what merges have left", self.exports.leftovers.close),
             ("engine environments", self.engines.close),
             ("the machine's figures", self.machine.close),
             ("the library", worker.stop if worker is not None else None),

@@ -15,6 +15,7 @@ from app.core.jobs import Job, JobState
 from app.core.library import ModelEntry, ModelFormat
 from app.core.push_plan import PushPlan
 from app.core.stack import AdapterStack
+from app.viewmodels.leftovers import Leftovers
 from app.viewmodels.tasks import parameters_of
 from app.views.page import Notice
 
@@ -42,6 +43,9 @@ class ExportHouse(QObject):
         self.dialog: ExportDialog | None = None
         self._opened = 0
         house.tasks.ended.connect(self._ended)
+        self.leftovers = Leftovers(house.job_store, house.tasks, self._places, self)
+        self.leftovers.found.connect(self._interrupted)
+        house.jobs.removed.connect(self.leftovers.forget)
 
     @Slot()
     def open_loaded(self) -> None:
@@ -113,6 +117,14 @@ class ExportHouse(QObject):
     def _closed(self, number: int, *_: object) -> None:
         if number == self._opened:  # another one may have taken its place
             self.dialog = None
+
+    def _places(self) -> list[Path]:
+        return list(dict.fromkeys([self._models(), *(Path(root.path) for root in self._house.roots.roots())]))
+
+    @Slot(list)
+    def _interrupted(self, jobs: list[Job]) -> None:
+        text = f"{jobs[0].title} was interrupted and can go on." if len(jobs) == 1 else f"{len(jobs)} merges and exports were interrupted and can go on."  # fmt: skip
+        self._house.window.show_notice(Notice(text=text, tone="warning", action="Show", run=self._show_jobs))
 
     def _models(self) -> Path:
         chosen = self._house.settings.settings.downloads

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+import msgspec
+
 from app.core.errors import ErrorKind, WeftError
 
 PREFIX = ".weft-merge-"
-_STATE, _JOURNAL, _LOCK, _MODEL = "state", "journal", "lock", "model"
+LOCK, JOB = "lock", "job"
+_STATE, _JOURNAL, _MODEL = "state", "journal", "model"
 
 
 def boot_id() -> str:
@@ -52,7 +55,7 @@ class Staging:
         while True:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
                 continue  # removed between the two by a merge that ended
             except OSError as error:
@@ -65,7 +68,7 @@ class Staging:
                     "Wait for it, or choose another name.",
                 )
             try:
-                if os.name == "nt" or os.path.samestat(os.fstat(descriptor), (self.root / _LOCK).stat()):
+                if os.name == "nt" or os.path.samestat(os.fstat(descriptor), (self.root / LOCK).stat()):
                     return descriptor
             except OSError:
                 pass  # the folder went away while we waited for its lock: take a new one
@@ -75,8 +78,11 @@ class Staging:
         """Whether an earlier run was killed between giving its result the final name and tidying up."""
         return self._state()[0] == fingerprint and not self.folder.exists() and (self.target / "config.json").is_file()
 
-    def begin(self, fingerprint: str) -> frozenset[int]:
+    def begin(self, fingerprint: str, job: bytes = b"") -> frozenset[int]:
         """Go on with what an earlier run has left, or start anew.
+
+        Args:
+            job: see `job_of`: what is done here, for whoever finds it after a kill.
 
         Returns:
             Numbers of the tensors that are complete already.
@@ -90,12 +96,16 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 (self.root / _JOURNAL).unlink(missing_ok=True)
             self.folder.mkdir(exist_ok=True)
+            if job:
+                write_atomically(self.root / JOB, job)
             # Whatever is not certain to be on the disk is done again, and so does not stand in the new journal.
             lines = "".join(f"{number}\n" for number in sorted(done)) + (f"s{len(done)}\n" if done else "")
             write_atomically(self.root / _JOURNAL, lines.encode())
             write_atomically(self.root / _STATE, f"{fingerprint}\n{boot_id()}\n".encode())
             self._journal = os.open(self.root / _JOURNAL, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
+            if not done:
+                self.discard()
             raise write_error(self.root, error) from error
         return done
 
@@ -174,11 +184,28 @@ class Staging:
     ) -> None:
         self._close_journal()
         try:
-            if [path.name for path in self.root.iterdir()] == [_LOCK]:
+            if [path.name for path in self.root.iterdir()] == [LOCK]:
                 shutil.rmtree(self.root, ignore_errors=True)  # refused before it began
         except OSError:
             pass  # discarded already
         os.close(self._lock)
+
+
+def job_of(task: str, environment: str, plan: msgspec.Struct) -> bytes:
+    """A job as it is noted in its staging folder."""
+    return msgspec.json.encode({"task": task, "environment": environment, "parameters": plan})
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a merge works in a staging folder now; also when that cannot be told."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return True
+    try:
+        return not _locked(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _taken(path: Path) -> int:

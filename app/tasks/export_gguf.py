@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from app.adapters.merge_staging import Staging, fingerprint, require_space, sync_file, sync_folder, write_error
+from app.adapters.merge_staging import Staging, fingerprint, job_of, require_space, sync_file, sync_folder, write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergeAdjustment, MergePlan
@@ -70,7 +70,7 @@ class _Export:
         check_plan(self.plan)
         intermediate = 0
         with Staging(self.target) as staging:
-            staging.begin(self._mark())
+            staging.begin(self._mark(), job_of("export_gguf", "export", self.plan))
             try:
                 made = staging.folder / "model.gguf"
                 if Path(self.plan.model).suffix.lower() == ".gguf":

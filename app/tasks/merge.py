@@ -65,7 +65,7 @@ class _Run:
     def _stream(self, stage: Stage) -> MergeResult:
         from app.adapters.merge_folder import side_files, write_side_files
         from app.adapters.merge_shards import divide, index_of
-        from app.adapters.merge_staging import Staging, require_space, write_atomically, write_error
+        from app.adapters.merge_staging import Staging, job_of, require_space, write_atomically, write_error
         from app.adapters.merge_stream_torch import Merge
         from app.adapters.merge_write_torch import Writer
 
@@ -83,7 +83,7 @@ class _Run:
                     staging.discard()
                     return self._result(merge, total, 0, ["An earlier run had completed it."])
                 check_target(target)
-                done = staging.begin(mark)
+                done = staging.begin(mark, job_of("merge", "core", plan))
                 try:
                     files = sum(shard.size for shard in shards)
                     require_space(staging.root, files + beside + _MARGIN - staging.allocated(), "The merged model")
@@ -169,7 +169,7 @@ class _Run:
     def _with_peft(self, stage: Stage, reason: str) -> MergeResult:
         from app.adapters.merge_folder import write_side_files
         from app.adapters.merge_peft_torch import merge_with_peft
-        from app.adapters.merge_staging import Staging, require_space, write_error
+        from app.adapters.merge_staging import Staging, job_of, require_space, write_error
 
         plan = self.plan
         note = f"Merged by PEFT with the whole model in memory, since streaming could not: {reason}."
@@ -177,7 +177,7 @@ class _Run:
         size = sum(path.stat().st_size for path in stage.weights)
         with Staging(Path(plan.target)) as staging:
             check_target(Path(plan.target))
-            staging.begin("peft")
+            staging.begin("peft", job_of("merge", "core", plan))
             try:
                 require_space(staging.root, size * (2 if plan.dtype == "float32" else 1) + _MARGIN, "The merged model")
                 self.report.progress("Merging with PEFT, the whole model in memory")

@@ -92,6 +92,7 @@ class JobCenter(QObject):
         changed: some job changed; at most a few times a second.
         progressed(name, Progress): an installation came further.
         environment_ready(name), environment_failed(name, WeftError), environment_changed(name): after the fact.
+        removed(Job): an ended one was taken off the list by a person.
     """
 
     changed = Signal()
@@ -99,6 +100,7 @@ class JobCenter(QObject):
     environment_ready = Signal(str)
     environment_failed = Signal(str, object)
     environment_changed = Signal(str)
+    removed = Signal(object)
 
     def __init__(
         self,
@@ -314,6 +316,7 @@ class JobCenter(QObject):
         """Take an ended job off the list; its log stays."""
         if job.state.ended:
             self._store.remove(job.id)
+            self.removed.emit(job)
             self.changed.emit()
 
     def close(self) -> None:

@@ -102,6 +102,15 @@ class TaskQueue(QObject):
         QTimer.singleShot(0, self, self._next)
         return job
 
+    def adopt(self, task: str, title: str, parameters: Mapping[str, Any], *, environment: str, message: str) -> Job:
+        """A job that was interrupted elsewhere, to be started again from the list of jobs. Raises WeftError."""
+        envelope = {"environment": environment, "parameters": parameters}
+        job = self._store.create(task, title, "cpu", msgspec.json.encode(envelope).decode())
+        hint = "Start it again: what was already complete is used."
+        job = self._store.update(job.id, state=JobState.CRASHED, message=message, hint=hint)
+        self.changed.emit()
+        return job
+
     def owns(self, job: Job) -> bool:
         """Whether a job is of this queue's kind."""
         return _envelope(job) is not None
