@@ -229,7 +229,7 @@ def test_a_prompt_that_cannot_be_sent_is_not_lost(room: Room) -> None:
 def test_a_killed_window_loses_at_most_what_came_since_the_last_save(room: Room, qtbot: QtBot) -> None:
     room.controller.send("one")
     room.loadout.say("first ")
-    qtbot.waitUntil(lambda: room.store.messages(1)[1].content == "first ", timeout=2000)
+    qtbot.waitUntil(lambda: room.store.messages(1)[1].content == "first ", timeout=20_000)
     room.loadout.say("lost")
     # The window is gone; another one opens the same store.
     fresh = room.again()
@@ -253,7 +253,7 @@ def test_a_full_disk_is_told_once_and_what_came_is_saved_when_there_is_room(
     qtbot.wait(1300)
     assert len(room.failures) == 1
     monkeypatch.setattr(room.store, "append", append)
-    qtbot.waitUntil(lambda: room.store.messages(1)[1].content == "kept", timeout=2000)
+    qtbot.waitUntil(lambda: room.store.messages(1)[1].content == "kept", timeout=20_000)
 
 
 def test_an_answer_goes_on_into_its_own_conversation(room: Room) -> None:

@@ -424,7 +424,7 @@ def test_the_last_words_are_painted_even_when_the_height_stays(qtbot: QtBot) -> 
     view.feed(" here.")
     view.finish()
     assert view.height_for(600) == height
-    qtbot.waitUntil(lambda: painted[-1:] == ["Drop the LoRA here."], timeout=2000)
+    qtbot.waitUntil(lambda: painted[-1:] == ["Drop the LoRA here."], timeout=20_000)
 
 
 def test_only_what_changes_is_painted_and_that_is_enough(qtbot: QtBot) -> None:
@@ -464,7 +464,7 @@ def test_only_what_changes_is_painted_and_that_is_enough(qtbot: QtBot) -> None:
             checked += _assert_painted(qtbot, screen, view, at)
             view._timer.start(1)
     view.finish()
-    qtbot.waitUntil(lambda: not view.busy, timeout=5000)
+    qtbot.waitUntil(lambda: not view.busy, timeout=20_000)
     qtbot.wait(50)
     assert checked + _assert_painted(qtbot, screen, view, at) > 3
     little = sum(height < 500 for height in areas)

@@ -600,7 +600,7 @@ def test_an_import_that_breaks_is_told_and_lets_go_of_the_database(
     before = len(desk.database._connections)
     monkeypatch.setattr(desk.store, "import_transcripts", broken)
     desk.page.import_([path])
-    desk.qtbot.waitUntil(lambda: len(desk.failures) == 1, timeout=3000)
+    desk.qtbot.waitUntil(lambda: len(desk.failures) == 1, timeout=20_000)
     desk.page.files.wait()
     known = isinstance(error, WeftError)
     assert desk.failures[0].kind is (ErrorKind.BUSY if known else ErrorKind.INTERNAL)
@@ -615,8 +615,8 @@ def test_what_lay_in_the_bin_for_long_is_deleted_once_the_page_is_there(desk: De
     desk.database.execute("UPDATE conversations SET deleted = deleted - ?", (31 * 24 * 3600,))
     before = len(desk.database._connections)
     desk.page.entered()
-    desk.qtbot.waitUntil(lambda: desk.database.row("SELECT count(*) FROM messages") == (0,), timeout=5000)
-    desk.qtbot.waitUntil(lambda: len(desk.database._connections) == before, timeout=2000)
+    desk.qtbot.waitUntil(lambda: desk.database.row("SELECT count(*) FROM messages") == (0,), timeout=20_000)
+    desk.qtbot.waitUntil(lambda: len(desk.database._connections) == before, timeout=20_000)
 
 
 def test_what_new_chats_begin_with_is_chosen_in_the_settings(desk: Desk) -> None:

@@ -158,7 +158,7 @@ def test_cancel(qtbot: QtBot, window: Callable[..., Window]) -> None:
     number = w.worker.send(protocol.Generate(prompt="x"))
     qtbot.waitUntil(lambda: bool(w.of("tokens")), timeout=20_000)
     w.worker.cancel(number)
-    qtbot.waitUntil(lambda: w.ended(number), timeout=1000)
+    qtbot.waitUntil(lambda: w.ended(number), timeout=3000)
     result = w.of("done")[-1][1]
     assert isinstance(result, protocol.Generated) and result.finish_reason == "cancelled"
     assert w.text(number) == words(result.tokens)
@@ -184,13 +184,13 @@ def test_a_death_fails_every_command_and_then_says_how(qtbot: QtBot, window: Cal
     processes = psutil.Process(w.worker.client.pid).children(recursive=True)
     before = w.text(first)
     os.kill(w.worker.client.pid, signal.SIGKILL)
-    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=2000)
+    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=5000)
     assert [number for number, _ in w.of("failed")] == [first, second]
     assert w.text(first).startswith(before)
     exit = w.of("exited")[0][0]
     assert isinstance(exit, EngineExit) and exit.crashed and exit.signal == "SIGKILL"
     assert [entry[0] for entry in w.seen][-1] == "exited"
-    assert w.worker.wait(1000)
+    assert w.worker.wait(5000)
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
     with pytest.raises(WeftError):
         w.worker.send(protocol.Generate(prompt="z"))
@@ -203,7 +203,7 @@ def test_a_stopped_engine_is_shown_and_can_be_killed(qtbot: QtBot, window: Calla
     number = w.worker.send(protocol.Generate(prompt="x"))
     qtbot.waitUntil(lambda: w.of("responsive") == [(False,)], timeout=10_000)
     w.worker.kill()
-    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=2000)
+    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=5000)
     error = dict(w.of("failed"))[number]  # type: ignore[arg-type]
     assert isinstance(error, WeftError) and error.kind is ErrorKind.CANCELLED
 
@@ -222,7 +222,7 @@ def test_a_worker_that_never_started_can_be_stopped(qtbot: QtBot, window: Callab
     w = window(start=False)
     w.worker.stop()
     w.worker.start()  # too late: it ends at once, and says so
-    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=2000)
+    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=5000)
     assert w.worker.client.pid == 0
 
 
@@ -231,10 +231,10 @@ def test_an_engine_that_cannot_start_says_why(qtbot: QtBot, window: Callable[...
     w.worker.client.python = Path("/nowhere/python")
     number = w.worker.send(protocol.Load(model=fake_model()))
     w.worker.start()
-    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=5000)
+    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=20_000)
     error = dict(w.of("failed"))[number]  # type: ignore[arg-type]
     assert isinstance(error, WeftError) and error.kind is ErrorKind.ENVIRONMENT and error.hint
-    assert w.worker.wait(1000)
+    assert w.worker.wait(5000)
 
 
 def test_a_defect_of_the_worker_does_not_vanish(
@@ -245,7 +245,7 @@ def test_a_defect_of_the_worker_does_not_vanish(
 
     monkeypatch.setattr(EngineWorker, "_pass_on", broken)
     w = window()
-    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=5000)
+    qtbot.waitUntil(lambda: bool(w.of("exited")), timeout=20_000)
     exit = w.of("exited")[0][0]
     assert isinstance(exit, EngineExit) and exit.error.kind is ErrorKind.INTERNAL and "a defect" in exit.error.message
     assert "ZeroDivisionError" in exit.log_tail

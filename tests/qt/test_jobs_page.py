@@ -106,11 +106,11 @@ def test_installs_one_after_the_other(yard: Yard, qtbot: QtBot) -> None:
     center.install("core")  # under way already
     assert [worker.name for worker in yard.made] == ["core"]
     assert center.waiting == ["llamacpp"]
-    with qtbot.waitSignal(center.environment_ready, timeout=3000) as ready:
+    with qtbot.waitSignal(center.environment_ready, timeout=20_000) as ready:
         yard.made[0].end = "well"
     assert ready.args == ["core"]
-    qtbot.waitUntil(lambda: len(yard.made) == 2, timeout=3000)
-    with qtbot.waitSignal(center.environment_failed, timeout=3000) as failed:
+    qtbot.waitUntil(lambda: len(yard.made) == 2, timeout=20_000)
+    with qtbot.waitSignal(center.environment_failed, timeout=20_000) as failed:
         yard.made[1].end = "badly"
     assert failed.args is not None
     assert failed.args[1].message == "No network."
@@ -132,18 +132,18 @@ def test_page_shows_progress_cancels_and_retries(yard: Yard, qtbot: QtBot) -> No
     assert page._stack.currentWidget() is page._empty
     yard.center.install("core")
     qtbot.waitUntil(
-        lambda: "45.0 MB of 100 MB" in str(page.table.index(0, 2).data() if page.table.jobs else ""), timeout=3000
+        lambda: "45.0 MB of 100 MB" in str(page.table.index(0, 2).data() if page.table.jobs else ""), timeout=20_000
     )
     assert page.cancel.isVisible()
     assert not page.retry.isVisible()
     page.cancel.click()
-    qtbot.waitUntil(lambda: bool(page.table.jobs) and page.table.jobs[0].state is JobState.CANCELLED, timeout=3000)
+    qtbot.waitUntil(lambda: bool(page.table.jobs) and page.table.jobs[0].state is JobState.CANCELLED, timeout=20_000)
     assert page.retry.isVisible()
     page.retry.click()
-    qtbot.waitUntil(lambda: len(page.table.jobs) == 2, timeout=3000)
+    qtbot.waitUntil(lambda: len(page.table.jobs) == 2, timeout=20_000)
     assert environment_of(page.table.jobs[0]) == "core"
     yard.made[-1].end = "badly"
-    qtbot.waitUntil(lambda: page.table.jobs[0].state is JobState.FAILED, timeout=3000)
+    qtbot.waitUntil(lambda: page.table.jobs[0].state is JobState.FAILED, timeout=20_000)
     assert page._problem.isVisible()
     assert page._problem.text.text() == "No network. Retry."
     page.remove.click()
@@ -157,12 +157,12 @@ def test_log_is_followed(qtbot: QtBot, tmp_path: Path) -> None:
     view.show()
     view.show_log(path)
     path.write_text("first line\n")
-    qtbot.waitUntil(lambda: "first line" in view.box.toPlainText(), timeout=3000)
+    qtbot.waitUntil(lambda: "first line" in view.box.toPlainText(), timeout=20_000)
     with path.open("a") as file:
         file.write("second line\n")
-    qtbot.waitUntil(lambda: "second line" in view.box.toPlainText(), timeout=3000)
+    qtbot.waitUntil(lambda: "second line" in view.box.toPlainText(), timeout=20_000)
     path.write_text("new\n")
-    qtbot.waitUntil(lambda: view.box.toPlainText() == "new", timeout=3000)
+    qtbot.waitUntil(lambda: view.box.toPlainText() == "new", timeout=20_000)
 
 
 def test_pace_and_words() -> None:
@@ -230,8 +230,8 @@ def test_settings_page_engines_and_switches(yard: Yard, rooms: Rooms, qtbot: QtB
     assert card.install.isVisibleTo(page)
     assert not card.remove.isVisibleTo(page)
     card.install.click()
-    qtbot.waitUntil(lambda: card.cancel.isVisibleTo(page), timeout=2000)
+    qtbot.waitUntil(lambda: card.cancel.isVisibleTo(page), timeout=20_000)
     card.cancel.click()
-    qtbot.waitUntil(lambda: card.install.isVisibleTo(page), timeout=3000)
+    qtbot.waitUntil(lambda: card.install.isVisibleTo(page), timeout=20_000)
     page.appearance.setCurrentIndex(page.appearance.findData("dark"))
     assert rooms.settings.load().appearance == "dark"

@@ -61,7 +61,7 @@ def test_load_generate_unload(rooms: Rooms, qtbot: QtBot) -> None:
     loadout.unload()
     assert loadout.state is LoadoutState.EMPTY
     assert loadout.model is None
-    qtbot.waitUntil(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, timeout=3000)
+    qtbot.waitUntil(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, timeout=20_000)
 
 
 def test_request_during_load_waits_for_it(rooms: Rooms, qtbot: QtBot) -> None:
@@ -83,7 +83,7 @@ def test_cancel_of_a_load(rooms: Rooms, qtbot: QtBot) -> None:
     loadout.cancel_load()
     assert loadout.state is LoadoutState.EMPTY
     assert loadout.model is not None
-    qtbot.waitUntil(lambda: len(failures) == 1, timeout=2000)
+    qtbot.waitUntil(lambda: len(failures) == 1, timeout=20_000)
     assert failures[0].kind is ErrorKind.CANCELLED
 
 
@@ -109,7 +109,7 @@ def test_crash_is_told_and_the_next_request_starts_again(rooms: Rooms, qtbot: Qt
     loadout.failed.connect(lambda number, error: ended.append((number, error)))
     with qtbot.waitSignal(loadout.crashed, timeout=15_000) as crash:
         first = loadout.generate(ASK)
-    qtbot.waitUntil(lambda: len(ended) == 1, timeout=2000)
+    qtbot.waitUntil(lambda: len(ended) == 1, timeout=20_000)
     assert ended[0][0] == first
     assert ended[0][1].kind is ErrorKind.CRASHED
     assert crash.args is not None
@@ -134,7 +134,7 @@ def test_four_crashes_stop_the_restarts_and_say_so(rooms: Rooms, qtbot: QtBot) -
         assert crash.args[0].again is again
         qtbot.wait(10)
     made = len(rooms.made)
-    with qtbot.waitSignal(loadout.failed, timeout=3000) as refused:
+    with qtbot.waitSignal(loadout.failed, timeout=20_000) as refused:
         loadout.generate(ASK)
     assert refused.args is not None
     assert "4 times" in refused.args[1].message
@@ -155,7 +155,7 @@ def test_too_big_is_asked_before_anything_starts(rooms: Rooms, qtbot: QtBot) -> 
     rooms.free = GB
     loadout = rooms.loadout()
     entry = model(size=8 * GB)
-    with qtbot.waitSignal(loadout.fit_asked, timeout=1000) as asked:
+    with qtbot.waitSignal(loadout.fit_asked, timeout=20_000) as asked:
         loadout.load(entry)
     assert not rooms.made
     assert asked.args is not None
@@ -173,7 +173,7 @@ def test_a_damaged_model_is_refused_before_the_working_one_goes(rooms: Rooms, qt
     session = loadout._session
     damaged = model("broken", problem="The file is cut short.")
     for pick in (loadout.select, loadout.load):
-        with qtbot.waitSignal(loadout.load_failed, timeout=1000) as failed:
+        with qtbot.waitSignal(loadout.load_failed, timeout=20_000) as failed:
             pick(damaged)
         assert failed.args is not None
         assert "cut short" in failed.args[0].message
@@ -194,7 +194,7 @@ def test_a_model_that_no_loader_takes_leaves_the_working_one(rooms: Rooms, qtbot
     with pytest.raises(WeftError):
         loadout.planner.choose_loader(strange)
     for pick in (loadout.select, loadout.load):
-        with qtbot.waitSignal(loadout.load_failed, timeout=1000):
+        with qtbot.waitSignal(loadout.load_failed, timeout=20_000):
             pick(strange)
         assert loadout.state is LoadoutState.READY and loadout._session is session and loadout.model == model()
     with qtbot.waitSignal(loadout.finished, timeout=10_000):
@@ -206,7 +206,7 @@ def test_waits_for_its_environment(rooms: Rooms, qtbot: QtBot) -> None:
     entry = model()
     environment = loadout.planner.choose_loader(entry).environment
     rooms.environments.missing.add(environment)
-    with qtbot.waitSignal(loadout.environment_wanted, timeout=1000) as wanted:
+    with qtbot.waitSignal(loadout.environment_wanted, timeout=20_000) as wanted:
         loadout.load(entry)
     assert wanted.args == [environment]
     assert loadout.state is LoadoutState.STARTING
@@ -236,7 +236,7 @@ def test_select_without_autoload_waits(rooms: Rooms) -> None:
 
 def test_no_model_is_said_later_never_from_within(rooms: Rooms, qtbot: QtBot) -> None:
     loadout = rooms.loadout()
-    with qtbot.waitSignal(loadout.failed, timeout=1000) as failed:
+    with qtbot.waitSignal(loadout.failed, timeout=20_000) as failed:
         number = loadout.generate(ASK)
     assert failed.args is not None
     assert failed.args[0] == number
@@ -407,7 +407,7 @@ def test_a_ticked_option_asks_before_anything_starts(
     rooms: Rooms, qtbot: QtBot, coded: ModelEntry, sent: list[Load]
 ) -> None:
     loadout = rooms.loadout()
-    with qtbot.waitSignal(loadout.code_asked, timeout=1000) as asked:
+    with qtbot.waitSignal(loadout.code_asked, timeout=20_000) as asked:
         loadout.load(coded, None, {"trust_remote_code": True})
     assert asked.args is not None
     question: CodeQuestion = asked.args[0]
@@ -431,7 +431,7 @@ def test_a_refusal_asks_for_the_code_and_the_yes_loads_it(
     assert asked.args is not None
     question: CodeQuestion = asked.args[0]
     assert not sent[-1].trust_remote_code
-    qtbot.waitUntil(lambda: bool(ended), timeout=2000)
+    qtbot.waitUntil(lambda: bool(ended), timeout=20_000)
     assert ended[0][2].kind is ErrorKind.UNSUPPORTED
     rooms.script = Script()
     loadout.planner.allow_code(question.entry, question.digest)

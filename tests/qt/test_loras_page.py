@@ -360,11 +360,11 @@ def test_sorted_and_filtered_by_the_store(loras: Loras, qtbot: QtBot, tmp_path: 
     page.view.sortByColumn(FITS, Qt.SortOrder.AscendingOrder)  # not in the index: the order stays
     assert loras.names() == ["small", "big"]
     qtbot.keyClicks(page.field, "k_proj")
-    qtbot.waitUntil(lambda: loras.names() == ["small"], timeout=2000)
+    qtbot.waitUntil(lambda: loras.names() == ["small"], timeout=20_000)
     page.field.setText("nothing like it")
-    qtbot.waitUntil(lambda: page._pages.currentWidget() is page._nothing, timeout=2000)
+    qtbot.waitUntil(lambda: page._pages.currentWidget() is page._nothing, timeout=20_000)
     qtbot.keyClick(page.field, Qt.Key.Key_Escape)
-    qtbot.waitUntil(lambda: len(loras.names()) == 2, timeout=2000)
+    qtbot.waitUntil(lambda: len(loras.names()) == 2, timeout=20_000)
 
 
 def test_fits_are_counted_behind_and_anew_when_models_come(loras: Loras, qtbot: QtBot) -> None:
@@ -672,7 +672,7 @@ def test_a_name_of_ones_own_stays_over_scans_and_is_found(
     assert editor is not None
     editor.setText("Captain")
     qtbot.keyClick(editor, Qt.Key.Key_Return)
-    qtbot.waitUntil(lambda: loras.names() == ["Captain"], timeout=2000)
+    qtbot.waitUntil(lambda: loras.names() == ["Captain"], timeout=20_000)
     loras.index()
     assert loras.names() == ["Captain"]
     assert loras.rooms.library.find_adapter("captain").path == str(loras.folder / "plain")

@@ -45,7 +45,7 @@ def set_number(form: OptionsForm, name: str, value: float) -> None:
 
 def test_only_changed_fields_and_back_to_default(form: OptionsForm, qtbot: QtBot) -> None:
     assert form.values() == {}
-    with qtbot.waitSignal(form.changed, timeout=500):
+    with qtbot.waitSignal(form.changed, timeout=20_000):
         set_number(form, "count", 20)
     assert form.values() == {"count": 20}
     assert isinstance(form.values()["count"], int)

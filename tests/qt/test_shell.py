@@ -179,7 +179,7 @@ def test_errors_show_message_hint_and_can_be_copied(window: MainWindow, qtbot: Q
     first._copy()
     assert QGuiApplication.clipboard().text() == "a.gguf is cut short.\n\nDownload it again."
     first.reject()
-    qtbot.waitUntil(lambda: window.dialog is not None and window.dialog is not first, timeout=2000)
+    qtbot.waitUntil(lambda: window.dialog is not None and window.dialog is not first, timeout=20_000)
     assert isinstance(window.dialog, ErrorDialog)
     assert window.dialog.error.message == "No answer."
     window.dialog.reject()
@@ -312,7 +312,7 @@ def test_a_start_that_fails_says_why_and_leaves_no_empty_frame(
     assert isinstance(application, QApplication)
     start = bootstrap.Start(application, default_paths(), None, [])  # type: ignore[arg-type]
     qtbot.addWidget(start.window)
-    qtbot.waitUntil(lambda: start.status == 1, timeout=5000)
+    qtbot.waitUntil(lambda: start.status == 1, timeout=20_000)
     assert not start.window.isVisible()
     assert said in capsys.readouterr().err
     start.close()
@@ -398,7 +398,7 @@ def test_settings_name_every_folder_differently_and_look_at_what_is_added(
     house.window.show_page("settings")
     page = house.window.page("settings")
     page._folders_chosen([str(lone)])  # type: ignore[attr-defined]
-    qtbot.waitUntil(lambda: bool(house.window.toasts.shown), timeout=5000)
+    qtbot.waitUntil(lambda: bool(house.window.toasts.shown), timeout=20_000)
     notice = house.window.toasts.shown[-1].notice
     assert notice.tone == "warning" and "lone.gguf" in notice.text and notice.action == "Undo"
     titles = [page._root_title(root) for root in house.roots.roots()]  # type: ignore[attr-defined]
@@ -498,7 +498,7 @@ def test_machine_is_measured_off_the_window_s_thread(qtbot: QtBot, monkeypatch: 
     began = time.perf_counter()
     assert watch.now().ram_free == 0  # not known yet
     assert time.perf_counter() - began < 0.05
-    with qtbot.waitSignal(watch.known, timeout=5000):
+    with qtbot.waitSignal(watch.known, timeout=20_000):
         release.set()
     assert watch.now() is figures
     assert watch.measured() is figures

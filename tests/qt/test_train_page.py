@@ -145,7 +145,7 @@ class Bench:
         """Model and data chosen, the preview answered."""
         self.draft.set_model(trainable())
         self.draft.add_files([self.data])
-        qtbot.waitUntil(lambda: bool(self.lane.asked), timeout=5000)
+        qtbot.waitUntil(lambda: bool(self.lane.asked), timeout=20_000)
         self.lane.answer(preview())
 
     def start(self, qtbot: QtBot) -> Job:
@@ -224,7 +224,7 @@ def test_a_changed_column_reads_the_data_again(bench: Bench, qtbot: QtBot) -> No
     bench.prepare(qtbot)
     asked = len(bench.lane.asked)
     bench.draft.set_mapping({"completion": "note"})
-    qtbot.waitUntil(lambda: len(bench.lane.asked) > asked, timeout=5000)
+    qtbot.waitUntil(lambda: len(bench.lane.asked) > asked, timeout=20_000)
     assert bench.lane.asked[-1].data.mapping == {"completion": "note"}
     assert "Reading the data" in bench.page.setup.preview.summary.text()
     bench.lane.failed.emit(bench.lane.asked[-1], WeftError(ErrorKind.CORRUPT, "It is damaged.", "Save it again."))
@@ -236,7 +236,7 @@ def test_answers_to_older_questions_are_not_shown(bench: Bench, qtbot: QtBot) ->
     bench.prepare(qtbot)
     old = bench.lane.asked[-1]
     bench.draft.set_values("train", {"max_length": 64})
-    qtbot.waitUntil(lambda: bench.lane.asked[-1] != old, timeout=5000)
+    qtbot.waitUntil(lambda: bench.lane.asked[-1] != old, timeout=20_000)
     bench.lane.answered.emit(old, msgspec.to_builtins(preview(rows=99)))
     assert "Reading the data" in bench.page.setup.preview.summary.text()
 
@@ -276,7 +276,7 @@ def test_a_run_is_submitted_with_absolute_paths_and_watched(bench: Bench, qtbot:
     asked = TrainNews(kind="samples", step=2, samples=(("Who?", "Ahoy."),))
     queue.news.emit(job.id, msgspec.json.encode(asked).decode())
     queue.news.emit(job.id, "not json")
-    qtbot.waitUntil(lambda: "1,234 tokens/s" in view.figures.text(), timeout=5000)
+    qtbot.waitUntil(lambda: "1,234 tokens/s" in view.figures.text(), timeout=20_000)
     assert (
         "loss 1" in view.figures.text()
         and "held out 1.5" in view.figures.text()
@@ -285,7 +285,7 @@ def test_a_run_is_submitted_with_absolute_paths_and_watched(bench: Bench, qtbot:
     assert "train: 1" in view.loss.accessibleDescription() and "Ahoy." in view.samples.toPlainText()
     view.pause.click()
     queue.news.emit(job.id, msgspec.json.encode(TrainNews(kind="state", text="paused")).decode())
-    qtbot.waitUntil(lambda: view.pause.text() == "Go on", timeout=5000)
+    qtbot.waitUntil(lambda: view.pause.text() == "Go on", timeout=20_000)
     view.pause.click()
     view.stop.click()
     assert [what["action"] for _, what in queue.told] == ["pause", "resume", "stop"]
@@ -294,7 +294,7 @@ def test_a_run_is_submitted_with_absolute_paths_and_watched(bench: Bench, qtbot:
         adapter="x", ended="stopped", steps=3, losses=(2.0, 1.5, 1.0), held_out_losses=((0, 2.1), (2, 1.5))
     )
     queue.end(job.id, JobState.DONE, result)
-    qtbot.waitUntil(lambda: view.use.isVisible(), timeout=5000)
+    qtbot.waitUntil(lambda: view.use.isVisible(), timeout=20_000)
     assert "Stopped by you" in view.note.text.text() and not view.resume.isVisible()
     used: list[str] = []
     bench.page.use_wanted.connect(used.append)
@@ -307,7 +307,7 @@ def test_a_cancelled_run_resumes_with_its_curves(bench: Bench, qtbot: QtBot) -> 
     bench.queue.metric.emit(job.id, 1, {"loss": 3.0})
     view = bench.page.run
     view.cancel.click()
-    qtbot.waitUntil(lambda: view.resume.isVisible(), timeout=5000)
+    qtbot.waitUntil(lambda: view.resume.isVisible(), timeout=20_000)
     assert "checkpoints are kept" in view.note.text.text()
     view.resume.click()
     assert ("retry", job.id) in bench.queue.told and view.job is not None and view.job.id != job.id
@@ -319,7 +319,7 @@ def test_a_failure_says_what_to_do_and_settings_can_be_used_again(bench: Bench, 
     job = bench.start(qtbot)
     bench.queue.end(job.id, JobState.FAILED, None, WeftError(ErrorKind.OUT_OF_MEMORY, "Too large.", "A smaller batch."))
     view = bench.page.run
-    qtbot.waitUntil(lambda: "A smaller batch." in view.note.text.text(), timeout=5000)
+    qtbot.waitUntil(lambda: "A smaller batch." in view.note.text.text(), timeout=20_000)
     bench.draft.set_values("method", {})
     view.again.click()
     assert bench.page.stack.currentWidget() is bench.page.setup and bench.page.setup.method_form.values() == {"r": 5}
@@ -335,7 +335,7 @@ def test_several_runs_lie_in_one_chart(bench: Bench, qtbot: QtBot) -> None:
     second = bench.store.jobs()[0]
     bench.queue.metric.emit(second.id, 1, {"loss": 2.0})
     bench.page.list.selectAll()
-    qtbot.waitUntil(lambda: bench.page.run.loss.accessibleDescription().count("train") + 1 >= 2, timeout=5000)
+    qtbot.waitUntil(lambda: bench.page.run.loss.accessibleDescription().count("train") + 1 >= 2, timeout=20_000)
     described = bench.page.run.loss.accessibleDescription()
     assert ": 3" in described and ": 2" in described
     bench.page._remove([bench.store.get(first.id)])
@@ -373,7 +373,7 @@ def test_the_models_own_modules_are_offered(bench: Bench, qtbot: QtBot) -> None:
 def test_the_first_rows_are_shown_before_all_are_read(bench: Bench, qtbot: QtBot) -> None:
     bench.draft.set_model(trainable())
     bench.draft.add_files([bench.data])
-    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=5000)
+    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=20_000)
     bench.lane.answer(preview(partial=True))
     bench.lane.answer_modules()
     first, whole = bench.lane.asked
@@ -389,7 +389,7 @@ def test_the_first_rows_are_shown_before_all_are_read(bench: Bench, qtbot: QtBot
 def test_columns_are_asked_for_where_they_are_not_recognised(bench: Bench, qtbot: QtBot) -> None:
     bench.draft.set_model(trainable())
     bench.draft.add_files([bench.data])
-    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=5000)
+    qtbot.waitUntil(lambda: bool(bench.lane.asked), timeout=20_000)
     unknown = FileReport(file="/x/a.csv", columns=("frage", "antwort"), problem="Its format is not recognised.")
     bench.lane.answer(preview(files=[unknown], rows=5, kept=0, examples=0))
     form = bench.page.setup.columns
@@ -401,7 +401,7 @@ def test_columns_are_asked_for_where_they_are_not_recognised(bench: Bench, qtbot
         combo = form.combos[field]
         combo.setCurrentIndex(combo.findData(column))
         combo.activated.emit(combo.currentIndex())
-    qtbot.waitUntil(lambda: bench.lane.asked[-1].data.mapping != {}, timeout=5000)
+    qtbot.waitUntil(lambda: bench.lane.asked[-1].data.mapping != {}, timeout=20_000)
     asked = bench.lane.asked[-1].data
     assert asked.format == "prompt_completion" and asked.mapping == {"prompt": "frage", "completion": "antwort"}
     bench.draft.remove_file(str(bench.data))
@@ -497,14 +497,14 @@ def test_a_run_is_saved_opened_and_exported(bench: Bench, qtbot: QtBot, tmp_path
     bench.page.notice.connect(told.append)
     bench.page.failed.connect(told.append)
     setup.save_run(tmp_path / "my run")
-    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    qtbot.waitUntil(lambda: bool(told), timeout=20_000)
     config = run_file.read(tmp_path / "my run.toml")
     assert config == bench.draft.config()
     bench.draft.set_values("method", {})
     bench.draft.remove_file(str(bench.data), held_out=True)
     assert bench.page.accepts([tmp_path / "my run.toml"])
     bench.page.take([tmp_path / "my run.toml"])
-    qtbot.waitUntil(lambda: bench.draft.values["method"] == {"r": 5, "init": "pissa"}, timeout=5000)
+    qtbot.waitUntil(lambda: bench.draft.values["method"] == {"r": 5, "init": "pissa"}, timeout=20_000)
     assert bench.draft.held_out_files == (str(bench.data),)
     folder = tmp_path / "weights"
     folder.mkdir()
@@ -517,12 +517,12 @@ def test_a_run_is_saved_opened_and_exported(bench: Bench, qtbot: QtBot, tmp_path
     assert "torch==" in (tmp_path / "away" / "requirements.txt").read_text()
     told.clear()
     setup.export_run(tmp_path / "away")
-    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    qtbot.waitUntil(lambda: bool(told), timeout=20_000)
     assert isinstance(told[0], WeftError) and "there already" in told[0].message
     (tmp_path / "bad.toml").write_text("[train]\nepoch = 3")
     told.clear()
     bench.page.take([tmp_path / "bad.toml"])
-    qtbot.waitUntil(lambda: bool(told), timeout=5000)
+    qtbot.waitUntil(lambda: bool(told), timeout=20_000)
     assert "epochs" in told[0].hint
     menu = setup.open_menu()
     assert [action.isEnabled() for action in menu.actions()] == [True, True, True]
@@ -539,7 +539,7 @@ def test_checkpoints_of_a_run_that_is_removed_go_into_the_trash(
     left.mkdir()
     bench.queue.end(job.id, JobState.CRASHED, None, WeftError(ErrorKind.CRASHED, "It died.", ""))
     assert bench.page.run.resume.isVisible()
-    with qtbot.waitSignal(bench.page._runs.trashed, timeout=5000):
+    with qtbot.waitSignal(bench.page._runs.trashed, timeout=20_000):
         bench.page._remove([bench.store.get(job.id)], checkpoints=True)
     assert gone == [[left]] and bench.page.list.count() == 0
 
