@@ -157,6 +157,30 @@ class ModelStack:
             if baked:
                 self._bake(progress)
 
+    def check(self, stacks: Sequence[AdapterStack], progress: Callable[[str, float, float], None]) -> None:
+        """Raise WeftError where `set` would for one of these; the stack stays what it is."""
+        from app.adapters.tensors_torch import open_adapter
+
+        live = self._live
+        for stack in stacks:
+            weights, names = _wanted(stack)
+            if _repeated(weights, names) != self._layers.ranges:  # another model: what can be told without making it
+                for path, _ in names.values():
+                    opened = open_adapter(path)
+                    for module in opened.file.modules.values():
+                        for lora in module.loras:
+                            opened.read(lora.a)
+                            opened.read(lora.b)
+            elif any(key not in live.weights for key in names):
+                present, baked = dict(live.weights), live.baked
+                with self._baked_again_if_refused(progress):
+                    _, added = self._add(names, progress)
+                for key in added:
+                    live.discard(key)
+                live.apply(present)
+                if baked:
+                    self._bake(progress)
+
     def _add(
         self, names: dict[str, tuple[Path, str]], progress: Callable[[str, float, float], None]
     ) -> tuple[list[str], list[str]]:

@@ -80,12 +80,22 @@ class LlamaStack:
         if library.llama_set_adapters_lora(self._context, pointers, len(keys), scales):
             raise WeftError(ErrorKind.INTERNAL, "llama.cpp did not take the adapters.", "Load the model again.")
 
-    def _open(self, path: Path) -> tuple[Any, list[str]]:
+    def check(self, stack: AdapterStack) -> None:
+        """Raise WeftError where `set` would, without adding anything to the model."""
+        for adapter in stack.adapters:
+            path = Path(adapter.path)
+            if f"{path}\0{signature(path)}" not in self._loaded:
+                self._file(path)
+
+    def _file(self, path: Path) -> tuple[Path, list[str]]:
+        """The GGUF file that the library reads, made where the adapter is of another format; and notes."""
         if path.suffix.lower() == ".gguf":
             self._check(path)
-            file, notes = path, []
-        else:
-            file, notes = converted(path, self._base, cache_folder())
+            return path, []
+        return converted(path, self._base, cache_folder())
+
+    def _open(self, path: Path) -> tuple[Any, list[str]]:
+        file, notes = self._file(path)
         pointer = self._library.llama_adapter_lora_init(self._model, os.fsencode(file))
         if not pointer:
             raise WeftError(

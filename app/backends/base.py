@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -103,6 +103,9 @@ class Backend(abc.ABC):
                 cannot says so in a warning, and serves the stack live.
         """
         raise NotImplementedError
+
+    def check_adapters(self, stacks: Sequence[AdapterStack], report: Report) -> None:  # noqa: B027 (none need answer)
+        """Raise what `set_adapters` would for one of these, and change nothing: asked before rows are answered in turn."""
 
     def score(self, request: Score, report: Report) -> Scored:
         """Perplexity of a text. Loaders without PERPLEXITY in their SPEC are never asked."""

@@ -291,6 +291,21 @@ class Backend(BaseBackend):
         for note in self._set_stack(adapters, report):
             report.log("warning", note)
 
+    def check_adapters(self, stacks: Sequence[AdapterStack], report: Report) -> None:
+        self._require_model()
+        for stack in stacks:
+            # A merged copy that a stack needs is made now, and found again when its turn comes.
+            self._live().check(self._copy(stack, report).live)
+
+    def _live(self) -> Any:
+        """The live part of the stack; empty when nothing has been added yet."""
+        from app.adapters.llama_stack import LlamaStack
+
+        if self._stack is None:
+            pointers = self._model.pointer, self._context.pointer
+            self._stack = LlamaStack(self._library, *pointers, self._model.path, self._log.reason)
+        return self._stack
+
     def _set_stack(self, adapters: AdapterStack, report: Report) -> list[str]:
         """Replace the stack; what was read under another one is forgotten. Returns sentences worth showing."""
         copy = self._copy(adapters, report)
@@ -336,13 +351,8 @@ class Backend(BaseBackend):
 
     def _use(self, copy: Any, adapters: AdapterStack, report: Report) -> list[str]:
         """Add what is live of a stack to the file that is loaded for it."""
-        from app.adapters.llama_stack import LlamaStack
-
-        if self._stack is None:
-            pointers = self._model.pointer, self._context.pointer
-            self._stack = LlamaStack(self._library, *pointers, self._model.path, self._log.reason)
         self._log.clear()
-        stale, notes = self._stack.set(copy.live, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
+        stale, notes = self._live().set(copy.live, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
         if stale:
             self._context.clear()
         self.stack = adapters

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +178,9 @@ class Backend(base.Backend):
         if was_baked != self.baked:
             _give_back()
         return notes
+
+    def check_adapters(self, stacks: Sequence[AdapterStack], report: Report) -> None:
+        self._model_stack().check(stacks, lambda phase, done, of: report.progress(phase, done, of, "modules"))
 
     @contextmanager
     def _rows(self, request: GenerateBatch, report: Report) -> Iterator[tuple[str, Callable[[list[int]], None]]]:

@@ -69,7 +69,7 @@ def answer_in_turn(backend: Any, batch: GenerateBatch, report: Report, note: str
     """Set each row's stack and generate; the stack that was on is on again afterwards, whatever happened.
 
     Rows of the same stack follow each other, beginning with the stack that is on, so that what their prompts share is read
-    once. When cancelled, rows that had not begun come back with no tokens.
+    once. When cancelled, rows that had not begun come back with no tokens. A stack that is refused is so before any row begins.
 
     Args:
         backend: a backends.base.Backend; its `stack` and `baked` say what is on.
@@ -79,6 +79,9 @@ def answer_in_turn(backend: Any, batch: GenerateBatch, report: Report, note: str
     numbers = sorted(range(len(batch.rows)), key=lambda n: _first_of(batch.rows, n, present))
     done = dict.fromkeys(numbers, NOTHING)
     told: set[str] = set()
+    wanted = [row.adapters for place, row in enumerate(batch.rows) if _first_of(batch.rows, place, present) == place]
+    if len(batch.rows) > 1:  # half of what cannot be had whole is of no use
+        backend.check_adapters(wanted, RowReport(report, 0, 1, 1, told))
     seed: int | None = None  # the first that was drawn by chance: rows differ in nothing but their stack
     try:
         for place, number in enumerate(numbers, 1):

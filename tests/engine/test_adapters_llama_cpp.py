@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from app.backends.llama_cpp import Backend
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.core.recognise import recognise_model
+from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
+from app.engine.protocol import BatchRow, GenerateBatch
 from tests.engine.backend_kit import FakeReport, ask, loaded, user
 
 pytest.importorskip("llama_cpp")
@@ -66,3 +71,29 @@ def test_a_missing_adapter_leaves_the_stack_as_it_was(starter: ModelEntry, tmp_p
             backend.set_adapters(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path / "none")),)), FakeReport())
         assert refused.value.kind is ErrorKind.NOT_FOUND and refused.value.hint
         assert ask(backend, (user("Hello"),))[0] == before
+
+
+def test_a_bad_row_fails_the_batch_before_any_row_has_said_a_word(starter: ModelEntry, tmp_path: Path) -> None:
+    config = (VOICE / "adapter_config.json").read_text()
+    tensors = load_file(VOICE / "adapter_model.safetensors")
+    bad = {"nan": {**tensors}, "repeats": tensors}
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    bad["nan"][name] = numpy.full_like(tensors[name], numpy.nan)
+    for kind, content in bad.items():
+        (tmp_path / kind).mkdir()
+        save_file(content, tmp_path / kind / "adapter_model.safetensors")
+        settings = json.loads(config) | ({"layer_replication": [[0, 2], [1, 4]]} if kind == "repeats" else {})
+        (tmp_path / kind / "adapter_config.json").write_text(json.dumps(settings))
+    with loaded(Backend(), starter) as (backend, _):
+        backend.set_adapters(stack(1.0), FakeReport())
+        before = ask(backend, (user("Hello"),))[0]
+        for kind in ("nan", "repeats"):
+            wrong = AdapterStack(adapters=(StackedAdapter(path=str(tmp_path / kind)),))
+            rows = tuple(
+                BatchRow(adapters=each, messages=(user("Hello"),)) for each in (AdapterStack(), stack(0.5), wrong)
+            )
+            report = FakeReport()
+            with pytest.raises(WeftError):
+                backend.generate_batch(GenerateBatch(rows=rows, sampling=Sampling(max_tokens=8)), report)
+            assert not report.text, kind
+            assert backend.stack == stack(1.0) and ask(backend, (user("Hello"),))[0] == before

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
+
+from safetensors.torch import load_file, save_file
 
 from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
@@ -224,7 +228,9 @@ def test_a_bad_row_fails_the_batch_and_changes_nothing(made: Any, tmp_path: Path
             assert ask(backend, "The warp")[0] == before
 
 
-def test_rows_that_do_not_fit_together_go_one_after_the_other(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_together_go_one_after_the_other(
+    made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     entry, (first, *_) = made
     rows = [BatchRow(prompt="The warp"), BatchRow(prompt="The warp", adapters=stack((first, 1.0)))]
     greedy = Sampling(temperature=0, max_tokens=10, seed=1)
@@ -235,6 +241,21 @@ def test_rows_that_do_not_fit_together_go_one_after_the_other(made: Any, monkeyp
         result = backend.generate_batch(GenerateBatch(rows=tuple(rows), sampling=greedy), report)
         assert "GB are free" in result.note
         assert ["".join(report.rows[number]) for number in (0, 1)] == [text for text, _ in expected]
+        for what in ("repeats", "broken"):
+            bad = tmp_path / what
+            shutil.copytree(first, bad)
+            if what == "repeats":
+                settings = json.loads((bad / "adapter_config.json").read_text()) | {
+                    "layer_replication": [[0, 2], [0, 2]]
+                }
+                (bad / "adapter_config.json").write_text(json.dumps(settings))
+            tensors = load_file(bad / "adapter_model.safetensors")
+            next(iter(tensors.values())).fill_(float("nan"))
+            save_file(tensors, bad / "adapter_model.safetensors")
+            report, wrong = RowReport(), (*rows, BatchRow(prompt="x", adapters=stack((bad, 1.0))))
+            with pytest.raises(WeftError, match="no numbers"):
+                backend.generate_batch(GenerateBatch(rows=wrong, sampling=greedy), report)
+            assert not any(report.rows.values()), "no row has said a word"
 
 
 def test_experts_and_states_go_one_after_the_other_and_say_so(tmp_path: Path, seed: int) -> None:

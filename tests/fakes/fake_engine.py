@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,6 +194,9 @@ class FakeBackend:
     def set_adapters(self, adapters: AdapterStack, report: Any, *, baked: bool = False) -> None:
         report.log("info", f"adapters: {adapters.title}" + (" (baked)" if baked else ""))
         self.stack, self.baked = adapters, baked
+
+    def check_adapters(self, stacks: Sequence[AdapterStack], report: Any) -> None:
+        """Takes every stack."""
 
     def generate_batch(self, request: protocol.GenerateBatch, report: Any) -> protocol.GeneratedBatch:
         """Rows word by word in turns; with `batch_in_turn` one row after the other. Row n ends after n words fewer."""

@@ -118,6 +118,10 @@ class Sequential:
         if adapters.title == "bad 1":
             raise WeftError(ErrorKind.UNSUPPORTED, "bad", "no")
 
+    def check_adapters(self, stacks: list[AdapterStack], report: Any) -> None:
+        if "refused 1" in [stack.title for stack in stacks]:
+            raise WeftError(ErrorKind.UNSUPPORTED, "refused", "no")
+
     def generate(self, request: protocol.Generate, report: Any) -> protocol.Generated:
         self.calls.append((request.prompt, request.sampling.seed))
         report.tokens("text", 1)
@@ -160,3 +164,10 @@ def test_in_turn_rows_of_one_stack_follow_each_other_and_the_stack_comes_back() 
     with pytest.raises(WeftError, match="bad"):
         answer_in_turn(backend, batch(stack("bad")), Report(), "")  # type: ignore[arg-type]
     assert (backend.stack.title, backend.baked) == ("on 1", True), "also after a refusal"
+
+
+def test_in_turn_a_stack_that_is_refused_is_so_before_any_row_has_said_a_word() -> None:
+    backend, report = Sequential(), Report()
+    with pytest.raises(WeftError, match="refused"):
+        answer_in_turn(backend, batch(stack("on"), stack("good"), stack("refused")), report, "")  # type: ignore[arg-type]
+    assert not backend.calls and not report.said and backend.stack.title == "on 1"
