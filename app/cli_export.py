@@ -13,9 +13,11 @@ from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
+from app.core.library import ModelEntry
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
+from app.viewmodels.export_choices import free_at, sizes
 
 ENVIRONMENT = "export"
 
@@ -66,6 +68,19 @@ def ensure_environment() -> None:
         environments.install_for_command_line(ENVIRONMENT)
 
 
+def announce(entry: ModelEntry, plan: ExportPlan) -> None:
+    """Say on stderr, before anything is made, what it will take of the drive: the result, and what lies there on the way."""
+    result, between = sizes(entry, plan.type)
+    target = Path(plan.target)
+    way = (
+        f", and about {readable_bytes(between)} more for a 16-bit file on the way, which is removed again"
+        if between
+        else ""
+    )
+    free = readable_bytes(free_at(target.parent))
+    print(f"{target.name} takes about {readable_bytes(result)}{way}; {free} are free.", file=sys.stderr)
+
+
 def _run(parsed: argparse.Namespace) -> int:
     gguf_type(parsed.type)  # before minutes are spent on an installation
     check_text(parsed.certify)
@@ -81,6 +96,7 @@ def _run(parsed: argparse.Namespace) -> int:
         pre_tokenizer=parsed.pre_tokenizer,
         modelfile=parsed.modelfile,
     )
+    announce(model, plan)
     ensure_environment()
     base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     made = msgspec.convert(run_task(ENVIRONMENT, "export_gguf", plan), ExportResult)

@@ -16,6 +16,7 @@ from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
+from app.core.merge_needs import merge_needs
 from app.core.merge_plan import DTYPES, MergePlan, MergeResult, Packing
 from app.terminal import readable_bytes
 
@@ -46,6 +47,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
+def announce(plan: MergePlan) -> None:
+    """Say on stderr, before anything is made, what it will take."""
+    needs = merge_needs(plan)
+    print(
+        f"{Path(plan.target).name} takes about {readable_bytes(needs.disk)} of the drive of {needs.drive}, "
+        f"of which {readable_bytes(needs.free)} are free, and {readable_bytes(needs.memory)} of memory.",
+        file=sys.stderr,
+    )
+
+
 def _run(parsed: argparse.Namespace) -> int:
     model = find_model(parsed.model, "transformers")
     if model.format is ModelFormat.GGUF:
@@ -66,6 +77,8 @@ def _run(parsed: argparse.Namespace) -> int:
         license=parsed.license,
     )
     base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
+    if plan.packed == "refuse":  # what a packed base takes, its headers do not tell
+        announce(plan)
     made = msgspec.convert(run_task("core", "merge", plan), MergeResult)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)

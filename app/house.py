@@ -148,6 +148,7 @@ class House(QObject):
         page.details.adapter_wanted.connect(self.loras.show_adapter)
         page.code_wanted.connect(self.questions.review_code)
         page.export_wanted.connect(self.exports.open_model)
+        page.certificate_wanted.connect(self.exports.show_certificate)
         page.train_wanted.connect(self.training.train_on)
         page.dropped = self.loras.take
         return page
@@ -335,7 +336,7 @@ class House(QObject):
             ("previews", self.training.close),
             ("long tasks", self.tasks.close),
             ("jobs", self.jobs.close),
-            ("what merges have left", self.exports.leftovers.close),
+            ("what exports have under way", self.exports.close),
             ("engine environments", self.engines.close),
             ("the machine's figures", self.machine.close),
             ("the library", worker.stop if worker is not None else None),

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import msgspec
 from PySide6.QtCore import QObject, Slot
 
+from app.core.certificate_file import read_certificate
 from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState
 from app.core.library import ModelEntry, ModelFormat
 from app.core.push_plan import PushPlan
 from app.core.stack import AdapterStack
+from app.viewmodels.background import Background
 from app.viewmodels.leftovers import Leftovers
 from app.viewmodels.tasks import parameters_of
 from app.views.page import Notice
@@ -46,6 +48,8 @@ class ExportHouse(QObject):
         self.leftovers = Leftovers(house.job_store, house.tasks, self._places, self)
         self.leftovers.found.connect(self._interrupted)
         house.jobs.removed.connect(self.leftovers.forget)
+        self._work = Background(self)
+        self._work.done.connect(self._certificate_read)
 
     @Slot()
     def open_loaded(self) -> None:
@@ -85,6 +89,26 @@ class ExportHouse(QObject):
         self._opened += 1
         dialog.destroyed.connect(partial(self._closed, self._opened))
         dialog.open()
+
+    @Slot(object)
+    def show_certificate(self, entry: ModelEntry) -> None:
+        """Show the certificate that is stored with a model."""
+        self._work.run(entry.name, lambda: read_certificate(Path(entry.path)))
+
+    @Slot(object, object, object)
+    def _certificate_read(self, name: object, found: object, _error: object) -> None:
+        if isinstance(found, Certificate):
+            from app.views.export.certificate import CertificateDialog
+
+            CertificateDialog(found, self._house.window).open()
+            return
+        text = f"{name} has no certificate. One is made when a model is merged or exported, or by weft certify --store."
+        self._house.window.show_notice(Notice(text=text))
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._work.close()
+        self.leftovers.close()
 
     def _find_base(self, name: str) -> ModelEntry | None:
         """The library's model of a hub's name, in 16 bits or more. Asked in a thread of its own."""

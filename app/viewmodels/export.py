@@ -313,8 +313,8 @@ class ExportDraft(QObject):
         options, made, found = self.options, str(self.target), list[Step]()
         if options.certify:
             plan = CertifyPlan(
-                a=CertifySide(model=self.entry.path, stack=self.stack),
-                b=CertifySide(model=made),
+                a=CertifySide(model=self.entry.path, stack=self.stack, name=self.entry.name),
+                b=CertifySide(model=made, name=self.target.name),
                 text=options.text or str(resources() / "certificate_text.txt"),
                 store=made,
             )

@@ -61,6 +61,7 @@ class ExportDialog(QDialog):
         draft.pushed.connect(self._pushed)
         draft.follow_failed.connect(self._follow_failed)
         self.form.base_wanted.connect(self._want_base)
+        self.form.resized.connect(self._fit)
         self._show()
         self.form.name.setFocus()
         self.form.name.selectAll()
@@ -174,7 +175,11 @@ class ExportDialog(QDialog):
             if shown is not None:
                 shown.setSizePolicy(QSizePolicy.Policy.Preferred, policy)
         self.pages.setCurrentIndex(page)
-        QTimer.singleShot(0, self, self.adjustSize)
+        self._fit()
+
+    @Slot()
+    def _fit(self) -> None:
+        QTimer.singleShot(0, self, self.adjustSize)  # when the layout has taken it in
 
     def _show_progress(self) -> None:
         draft, progress = self._draft, self._draft.progress
@@ -201,7 +206,7 @@ class ExportDialog(QDialog):
             _advance(self.follow_bar, progress)
             self._text(self.follow_figures, self._figures(progress))
         if was != (job is not None):
-            QTimer.singleShot(0, self, self.adjustSize)
+            self._fit()
 
     def _figures(self, progress: Progress | None) -> str:
         draft = self._draft
@@ -254,14 +259,14 @@ class ExportDialog(QDialog):
     def _certified(self, found: Certificate) -> None:
         self.certificate.show_certificate(found)
         self.certificate.show()
-        QTimer.singleShot(0, self, self.adjustSize)
+        self._fit()
 
     @Slot(object)
     def _pushed(self, result: PushResult) -> None:
         who = "privately" if result.private else "for everybody"
         self.uploaded.setText(f"Uploaded {who}: {result.url}")
         self.uploaded.show()
-        QTimer.singleShot(0, self, self.adjustSize)
+        self._fit()
 
     @Slot(str, object)
     def _follow_failed(self, task: str, error: WeftError) -> None:
@@ -270,7 +275,7 @@ class ExportDialog(QDialog):
         what = "It could not be compared" if task == "certify" else "It could not be uploaded"
         self.follow_error.text.setText(f"{what}. {error} Jobs offers to try again.")
         self.follow_error.show()
-        QTimer.singleShot(0, self, self.adjustSize)
+        self._fit()
 
     @Slot()
     def _want_base(self) -> None:

@@ -23,9 +23,11 @@ class ExportForm(QWidget):
 
     Signals:
         base_wanted: the 16-bit model that a quantized one was made from is to be used, or to be got.
+        resized: it takes another height now.
     """
 
     base_wanted = Signal()
+    resized = Signal()
 
     def __init__(self, draft: ExportDraft, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -44,7 +46,7 @@ class ExportForm(QWidget):
         self.place = ElidedLabel(str(draft.folder), Qt.TextElideMode.ElideMiddle)
         self.change = button("Change…", self._change_place)
         self.change.setAccessibleName("Change the place")
-        fields = QFormLayout()
+        self._fields = fields = QFormLayout()
         fields.setContentsMargins(0, 0, 0, 0)
         fields.setHorizontalSpacing(16)
         fields.setVerticalSpacing(8)
@@ -174,6 +176,9 @@ class ExportForm(QWidget):
         self.help.setText(choice.help if choice is not None else "")
         self._gguf.setVisible(not folder)
         self._folder.setVisible(folder)
+        if not draft.choices:  # nothing can be made of it: there is nothing to choose then
+            for place in range(2, self._fields.rowCount()):
+                self._fields.setRowVisible(place, False)
         self.more.setVisible(bool(draft.choices))
         self._imatrix.setVisible(draft.takes_imatrix)
         self.dtype.setEnabled(draft.format == SAFETENSORS)
@@ -196,7 +201,9 @@ class ExportForm(QWidget):
 
     def _show_base(self) -> None:
         draft = self._draft
-        self.base_note.setVisible(bool(draft.base))
+        if self.base_note.isHidden() == bool(draft.base):
+            self.base_note.setVisible(bool(draft.base))
+            self.resized.emit()
         here = draft.base_here
         if not draft.base:
             return

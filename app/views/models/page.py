@@ -51,6 +51,7 @@ class ModelsPage(Page):
     code_wanted = Signal(object)
     dropped: Callable[[list[Path]], bool] = staticmethod(lambda _: False)  # takes drops, to tell adapters from models
     export_wanted = Signal(object)
+    certificate_wanted = Signal(object)
     train_wanted = Signal(object)
 
     def __init__(
@@ -375,6 +376,8 @@ class ModelsPage(Page):
         menu.addSeparator()
         menu.addAction(icon("train"), "Train on this…", lambda: self.train_wanted.emit(entry))
         menu.addAction(icon("export"), "Merge and export…", lambda: self.export_wanted.emit(entry))
+        certificate = menu.addAction(icon("done"), "Certificate…", lambda: self.certificate_wanted.emit(entry))
+        certificate.setToolTip("How far it is from what it was merged or exported from, if Weft made it")
         menu.addAction(icon("folder"), "Show in file manager", lambda: reveal(Path(entry.path)))
         menu.addAction(icon("copy"), "Copy path", lambda: QGuiApplication.clipboard().setText(entry.path))
         rename = menu.addAction(icon("edit"), "Rename", self.rename_selected)

@@ -1,0 +1,57 @@
+"""What a merge and an export will take is said on the command line before anything is made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import cli, cli_export, cli_merge
+from app.core.errors import ErrorKind, WeftError
+from app.core.paths import resources
+
+
+class Begun(WeftError):
+    """The task would run now."""
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    def begin(*_: object, **__: object) -> None:
+        raise Begun(ErrorKind.CANCELLED, "begun")
+
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cli_export, "ensure_environment", lambda: None)
+    for module in (cli_export, cli_merge):
+        monkeypatch.setattr(module, "run_task", begin)
+
+    def run(*arguments: str) -> str:
+        parsed = cli._parser().parse_args(arguments)
+        with pytest.raises(Begun):
+            parsed.run(parsed)
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_an_export_says_what_lies_on_the_drive_on_the_way(said: Any, tmp_path: Path) -> None:
+    small = said("export", "starter", "--type", "q4_k_m", "--to", str(tmp_path / "a.gguf"))
+    assert "16-bit file" in small and "are free" in small
+    # 4.2 M weights: 8.4 MB of 16 bits on the way.
+    assert "about 8.4 MB more" in small
+    direct = said("export", "starter", "--type", "q8_0", "--to", str(tmp_path / "b.gguf"))
+    assert "16-bit file" not in direct and "takes about 4.5 MB" in direct
+
+
+def test_a_merge_says_what_it_takes_of_disk_and_memory(said: Any, tmp_path: Path) -> None:
+    voice = str(resources() / "starter" / "voice-adapter")
+    text = said("merge", "starter", "--adapter", voice, "--to", str(tmp_path / "merged"))
+    assert f"drive of {tmp_path}" in text and "are free" in text and "of memory" in text
+
+
+def test_the_command_line_holds_no_qt_for_that() -> None:
+    code = "import sys, app.cli_export, app.cli_merge; sys.exit(any(m.startswith('PySide6') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
