@@ -8,7 +8,6 @@ import io
 import lzma
 import os
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -263,10 +262,10 @@ def test_attacks_are_refused_in_time_with_nothing_left(tmp_path: Path, attack: s
     place = tmp_path / "a" / "b" / "c"
     place.mkdir(parents=True)
     make(place / name)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(WeftError) as refused:
         unpack(place / name, place / "out")
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert refused.value.kind is ErrorKind.HOSTILE and words in refused.value.message and refused.value.hint, (
         refused.value
     )
@@ -280,7 +279,7 @@ def _free_memory() -> int:
 
 
 @pytest.mark.attack
-@pytest.mark.skipif(sys.platform == "win32", reason="measures a child's peak memory the POSIX way")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a child's peak memory is read from Linux's /proc")
 def test_no_attack_takes_more_than_256_mib(tmp_path: Path) -> None:
     heavy = ["zip bomb", "zip liar", "zip million entries", "tar.gz million entries", "tar long pax", "tar.gz bomb", "tar.bz2 bomb", "tar.xz bomb"]  # fmt: skip
     paths: list[str] = []
@@ -291,16 +290,16 @@ def test_no_attack_takes_more_than_256_mib(tmp_path: Path) -> None:
         make(folder / name)
         paths.append(str(folder / name))
     code = (
-        "import sys, resource\nfrom pathlib import Path\nfrom app.core.archives import unpack\n"
+        "import sys\nfrom pathlib import Path\nfrom app.core.archives import unpack\n"
         "from app.core.errors import WeftError\n"
         "for p in sys.argv[1:]:\n    try:\n        unpack(Path(p), Path(p).parent / 'out')\n    except WeftError: continue\n    sys.exit('let through ' + p)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # Not getrusage: its peak begins at that of the process that started this one.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = int(done.stdout) * unit
-    print(f"peak {peak / 2**20:.0f} MiB ({resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} in this process)")
+    peak = int(done.stdout) * 1024
+    print(f"peak {peak / 2**20:.0f} MiB")
     assert peak < 256 << 20
 
 
