@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from app import cli
+from app.backends import specs
+from app.backends.base import Capability
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 OF_THE_LAUNCHER = {"test", "environments"}  # run.py's own; see installer/launcher/start.py
@@ -37,3 +39,20 @@ def test_the_readme_shows_every_command_and_no_other() -> None:
 )
 def test_an_example_of_the_readme_parses(arguments: list[str]) -> None:
     assert callable(cli._parser().parse_args(arguments).run)
+
+
+def capability_table() -> str:
+    """The README's table of loaders, as their files claim it."""
+    header = ["loader", "loads", *(capability.value for capability in Capability)]
+    rows = [
+        [spec.title, ", ".join(sorted(f.value for f in spec.formats))]
+        + ["✅" if capability in spec.capabilities else "–" for capability in Capability]
+        for spec in specs().values()
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def test_the_table_of_loaders_says_what_they_claim() -> None:
+    expected = capability_table()
+    assert expected in README.read_text(encoding="utf-8"), f"the README's table should be:\n{expected}"
