@@ -19,6 +19,7 @@ from app.viewmodels.loadout import Loadout
 from app.viewmodels.model_table import format_title
 from app.viewmodels.units import readable_bytes, readable_when
 from app.views.dialogs import text_box
+from app.views.icons import icon
 from app.views.loras.norm_chart import NormChart
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, icon_button, label, row, title
@@ -231,6 +232,7 @@ class AdapterDetails(QFrame):
         stacked = self._stacked(entry.path)
         usable = not entry.problem and not entry.needs_alpha
         self.use.setText("Take out" if stacked else "Use")
+        self.use.setIcon(icon("minus" if stacked else "plus", "on_accent"))
         self.use.setAccessibleName("Take it out of the stack" if stacked else "Use: add it to the stack")
         self.use.setToolTip(
             "Take it out of the stack of the loaded model" if stacked else "Add it to the stack of the loaded model"

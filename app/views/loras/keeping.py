@@ -67,7 +67,9 @@ class KeepingPage(MakingPage):
         menu.setToolTipsVisible(True)
         usable = not entry.problem and not entry.needs_alpha
         use = menu.addAction(
-            icon("plus"), "Take out" if self._is_stacked(entry.path) else "Use", lambda: self.use(entry)
+            icon("minus" if self._is_stacked(entry.path) else "plus"),
+            "Take out" if self._is_stacked(entry.path) else "Use",
+            lambda: self.use(entry),
         )
         use.setShortcut("Return")
         back = entry.format is AdapterFormat.GGUF
