@@ -106,9 +106,9 @@ def test_perplexity_on_both_loaders(tmp_path: Path) -> None:
     assert _perplexity(STARTERS[1], text, "--adapter", f"{VOICE}=0")["nll"] == base["nll"], "weight 0 is the base"
     narrow = _perplexity(STARTERS[1], text, "--window", "16", "--stride", "8")
     assert narrow["tokens"] == base["tokens"] and narrow["nll"] > base["nll"], "less is seen, less is foreseen"
-    # The two files hold the same model in different precision, and one's tokenizer begins raw texts with <s>.
-    assert found[STARTERS[0]]["nll"] == pytest.approx(base["nll"], abs=0.8)
-    assert base["tokens"] - found[STARTERS[0]]["tokens"] in (0, 1)
+    # The two files hold the same model: the same tokens, and numbers that differ in their last bits alone.
+    assert found[STARTERS[0]]["nll"] == pytest.approx(base["nll"], rel=0.02)
+    assert base["tokens"] == found[STARTERS[0]]["tokens"]
 
 
 def test_perplexity_reads_standard_input_and_refuses_what_is_no_text(tmp_path: Path) -> None:
