@@ -11,7 +11,7 @@ from app.core.errors import WeftError
 from app.core.jobs import Job, Progress
 from app.store.runs import RunHistory
 
-MOST_POINTS = 4000  # of a curve; beyond, of each stretch its lowest and highest are kept
+MOST_POINTS = 1600  # of a curve; beyond, of each stretch its lowest and highest are kept
 MOST_NOTES = 200
 Point = tuple[float, float]
 

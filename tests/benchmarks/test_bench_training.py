@@ -15,18 +15,33 @@ pytestmark = pytest.mark.bench
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def measure(python: str, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [python, "-m", f"tests.benchmarks.{module}", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
+def test_a_step_takes_little_longer_than_its_matrix_products() -> None:
+    """One thread's own time, so that a busy machine tells the same; the best of a run's steps, the best of the products."""
+    python = os.environ.get("WEFT_PYTHON_CORE") or (sys.executable if find_spec("peft") else "")
+    if not python:
+        pytest.skip("PyTorch and PEFT are not installed; `python3 run.py test --bench` installs them")
+    ran = measure(python, "training_floor", "2")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    floor, step = min(found["floor"]), min(found["step"])
+    print(f"\nthe products alone {floor:.2f} s, a step {step:.2f} s: {floor / step:.2f} of the floor (at least 0.75)")
+    assert floor / step >= 0.75
+
+
 def test_mixed_lengths_train_two_and_a_half_times_as_fast_as_trl() -> None:
     """Tokens are those of the data, padding not counted. The best round of each is compared."""
     python = os.environ.get("WEFT_PYTHON_CORE") or (sys.executable if find_spec("trl") else "")
     if not python:
         pytest.skip("TRL is not installed; `python3 run.py test --bench` installs it")
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    ran = subprocess.run(
-        [python, str(ROOT / "tests/benchmarks/training_speed.py"), "2", "32"],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+    ran = measure(python, "training_speed", "2", "32")
     if "No module named 'trl'" in ran.stderr or "No module named 'datasets'" in ran.stderr:
         pytest.skip("TRL is not installed beside PyTorch")
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -3,6 +3,7 @@
 python -m tests.benchmarks.window_probe paint-bare SPAWNED       first paint of a bare six-page window
 python -m tests.benchmarks.window_probe paint-weft SPAWNED       the same of Weft's, and of its first page
 python -m tests.benchmarks.window_probe loop-bare SECONDS        gaps between ticks of an idle event loop
+python -m tests.benchmarks.window_probe loop-train SECONDS       the same while the starter is trained in a child, its curves in sight
 python -m tests.benchmarks.window_probe loop-weft SECONDS RATE   the same while Weft streams RATE tokens a second
 
 SPAWNED is time.time() when the process was started. Prints one JSON document.
@@ -210,6 +211,63 @@ def loop_weft(seconds: float, rate: float) -> int:
     return main([])
 
 
+def loop_train(seconds: float) -> int:
+    """Weft's whole window, the starter learning from 200 examples in a child process, its curves, answers and figures shown."""
+    import tempfile
+
+    from PySide6.QtWidgets import QApplication
+
+    from app import house
+    from app.bootstrap import main
+    from app.store.library import starter
+
+    file = Path(tempfile.mkdtemp(prefix="weft-bench-")) / "robot.jsonl"
+    rows = [{"prompt": f"What is number {n}?", "completion": f"Beep. It is {n * 7}. Boop."} for n in range(200)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    class BenchHouse(house.House):
+        def open(self, arguments: Any = ()) -> None:
+            super().open(arguments)
+            self.watch = LoopWatch(self)
+            self.steps = 0
+            self.tasks.metric.connect(self._metric)
+            self.tasks.ended.connect(self._over)
+            QTimer.singleShot(2500, self, self._begin)
+
+        def _begin(self) -> None:
+            self.window.show_page("train")
+            page: Any = self.window.page("train")
+            page.setup._draft.set_model(starter("starter"))
+            page.take([file])
+            settings = {"epochs": 1000.0, "batch_size": 2, "gradient_accumulation": 1, "max_length": 64, "evaluate_every": 50, "samples": "What is number 7?"}
+            page.setup._draft.set_values("train", settings)
+            QTimer.singleShot(1500, self, page.setup.start.click)
+
+        @Slot(int, int, object)
+        def _metric(self, _job: int, step: int, _values: object) -> None:
+            self.steps += 1
+            if step == 1:
+                QTimer.singleShot(1000, self, self.watch.start)
+                QTimer.singleShot(int(1000 + seconds * 1000), self, self._end)
+
+        @Slot(object, object, object)
+        def _over(self, _job: object, _result: object, error: object) -> None:
+            print(f"the training ended: {error}", file=sys.stderr, flush=True)
+            self._quit()
+
+        def _end(self) -> None:
+            print(json.dumps({"gaps": self.watch.gaps, "steps": self.steps}), flush=True)
+            self._quit()
+
+        def _quit(self) -> None:
+            application = QApplication.instance()
+            assert application is not None
+            application.quit()
+
+    house.House = BenchHouse  # pyright: ignore[reportAttributeAccessIssue]
+    return main([])
+
+
 if __name__ == "__main__":
-    modes: dict[str, Any] = {"paint-bare": paint_bare, "paint-weft": paint_weft, "loop-bare": loop_bare, "loop-weft": loop_weft}
+    modes: dict[str, Any] = {"paint-bare": paint_bare, "paint-weft": paint_weft, "loop-bare": loop_bare, "loop-weft": loop_weft, "loop-train": loop_train}
     sys.exit(modes[sys.argv[1]](*(float(argument) for argument in sys.argv[2:])))

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 import msgspec
-from PySide6.QtCore import QPointF, QRectF, QSize, Qt
+from PySide6.QtCore import QLineF, QPointF, QRectF, QSize, Qt
 from PySide6.QtGui import QColor, QFontMetricsF, QMouseEvent, QPainter, QPaintEvent, QPen, QPolygonF
 from PySide6.QtWidgets import QSizePolicy, QWidget
 
 from app.views.theme import theme
 
-MOST_POINTS = 1200  # drawn of one series; more would only lie on the same pixels
+MOST_POINTS = 600  # drawn of one series; more would only lie on the same pixels
+MOST_DASHED = 120
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 28, 26
 _HUES = (0, 145, 32, 280, 190, 330, 90, 235)
 
@@ -31,11 +32,14 @@ class Chart(QWidget):
     """Lines over steps.
 
     Args:
-        title: what the values are, drawn at the upper left. logarithmic: the value axis is.
+        title: what the values are, drawn at the upper left. logarithmic: the value axis is. most: points drawn of one series.
     """
 
-    def __init__(self, title: str, *, logarithmic: bool = False, parent: QWidget | None = None) -> None:
+    def __init__(
+        self, title: str, *, logarithmic: bool = False, most: int = MOST_POINTS, parent: QWidget | None = None
+    ) -> None:
         super().__init__(parent)
+        self._most = most
         self._title = title
         self._logarithmic = logarithmic
         self._series: list[Series] = []
@@ -52,7 +56,10 @@ class Chart(QWidget):
     def set_series(self, series: Sequence[Series]) -> None:
         """Show these lines; what is not finite is left out."""
         self._series = [
-            msgspec.structs.replace(s, points=thinned([p for p in s.points if self._usable(p[1])])) for s in series
+            msgspec.structs.replace(
+                s, points=thinned([p for p in s.points if self._usable(p[1])], MOST_DASHED if s.dashed else self._most)
+            )
+            for s in series
         ]
         self._series = [s for s in self._series if s.points]
         self.setAccessibleDescription("; ".join(f"{s.name}: {readable(s.points[-1][1])}" for s in self._series))
@@ -121,7 +128,7 @@ class Chart(QWidget):
             painter.drawText(
                 QRectF(0, y - 8, _LEFT - 8, 16), Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter, shown
             )
-        for step in ticks(first, last, max(2, int(box.width() // 90))):
+        for step in ticks(first, last, max(2, int(box.width() // 90)), whole=True):
             x = box.left() + (step - first) / (last - first) * box.width()
             shown = f"{step:,.0f}"
             width = metrics.horizontalAdvance(shown) + 4
@@ -134,7 +141,11 @@ class Chart(QWidget):
             pen.setStyle(Qt.PenStyle.DashLine)
         points = [self._place(box, ranges, *point) for point in series.points]
         painter.setPen(pen)
-        painter.drawPolyline(QPolygonF(points))
+        if series.dashed:
+            painter.drawPolyline(QPolygonF(points))
+        else:
+            # Line by line: a thick polyline of a thousand points is one shape that crosses itself, which takes fifty times as long.
+            painter.drawLines([QLineF(a, b) for a, b in zip(points, points[1:], strict=False)])
         if series.dots or len(points) == 1:
             painter.setBrush(self._color(series))
             for point in points:
@@ -223,13 +234,14 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> t
     return tuple(dict.fromkeys(kept))
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers within a range, about `most` of them."""
+def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """Round numbers within a range, about `most` of them; `whole` ones where asked for."""
     if not high > low:
         return [low]
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 

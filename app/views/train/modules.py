@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import Qt, Slot
+from PySide6.QtCore import QSize, Qt, Slot
 from PySide6.QtWidgets import QListWidget, QListWidgetItem, QWidget
 
 from app.viewmodels.train_draft import TrainDraft
@@ -10,6 +10,7 @@ from app.views.widgets import Fold, button, column, label, row
 
 _NAME = Qt.ItemDataRole.UserRole
 _MOST_ROWS = 9
+_ROW = 24
 
 
 class ModulesChoice(Fold):
@@ -48,8 +49,7 @@ class ModulesChoice(Fold):
         for name in found.embeddings:
             self._add(name, f"{name}  (embedding)" if "head" not in name else f"{name}  (output)")
         self._filling = False
-        height = self.list.sizeHintForRow(0) * min(_MOST_ROWS, self.list.count()) + 2 * self.list.frameWidth() + 2
-        self.list.setFixedHeight(max(40, height))
+        self.list.setFixedHeight(_ROW * max(1, min(_MOST_ROWS, self.list.count())) + 2 * self.list.frameWidth() + 2)
         known = set(found.linear)
         self.attention.setVisible(bool(_attention_names(known)))
         self.further.setVisible(bool(found.experts))
@@ -63,6 +63,7 @@ class ModulesChoice(Fold):
         item.setData(_NAME, name)
         item.setFlags(Qt.ItemFlag.ItemIsEnabled | Qt.ItemFlag.ItemIsSelectable | Qt.ItemFlag.ItemIsUserCheckable)
         item.setCheckState(Qt.CheckState.Unchecked)
+        item.setSizeHint(QSize(0, _ROW))
         self.list.addItem(item)
 
     @Slot()

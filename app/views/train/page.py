@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import QPoint, Qt, Signal, Slot
+from PySide6.QtCore import QPoint, QSize, Qt, Signal, Slot
 from PySide6.QtGui import QAction, QDragEnterEvent, QDropEvent, QKeySequence
 from PySide6.QtWidgets import QAbstractItemView, QListWidget, QListWidgetItem, QMenu, QSplitter, QStackedWidget, QWidget
 
@@ -23,7 +23,7 @@ from app.views.icons import icon
 from app.views.page import Notice, Page, PaletteCommand
 from app.views.train.run_view import RunView
 from app.views.train.setup import RUN_SUFFIX, TrainSetup
-from app.views.widgets import button, column, local_paths, row, title
+from app.views.widgets import button, column, label, local_paths, row, title
 
 _JOB = Qt.ItemDataRole.UserRole
 
@@ -57,6 +57,7 @@ class TrainPage(Page):
         self.list = QListWidget()
         self.list.setAccessibleName("Training runs")
         self.list.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
+        self.list.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.list.setToolTip("Choose several to see their losses in one chart")
         self.list.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
         self.new = button("New run", self.new_run, kind="primary", icon_name="plus")
@@ -66,7 +67,10 @@ class TrainPage(Page):
         head = row(title("Runs", 0), 1, self.new)
         layout = column(parent=side, spacing=8, margins=(12, 12, 12, 12))
         layout.addLayout(head)
+        self.none = label("Runs appear here, and stay: their curves, answers and settings.", tone="muted", wrap=True)
+        layout.addWidget(self.none)
         layout.addWidget(self.list, 1)
+        layout.addStretch(0)
         self._side = side
         splitter = QSplitter(Qt.Orientation.Horizontal)
         splitter.setHandleWidth(1)
@@ -143,14 +147,18 @@ class TrainPage(Page):
             for job in jobs:
                 item = QListWidgetItem()
                 item.setData(_JOB, job.id)
+                item.setSizeHint(QSize(0, 2 * self.list.fontMetrics().lineSpacing() + 10))
                 self.list.addItem(item)
                 item.setSelected(job.id in chosen)
             self.list.blockSignals(False)
         for place, job in enumerate(jobs):
             item = self.list.item(place)
             words, mark, tone = STATE_WORDS[job.state]
+            item.setToolTip(job.title.removeprefix("Train "))
             item.setText(f"{job.title.removeprefix('Train ')}\n{words} · {readable_when(job.started or job.created)}")
             item.setIcon(icon(mark, tone))
+        self.none.setVisible(not jobs)
+        self.list.setVisible(bool(jobs))
         if self._showing_run and not self.list.selectedItems():
             self.new_run()
 
@@ -182,6 +190,7 @@ class TrainPage(Page):
                 self.list.clearSelection()
                 self.list.setCurrentItem(item)
                 item.setSelected(True)
+        self.list.setFocus()  # not a button: a second Enter must not end what the first began
 
     @Slot()
     def new_run(self) -> None:

@@ -55,6 +55,12 @@ class PreviewPane(QFrame):
         layout.addWidget(self._body, 1)
         layout.addWidget(self.empty, 1)
         draft.previewed.connect(self.show_preview)
+        theme().changed.connect(self._recolour)
+        self.show_preview()
+
+    @Slot()
+    def _recolour(self) -> None:
+        self._shown = None
         self.show_preview()
 
     def _key(self) -> QWidget:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import Signal, Slot
+from PySide6.QtCore import QTimer, Signal, Slot
 from PySide6.QtGui import QTextCharFormat, QTextCursor
 from PySide6.QtWidgets import QGridLayout, QPlainTextEdit, QProgressBar, QTabWidget, QWidget
 
@@ -16,10 +17,12 @@ from app.viewmodels.train_state import RunState
 from app.viewmodels.units import readable_seconds
 from app.views.dialogs import reveal
 from app.views.log_view import LogView
-from app.views.theme import theme
+from app.views.theme import theme, title_font
 from app.views.train.chart import Chart, Series, readable
-from app.views.widgets import Banner, Chip, ElidedLabel, button, column, label, row, title
+from app.views.widgets import Banner, Chip, ElidedLabel, button, column, label, row
 
+TURN_MS = 25
+_SMALL = 240  # points of a small chart's series
 _ENDINGS = {
     "stopped": "Stopped by you; the adapter is what it had learnt by then.",
     "early": "Ended early: the held-out loss no longer fell.",
@@ -46,7 +49,8 @@ class RunView(QWidget):
         self.job: Job | None = None
         self._overlaid: list[Job] = []
         self._samples_shown = (-1, -1)
-        self.name = title("")
+        self.name = ElidedLabel()
+        self.name.setFont(title_font(self.name))
         self.chip = Chip()
         self.state = ElidedLabel()
         self.state.setProperty("tone", "muted")
@@ -57,9 +61,14 @@ class RunView(QWidget):
         self.note = Banner("info")
         self._build_buttons()
         self.loss = Chart("Loss")
-        self.rate = Chart("Learning rate")
-        self.norm = Chart("Gradient norm")
-        self.speed = Chart("Tokens per second")
+        self.rate = Chart("Learning rate", most=_SMALL)
+        self.norm = Chart("Gradient norm", most=_SMALL)
+        self.speed = Chart("Tokens per second", most=_SMALL)
+        # While it runs, one chart after the other: all four at once would hold the window for longer than a frame.
+        self._due: list[Callable[[], None]] = []
+        self._turn = QTimer(self)
+        self._turn.setInterval(TURN_MS)
+        self._turn.timeout.connect(self._show_next)
         charts = QWidget()
         grid = QGridLayout(charts)
         grid.setContentsMargins(0, 8, 0, 0)
@@ -80,6 +89,7 @@ class RunView(QWidget):
         self.tabs.addTab(self.samples, "Sample answers")
         self.tabs.addTab(self.log, "Log")
         head = row(self.name, self.chip, self.state, self._buttons, spacing=12)
+        head.setStretch(0, 2)
         head.setStretch(2, 1)
         layout = column(parent=self, spacing=8, margins=(16, 12, 16, 12))
         layout.addLayout(head)
@@ -90,6 +100,7 @@ class RunView(QWidget):
         runs.updated.connect(self._updated)
         runs.ended.connect(self._updated)
         runs.changed.connect(self.show_state)
+        theme().changed.connect(self._recolour)
 
     def _build_buttons(self) -> None:
         self._buttons = QWidget()
@@ -119,9 +130,16 @@ class RunView(QWidget):
     def _updated(self, number: int) -> None:
         if self.job is not None and number == self.job.id:
             self.show_state()
-            self._show_curves()
+            self._due = [self._show_loss, self._show_rate, self._show_norm, self._show_speed]
         elif any(job.id == number for job in self._overlaid):
-            self._show_curves()
+            self._due = [self._show_loss]
+        if self._due and not self._turn.isActive():
+            self._turn.start()
+
+    @Slot()
+    def _recolour(self) -> None:
+        self._samples_shown = (-1, -1)
+        self.show_state()
 
     @Slot()
     def show_state(self) -> None:
@@ -133,6 +151,7 @@ class RunView(QWidget):
         job, state = self.job, self._runs.state(self.job)
         running, active = self._runs.is_running(job), self._runs.is_active(job)
         self.name.setText(job.title.removeprefix("Train "))
+        self.name.setToolTip(self.name.text())
         tone = {"positive": "positive", "negative": "negative", "warning": "warning"}.get(
             STATE_WORDS[job.state][2], "plain"
         )
@@ -195,7 +214,18 @@ class RunView(QWidget):
         ending = _ENDINGS.get(state.ended, "")
         return " ".join([part for part in (ending, *state.notes[-3:]) if part]), "warning" if ending else "info"
 
+    @Slot()
+    def _show_next(self) -> None:
+        if self._due:
+            self._due.pop(0)()
+        if not self._due:
+            self._turn.stop()
+
     def _show_curves(self) -> None:
+        for show in (self._show_loss, self._show_rate, self._show_norm, self._show_speed):
+            show()
+
+    def _show_loss(self) -> None:
         if self.job is None:
             return
         state = self._runs.state(self.job)
@@ -210,9 +240,19 @@ class RunView(QWidget):
             if held:
                 series.append(Series(f"{name}, held out", held, dashed=True, dots=True, group=number))
         self.loss.set_series(series)
-        self.rate.set_series([Series("learning rate", state.series("learning_rate"))])
-        self.norm.set_series([Series("gradient norm", state.series("grad_norm"))])
-        self.speed.set_series([Series("tokens/s", state.series("tokens_per_second"))])
+
+    def _show_rate(self) -> None:
+        self._show_one(self.rate, "learning rate", "learning_rate")
+
+    def _show_norm(self) -> None:
+        self._show_one(self.norm, "gradient norm", "grad_norm")
+
+    def _show_speed(self) -> None:
+        self._show_one(self.speed, "tokens/s", "tokens_per_second")
+
+    def _show_one(self, chart: Chart, title: str, metric: str) -> None:
+        if self.job is not None:
+            chart.set_series([Series(title, self._runs.state(self.job).series(metric))])
 
     def _show_samples(self, state: RunState) -> None:
         newest = state.samples[-1][0] if state.samples else -1
