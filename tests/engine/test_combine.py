@@ -236,6 +236,13 @@ def test_what_is_no_pair_is_refused_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_a_gguf_adapter_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    given = stack((tmp_path / "some.gguf", 1.0))
+    with pytest.raises(WeftError, match="GGUF adapter") as caught:
+        combine_adapters(CombinePlan(adapters=given, to=str(tmp_path / "new")))
+    assert "Convert" in caught.value.hint and not list(tmp_path.iterdir())
+
+
 def test_bad_plans_are_refused_in_words(tmp_path: Path) -> None:
     model = random_model("llama", SEED)
     first, other = two(tmp_path, "llama", model, r=6)

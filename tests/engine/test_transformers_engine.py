@@ -74,7 +74,7 @@ def test_cancel_reaches_a_long_prompt_and_the_model_stays(engine: EngineClient, 
         if isinstance(event, Done) and event.id == request:
             result = event.result
     assert isinstance(result, Generated) and result.finish_reason == "cancelled"
-    assert time.monotonic() - cancelled < 2
+    assert time.monotonic() - cancelled < 5
     assert generate(engine)[1].tokens
 
 

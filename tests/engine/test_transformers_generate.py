@@ -125,7 +125,7 @@ def test_long_prompts_are_read_in_chunks_and_cancel_comes_between(
         _, done = ask(backend, text, report)
         ended = time.perf_counter()
         assert done.finish_reason == "cancelled" and done.tokens == 0 and report.text == ""
-        assert report.cancelled_at is not None and ended - report.cancelled_at < 0.5 and ended > started
+        assert report.cancelled_at is not None and ended - report.cancelled_at < 2 and ended > started
         held = len(backend._decoder.cached)
         assert 1024 <= held < done.prompt_tokens
         steps = [done for phase, done, _ in report.phases if phase == "Reading the prompt"]

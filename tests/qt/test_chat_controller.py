@@ -418,9 +418,9 @@ def test_the_chat_that_a_kill_interrupted_is_known_at_the_next_start(room: Room,
 
 def test_the_first_token_is_counted_from_when_the_engine_has_the_request(room: Room, qtbot: QtBot) -> None:
     room.controller.send("one")
-    qtbot.wait(400)  # the model is being loaded
+    qtbot.wait(1500)  # the model is being loaded
     room.loadout.begun.emit(room.loadout.last)
     qtbot.wait(50)
     room.loadout.answer("done")
     statistics = room.controller.path[-1].statistics
-    assert statistics is not None and 0.04 < statistics.seconds_to_first_token < 0.35
+    assert statistics is not None and 0.04 < statistics.seconds_to_first_token < 1.4

@@ -413,14 +413,14 @@ def test_menu_reasons(page: ModelsPage, rooms: Rooms) -> None:
 def test_ten_thousand_rows_stay_fluid(rooms: Rooms, qtbot: QtBot) -> None:
     rooms.library.put([model(f"maker{i % 97}/model-{i}", size=GB + i) for i in range(10_000)])
     table = ModelTable(rooms.library)
-    began = time.perf_counter()
+    began = time.process_time()
     table.refresh()
     table.sort(4, Qt.SortOrder.DescendingOrder)
     for row in range(40):
         for column in range(9):
             table.index(row, column).data()
     table.set_filter("maker5 99")
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     assert table.rowCount() > 0
     assert len(table._rows) <= 1024
     print(f"10,000 rows: refresh, sort, 40 rows painted, filter: {took * 1000:.0f} ms")

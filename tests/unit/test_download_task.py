@@ -144,23 +144,22 @@ def test_a_speed_limit_can_be_changed_while_it_runs(hub: FakeHub, tmp_path: Path
     hub.add("user/tiny", {FILE: random_bytes(30 * MB)})
     child = task_child(tmp_path / "child.log")
     child.start()
-    started = time.monotonic()
     task = child.send(protocol.RunTask(task="download", parameters=parameters(hub, tmp_path / "tiny", rate=2 * MB)))
-    changed = 0.0
+    started, changed = time.monotonic(), 0.0
     try:
         while True:
             event = child.next_event(30)
             child.raise_if_ended(task, event)
-            if isinstance(event, protocol.News) and not changed and time.monotonic() - started > 3:
-                came = arrived_bytes(tmp_path / "tiny" / FILE)
-                assert 2 * MB < came < 9 * MB
+            came = arrived_bytes(tmp_path / "tiny" / FILE)
+            if isinstance(event, protocol.News) and not changed and came > 5 * MB:
+                assert came < 2 * MB * (time.monotonic() - started) + MB
                 child.send(protocol.Adjust(target=task, parameters='{"rate": 0}'))
                 changed = time.monotonic()
             if isinstance(event, protocol.Done):
                 break
     finally:
         child.shutdown()
-    assert changed and time.monotonic() - changed < 4
+    assert changed and time.monotonic() - changed < 9  # what is left takes ten and more at the old rate
 
 
 def test_a_limit_sent_before_the_task_begins_holds(hub: FakeHub, tmp_path: Path) -> None:

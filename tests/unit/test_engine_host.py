@@ -105,7 +105,7 @@ def test_the_first_token_is_not_held_back_and_a_slow_stream_is_not_batched(engin
 
 
 def test_a_pause_after_a_burst_does_not_hold_back_its_end(engine: MakeEngine) -> None:
-    client = engine(tokens=10, hang_at=5, hang="native", hang_seconds=1)
+    client = engine(tokens=10, hang_at=5, hang="native", hang_seconds=3)
     number = client.send(protocol.Generate(prompt="x"))
     text, started = "", time.monotonic()
     while text.count("word") < 5:
@@ -113,7 +113,7 @@ def test_a_pause_after_a_burst_does_not_hold_back_its_end(engine: MakeEngine) ->
         assert event is not None
         if isinstance(event, protocol.Tokens):
             text += event.text
-    assert time.monotonic() - started < 0.7, "the tokens before the pause came only after it"
+    assert time.monotonic() - started < 2.5, "the tokens before the pause came only after it"
     until_end(client, number)
 
 
@@ -137,7 +137,7 @@ def test_cancel_works_in_the_middle_of_an_answer_and_of_a_prompt(engine: MakeEng
     started = time.monotonic()
     client.cancel(number)
     events = until_end(client, number)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2  # an answer of ten seconds, a prompt of thirty
     result = result_of(events)
     assert result.finish_reason == "cancelled"
     assert text_of(events).count("word") == result.tokens
@@ -254,7 +254,7 @@ def test_sending_never_waits_for_a_full_pipe(engine: MakeEngine) -> None:
     started = time.monotonic()
     for _ in range(50):
         client.send(protocol.Generate(prompt="x" * 1_000_000))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # for ever, if one waits
     client.kill()
     exit = until_end(client, -1)[-1]
     assert isinstance(exit, EngineExit) and len(exit.pending) == 51

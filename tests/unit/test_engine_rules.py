@@ -303,7 +303,7 @@ def test_an_engine_for_a_loader_runs_in_its_environment(monkeypatch: pytest.Monk
 def test_the_machine_is_probed_quickly_and_plausibly(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.probe()
     seconds: list[float] = []
-    for _ in range(5):
+    for _ in range(20):
         machine._last = None
         started = time.perf_counter()
         machine.probe()

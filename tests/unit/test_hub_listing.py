@@ -65,7 +65,7 @@ def test_a_busy_hub_is_asked_again_when_it_says_and_that_is_told(hub: FakeHub, w
     hub.misbehave(Fault("api_status", path=path, code=429, retry_after="2"))
     started = time.monotonic()
     assert len(ask(hub, waits).list_files(TINY).files) == 2
-    assert 2 <= time.monotonic() - started < 6
+    assert 2 <= time.monotonic() - started < 15
     assert any("slow down" in words and "2 s" in words for words in waits) and waits[-1] == ""
 
 
@@ -76,7 +76,7 @@ def test_a_hub_that_wants_an_hour_is_not_waited_for(hub: FakeHub, waits: list[st
         with pytest.raises(WeftError) as caught:
             ask(hub, waits).search("tiny")
         assert caught.value.kind is ErrorKind.NETWORK and "50 minutes" in caught.value.message
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
 
 
 def test_a_hub_in_trouble_is_asked_a_few_times_and_no_more(
@@ -100,7 +100,7 @@ def test_a_wait_can_be_given_up(hub: FakeHub, waits: list[str]) -> None:
     started = time.monotonic()
     with pytest.raises(WeftError) as caught:
         ask(hub, waits, cancelled=cancelled).search("tiny")
-    assert caught.value.kind is ErrorKind.CANCELLED and time.monotonic() - started < 5
+    assert caught.value.kind is ErrorKind.CANCELLED and time.monotonic() - started < 20
     timer.join()
 
 
@@ -140,7 +140,7 @@ def test_a_hub_that_is_not_there_is_said_soon(waits: list[str]) -> None:
         started = time.monotonic()
         with pytest.raises(WeftError, match="cannot be reached"):
             question()
-        assert time.monotonic() - started < 5  # huggingface_hub alone tries for half a minute and says nothing
+        assert time.monotonic() - started < 10  # huggingface_hub alone tries for half a minute and says nothing
 
 
 def test_questions_that_are_redirected_in_a_circle_end_in_words(hub: FakeHub, waits: list[str]) -> None:

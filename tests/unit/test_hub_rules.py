@@ -410,7 +410,7 @@ def test_a_rate_limit_holds_and_can_be_changed_while_others_wait() -> None:
     started = time.monotonic()
     for _ in range(10):
         limit.wait_for(50_000, never)
-    assert 0.3 < time.monotonic() - started < 1.5
+    assert 0.3 < time.monotonic() - started < 5
     limit.change(1000)
     waiter = threading.Thread(target=limit.wait_for, args=(100_000, never))
     waiter.start()

