@@ -41,6 +41,8 @@ def combine_adapters(plan: CombinePlan, progress: Callable[[int, int], None] = l
     plan.check()
     target = Path(plan.to)
     refuse_existing(target)
+    for each in plan.adapters.adapters:
+        _refuse_gguf(Path(each.path))
     sources = [(open_adapter(Path(each.path)), each) for each in plan.adapters.adapters]
     for adapter, _ in sources:
         _refuse_others(adapter)
@@ -73,6 +75,15 @@ def combine_adapters(plan: CombinePlan, progress: Callable[[int, int], None] = l
     named = _named(tensors, out_rank, _DTYPES[plan.dtype])
     write_peft(target, _config(sources, tensors, out_rank), named, _card(plan, sources, result))
     return result
+
+
+def _refuse_gguf(path: Path) -> None:
+    if path.suffix.lower() == ".gguf":
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{path.name} is a GGUF adapter, whose names depend on the model: it cannot be combined as it is.",
+            "Convert it to PEFT first (LoRAs, Convert to PEFT; or `weft convert`), then combine that.",
+        )
 
 
 def _refuse_others(adapter: OpenAdapter) -> None:
