@@ -253,7 +253,8 @@ class House(QObject):
         """After the first paint: watch the disk and the machine, prepare engines, load the model."""
         from app.workers.library_worker import LibraryWorker
 
-        self.job_store.mark_interrupted()
+        if self.job_store.mark_interrupted():
+            self.tasks.changed.emit()  # a page that was there at once shows them as running still
         worker = LibraryWorker(self.library, self.roots.roots(), self)
         worker.changed.connect(self._library_changed)
         worker.scanning.connect(self._scanning)

@@ -68,8 +68,11 @@ class RunFolder:
             _clear(rest)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Let go of the lock. Where there is no checkpoint to go on from, the folder goes: it would only hold the name."""
+        idle = not self._lock.closed and not self.checkpoints()
         self._lock.close()
+        if idle:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def remove(self) -> None:
         """The run is complete: its folder goes."""

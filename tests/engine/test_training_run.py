@@ -101,6 +101,19 @@ def test_a_place_that_is_taken_is_left_alone(model: ModelEntry, data: Path, tmp_
     assert caught.value.kind is ErrorKind.NOT_FOUND
 
 
+def test_a_run_that_cannot_begin_leaves_nothing_behind(model: ModelEntry, data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for made in (
+        config(tmp_path, model, empty),
+        config(tmp_path, model, data, method={"targets": "nothing"}),
+        config(tmp_path, model, data, train={"objective": "dpo"}),
+    ):
+        with pytest.raises(WeftError):
+            train(made, model)
+        assert {path.name for path in tmp_path.iterdir()} == {"empty.jsonl"}
+
+
 def test_modules_that_do_not_exist_are_named_with_those_that_do(model: ModelEntry, data: Path, tmp_path: Path) -> None:
     with pytest.raises(WeftError, match="query") as caught:
         train(config(tmp_path, model, data, method={"targets": "query"}), model)

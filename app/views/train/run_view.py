@@ -210,6 +210,8 @@ class RunView(QWidget):
         if job.state in (JobState.FAILED, JobState.CRASHED):
             return f"{job.message} {job.hint}".strip(), "negative" if job.state is JobState.FAILED else "warning"
         if job.state is JobState.CANCELLED:
+            if self._runs.unfinished(job) is None:
+                return "Cancelled before its first checkpoint: Resume begins anew with the same settings.", "info"
             return "Cancelled. Its checkpoints are kept: Resume goes on from the last one.", "info"
         ending = _ENDINGS.get(state.ended, "")
         return " ".join([part for part in (ending, *state.notes[-3:]) if part]), "warning" if ending else "info"
