@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.errors import WeftError
+from app.core.errors import ErrorKind, WeftError
 from app.engine.protocol import Loaded
 from app.training.run_config import TrainParameters
 from app.training.run_file import beside
@@ -74,6 +74,20 @@ class LineReport:
         """Never called."""
 
 
+def check_distribution(kind: str) -> None:
+    """Refuse ways to share a run out that are not served: every process holds the whole model here (DDP).
+
+    Raises:
+        WeftError: UNSUPPORTED for FSDP, DeepSpeed and the like, before anything is loaded.
+    """
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"Runs are not spread with {kind} yet: every process holds the whole model.",
+            "Set distributed_type: MULTI_GPU in accelerate's config, and quantization = nf4 where a card is too small for the model.",
+        )
+
+
 def main(arguments: list[str]) -> int:
     """Run. Returns the exit status: 0 done, 1 failed (`failed` says why)."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
@@ -93,6 +107,7 @@ def main(arguments: list[str]) -> int:
     report = LineReport(silent=not accelerator.is_main_process)
     several = accelerator.num_processes > 1
     try:
+        check_distribution(accelerator.distributed_type.value)
         result = run_torch.run(parameters, report, accelerator if several else None)  # type: ignore[arg-type]
     except WeftError as error:
         report._say(kind="failed", error=error.kind.value, message=error.message, hint=error.hint)

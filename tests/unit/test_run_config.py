@@ -10,10 +10,13 @@ import msgspec
 import pytest
 
 from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.core.options import describe
 from app.store.toml_text import dump
 from app.training import methods, run_file
+from app.training.estimate import estimate
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
+from app.training.run_launched import check_distribution
 
 SMALLEST = """
 [model]
@@ -181,3 +184,65 @@ def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
     with pytest.raises(WeftError) as caught:
         run_file.read(tmp_path / "none.toml")
     assert caught.value.kind is ErrorKind.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        ("train", {"optimizer": "paged_adamw"}, "adamw_8bit"),
+        ("train", {"optimizer": "paged_adamw_8bit"}, "adamw_8bit"),
+        ("model", {"device": "cuda"}, "device = auto"),
+        ("model", {"attention": "flash_attention_2"}, "attention = auto"),
+    ],
+)
+def test_what_needs_a_graphics_card_is_refused_without_one(section: str, changes: dict[str, Any], says: str) -> None:
+    config = run_file.parse(SMALLEST)
+    config = msgspec.structs.replace(config, **{section: msgspec.structs.replace(getattr(config, section), **changes)})
+    with pytest.raises(WeftError, match="no graphics card") as caught:
+        methods.check_machine(config, 0)
+    assert says in caught.value.hint
+    assert methods.check_machine(config, 1) == []
+
+
+def test_options_without_effect_are_told() -> None:
+    table: dict[str, Any] = {
+        "model": {"path": "x"},
+        "data": {"held_out": 0},
+        "method": {"dora": True, "dora_offload": True},
+        "train": {"early_stopping": 2},
+        "output": {"dir": "y"},
+    }
+    config = run_file.from_table(table)
+    assert any("Nothing is held out" in note for note in methods.check(config))
+    assert any("dora_offload has no effect" in note for note in methods.check_machine(config, 0))
+    assert methods.check_machine(config, 2) == []
+
+
+def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
+    config = run_file.parse(SMALLEST)
+    shape = ModelShape(layers=10, hidden=512, vocabulary=1000, heads=8)
+    model = ModelEntry(
+        id="x",
+        path="x",
+        name="x",
+        format=ModelFormat.SAFETENSORS,
+        parameters=10**8,
+        weight_bytes=2 * 10**8,
+        shape=shape,
+    )
+    given: dict[str, Any] = {"tokens": 100_000, "examples": 1600, "flops": 1e11}
+    whole = estimate(config, model, **given).seconds
+    assert whole > 4 * 1e8 * 3e5 / 1e11, "slower than the products alone"
+    assert estimate(config, model, **{**given, "flops": 1e12}).seconds < whole / 2
+    few = msgspec.structs.replace(config, train=msgspec.structs.replace(config.train, max_steps=30))
+    assert estimate(few, model, **given).seconds == pytest.approx(whole / 10)
+    assert estimate(config, model, tokens=0, flops=1e11).seconds == 0
+    assert estimate(config, model, card=True).weights == estimate(config, model).weights / 2
+
+
+def test_only_whole_models_in_each_process_are_launched() -> None:
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        check_distribution(kind)
+    with pytest.raises(WeftError, match="FSDP") as caught:
+        check_distribution("FSDP")
+    assert "MULTI_GPU" in caught.value.hint
