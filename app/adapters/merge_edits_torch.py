@@ -232,7 +232,7 @@ class _Collector:
 
     def _saved(self, module: AdaptedModule, target: Target, owner: Any, name: str, info: TensorInfo) -> None:
         parameter = f"{target.name}.{name}"
-        value = getattr(owner, name, None)
+        value: Any = getattr(owner, name, None)
         if value is None and name == "bias":
             self._needs_bias(target.name, owner)
         if not isinstance(value, torch.Tensor) or target.first:

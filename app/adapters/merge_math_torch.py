@@ -45,7 +45,7 @@ class Matrices:
 
     def scratch(self, name: str, shape: torch.Size) -> Tensor:
         """Memory of this thread, float32: fresh pages for each piece would cost more than the arithmetic."""
-        held: Tensor | None = getattr(self._local, name, None)
+        held: Any = getattr(self._local, name, None)
         if held is None or held.numel() < shape.numel():
             held = torch.empty(shape.numel(), dtype=torch.float32)
             setattr(self._local, name, held)

@@ -146,7 +146,8 @@ def _module(name: str, tensors: Mapping[str, StoredTensor], family: str) -> torc
 
 def _bare(kind: type[torch.nn.Module], **sizes: int) -> torch.nn.Module:
     """A module of a kind without its initialisation, which would load half of torch (70 MB) even on the meta device."""
-    made = kind.__new__(kind)
+    maker: Any = kind
+    made = maker.__new__(maker)
     torch.nn.Module.__init__(made)
     for name, value in sizes.items():
         setattr(made, name, value)

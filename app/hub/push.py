@@ -170,7 +170,8 @@ class Push(Hub):
         self._told = 0
         self._phase = "Computing checksums"
         for (name, path), size in zip(self._files.items(), self._sizes, strict=True):
-            found.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=_Source(path, self._tell)))
+            source: Any = _Source(path, self._tell)
+            found.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=source))
             self._before += size
         self._opened = found
         return found

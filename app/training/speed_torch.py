@@ -18,11 +18,11 @@ def products(rows: int = 512, width: int = 1024) -> float:
         rows, width = 4096, 4096
     left = torch.randn(rows, width, device=device, dtype=dtype)
     right = torch.randn(width, width, device=device, dtype=dtype)
-    left @ right  # the first one makes room and wakes threads
+    torch.matmul(left, right)  # the first one makes room and wakes threads
     best, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < _LEAST_SECONDS:
         start = time.perf_counter()
-        left @ right
+        torch.matmul(left, right)
         if cuda:
             torch.cuda.synchronize()
         best = max(best, 2.0 * rows * width * width / (time.perf_counter() - start))
