@@ -41,6 +41,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         sampling: names of the core.sampling.Sampling fields that it serves.
         estimate: bytes that a load of this model with these options (the struct) will take on this machine.
         refuses: why this loader cannot take this very model, in a sentence; "" when it can.
+        bakes: it can write adapters into the loaded weights (SetAdapters.baked).
         needs_cuda: it runs on NVIDIA GPUs only.
         rank: the lower, the sooner it is chosen for a model that several can load.
     """
@@ -55,6 +56,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     sampling: frozenset[str]
     estimate: Callable[[ModelEntry, Any, Machine], Estimate]
     refuses: Callable[[ModelEntry], str] = lambda _: ""
+    bakes: bool = False
     needs_cuda: bool = False
     rank: int = 100
 

@@ -43,6 +43,7 @@ SPEC = Spec(
     options=Options,
     sampling=frozenset(Sampling.__struct_fields__),
     estimate=estimate,
+    bakes=True,
     rank=20,
 )
 

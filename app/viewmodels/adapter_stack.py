@@ -44,6 +44,21 @@ class StackModel(QObject):
         """Whether the loaded model's loader takes adapters, or some are chosen already."""
         return bool(self.entries) or self._loadout.takes_adapters
 
+    @property
+    def bakes(self) -> bool:
+        """Whether the loaded model's loader can write adapters into its weights."""
+        return self._loadout.bakes
+
+    @property
+    def baked(self) -> bool:
+        """Whether the stack is to be written into the weights."""
+        return self._loadout.baked
+
+    @Slot(bool)
+    def set_baked(self, on: bool) -> None:
+        """Write the stack into the weights, or let it be live again."""
+        self._loadout.set_baked(on)
+
     def known(self) -> list[AdapterEntry]:
         """Adapters of the library that may be added: usable ones that are not in the stack."""
         there = {entry.path for entry in self.entries}

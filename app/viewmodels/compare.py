@@ -77,6 +77,7 @@ class Compare(QObject):
         loadout.finished.connect(self._finished)
         loadout.failed.connect(self._failed)
         loadout.changed.connect(self._loadout_changed)
+        loadout.stack_set.connect(self._loadout_changed)
 
     @Slot()
     def _loadout_changed(self) -> None:

@@ -48,6 +48,7 @@ class Loadout(QObject):
         fit_asked(FitQuestion), code_asked(CodeQuestion), crashed(Crash), load_failed(WeftError): the window decides or tells.
         environment_wanted(name): the load waits for this environment.
         stack_changed: `stack` is another than was set: another model came, or the engine refused it.
+        stack_set: somebody set another stack.
     """
 
     changed = Signal()
@@ -64,6 +65,7 @@ class Loadout(QObject):
     load_failed = Signal(object)
     environment_wanted = Signal(str)
     stack_changed = Signal()
+    stack_set = Signal()
     _later = Signal(int, object)
 
     def __init__(
@@ -96,6 +98,7 @@ class Loadout(QObject):
         self.stack = AdapterStack()
         self._told_stack = AdapterStack()  # the last that the engine was told,
         self._taken_stack = AdapterStack()  # and the last that it took
+        self.baked = self._told_baked = False  # whether the stack is to be written into the weights
         self._stack_id = 0  # of the SetAdapters under way
         self.state = LoadoutState.EMPTY
         self.model: ModelEntry | None = None
@@ -298,7 +301,7 @@ class Loadout(QObject):
             self.state in (LoadoutState.READY, LoadoutState.BUSY, LoadoutState.UNRESPONSIVE)
             and self._session is not None
         ):
-            if self._stack_id and self.stack != self._told_stack:
+            if self._stack_id and not self._is_told:
                 self._requests.queued[made] = request  # the newest stack is told first
             else:
                 self._send(made, request)
@@ -353,17 +356,33 @@ class Loadout(QObject):
         """Replace the adapter stack: of the loaded model at once, else with the next load."""
         self.stack = stack
         self._tell_stack()
+        self.stack_set.emit()
+
+    @property
+    def bakes(self) -> bool:
+        """Whether the loader can write adapters into the loaded weights."""
+        return self.takes_adapters and self.loader is not None and self.loader.bakes
+
+    def set_baked(self, on: bool) -> None:
+        """Write the stack into the weights, for the model's own speed, or let it be live again: the base comes back exactly."""
+        self.baked = on
+        self._tell_stack()
 
     def _tell_stack(self) -> None:
         """Tell the engine the stack as it is now; while it works on one, the latest waits for that to end."""
-        if self._session is None or not self.is_loaded or self._stack_id or self.stack == self._told_stack:
+        if self._session is None or not self.is_loaded or self._stack_id or self._is_told:
             return
+        baked = self.baked and self.bakes
         try:
-            self._stack_id = self._session.worker.send(SetAdapters(adapters=self.stack))
+            self._stack_id = self._session.worker.send(SetAdapters(adapters=self.stack, baked=baked))
         except WeftError as error:
             self.notice.emit(str(error))
             return
-        self._told_stack = self.stack
+        self._told_stack, self._told_baked = self.stack, baked
+
+    @property
+    def _is_told(self) -> bool:
+        return self.stack == self._told_stack and (self.baked and self.bakes) == self._told_baked
 
     def _stack_ended(self, error: WeftError | None) -> None:
         self._stack_id = 0
@@ -371,6 +390,7 @@ class Loadout(QObject):
             self._taken_stack = self._told_stack
         else:
             self._told_stack = self.stack = self._taken_stack
+            self.baked = self._told_baked = False  # what is live always goes
             self.notice.emit(str(error))
             self.stack_changed.emit()
         self._tell_stack()
@@ -476,6 +496,7 @@ class Loadout(QObject):
         try:
             self._load_id = self._session.worker.send(self.planner.command(plan, self.stack))
             self._told_stack, self._taken_stack, self._stack_id = self.stack, self.stack, 0
+            self._told_baked = False
         except WeftError as error:
             self._drop_engine("The engine did not take the load.", keep_queue=True)
             self._fail_load(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PySide6.QtCore import QPoint, QSize, Qt, Signal, Slot
 from PySide6.QtGui import QMouseEvent
-from PySide6.QtWidgets import QDoubleSpinBox, QFileDialog, QFrame, QMenu, QScrollArea, QSlider, QWidget
+from PySide6.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QFrame, QMenu, QScrollArea, QSlider, QWidget
 
 from app.viewmodels.adapter_stack import StackEntry, StackModel
 from app.views.elided import ElidedCheckBox
@@ -117,7 +117,13 @@ class StackBar(QWidget):
         area.setWidget(self._inner)
         area.setFixedHeight(44)
         self.add_button = button("Add adapter", self.open_menu, kind="link", tip="Add a LoRA adapter to the stack")
-        outer = row(area, self.add_button, margins=(16, 2, 8, 2), spacing=8, parent=self)
+        self.bake = QCheckBox("Bake in")
+        self.bake.setToolTip(
+            "Write the adapters into the loaded weights: the model's own speed, for more memory.\n"
+            "Switched off, the base is back exactly."
+        )
+        self.bake.toggled.connect(model.set_baked)
+        outer = row(area, self.bake, self.add_button, margins=(16, 2, 8, 2), spacing=8, parent=self)
         outer.setStretch(0, 1)
         model.changed.connect(self.rebuild)
         self.rebuild()
@@ -137,6 +143,10 @@ class StackBar(QWidget):
             chip.removed.connect(self._model.remove, Qt.ConnectionType.QueuedConnection)  # it deletes the chip
             self._row.insertWidget(place, chip)
             self.chips.append(chip)
+        self.bake.setVisible(self._model.bakes and bool(self.chips))
+        self.bake.blockSignals(True)
+        self.bake.setChecked(self._model.baked)
+        self.bake.blockSignals(False)
         self.setVisible(self._model.shown)
 
     def open_menu(self) -> QMenu:

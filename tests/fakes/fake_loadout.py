@@ -17,6 +17,7 @@ class FakeLoadout(QObject):
     """The part of viewmodels.loadout.Loadout that chats use."""
 
     changed = Signal()
+    stack_set = Signal()
     tokens = Signal(int, str, int)
     row_tokens = Signal(int, int, str, int)
     progress = Signal(int, object)

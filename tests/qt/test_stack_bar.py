@@ -156,3 +156,25 @@ def test_an_adapter_dropped_on_the_bar_joins_the_stack(rooms: Rooms, qtbot: QtBo
     assert enter.isAccepted()
     QApplication.sendEvent(bar, QDropEvent(QPointF(5, 5), Qt.DropAction.CopyAction, data, buttons, keys))
     assert [chip.switch.text() for chip in bar.stack_bar.chips] == ["voice"]
+
+
+def test_baking_in_is_a_switch_that_the_engine_is_told(
+    rooms: Rooms, qtbot: QtBot, sent: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loadout = ready(rooms, qtbot)
+    monkeypatch.setattr(Loadout, "bakes", True)
+    bar = StackBar(StackModel(loadout))
+    qtbot.addWidget(bar)
+    bar.show()
+    assert not bar.bake.isVisible(), "there is nothing to bake in"
+    assert bar._model.add(VOICE)
+    qtbot.waitUntil(lambda: stacks(sent) == [[1.0]])
+    assert bar.bake.isVisible() and not bar.bake.isChecked()
+    for on in (True, False):
+        bar.bake.click()
+        qtbot.waitUntil(lambda on=on: [c.baked for c in sent if isinstance(c, SetAdapters)][-1] is on)
+        qtbot.waitUntil(lambda: not loadout._stack_id)
+    bar.bake.click()
+    bar.chips[0].number.setValue(0.5)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.5] and not loadout._stack_id)
+    assert [c for c in sent if isinstance(c, SetAdapters)][-1].baked, "another weight is baked in, too"

@@ -366,6 +366,11 @@ def test_repeated_layers_are_held_against_the_layers_that_they_repeat(tmp_path: 
     in_gguf = check_paths(made, gguf_model(tmp_path / "m.gguf", "llama"))
     assert any("llama.cpp cannot repeat layers" in line for line in in_gguf.warnings)
     assert not any("merged copy" in line for line in in_gguf.warnings)
+    head = {"base_model.model.lm_head.modules_to_save.weight": ("F32", (VOCABULARY, HIDDEN))}
+    both = adapter(tmp_path / "both", "llama", layers=5, extra=head, layer_replication=ranges)
+    assert "modules trained whole" in adapter_extras(both)
+    warnings = check_paths(both, gguf_model(tmp_path / "m.gguf", "llama")).warnings
+    assert not any("merged copy" in line for line in warnings), "no copy serves what repeats layers"
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])

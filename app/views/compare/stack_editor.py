@@ -13,7 +13,7 @@ from app.views.elided import ElidedCheckBox
 from app.views.widgets import button, column, cut_corners, label, row
 
 WIDTH, HEIGHT = 400, 380
-_SHOWN = 200  # adapters that are listed; the filter finds the others
+_SHOWN = 80  # adapters that are listed; the filter finds the others
 
 
 class _Line(QWidget):
