@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from PySide6.QtCore import QObject, Qt, Signal
+from PySide6.QtWidgets import QApplication
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
@@ -429,6 +430,24 @@ def test_what_this_machine_cannot_do_is_said_before_the_start(bench: Bench, qtbo
     bench.draft.set_values("data", {"held_out": 0.0})
     bench.draft.set_values("train", {"early_stopping": 2})
     assert any("Nothing is held out" in told for told in bench.draft.notes())
+
+
+def test_everything_is_reached_by_the_keyboard(bench: Bench, qtbot: QtBot) -> None:
+    bench.prepare(qtbot)
+    bench.lane.answer_modules()
+    bench.page.activateWindow()
+    bench.page.entered()
+    reached: list[str] = []
+    for _ in range(80):
+        widget = QApplication.focusWidget()
+        assert widget is not None
+        reached.append(widget.accessibleName() or getattr(widget, "text", str)())
+        if reached[-1] == "Start training":
+            break
+        qtbot.keyClick(widget, Qt.Key.Key_Tab)
+    assert all(reached), reached
+    wanted = ["Add files…", "Leave examples.jsonl out", "Preset", "Rank", "Name of the adapter", "Start training"]
+    assert [name for name in reached if name in wanted] == wanted, reached
 
 
 def test_preferences_are_not_trained_as_answers(bench: Bench, qtbot: QtBot) -> None:

@@ -101,11 +101,11 @@ class TrainSetup(QWidget):
         self._files = column(parent=self.files, spacing=2)
         add = button("Add files…", self._add_files, icon_name="plus")
         folder = button("Add a folder…", self._add_folder, kind="link")
-        measure = button(
+        self.measure = button(
             "Measure on…", self._add_held_out, kind="link", tip="Files that are never trained on, instead of a share"
         )
         buttons = QWidget()
-        row(add, folder, measure, 1, parent=buttons)
+        row(add, folder, self.measure, 1, parent=buttons)
         self.held_out = QWidget()
         self._held_out = column(parent=self.held_out, spacing=2)
         self.hint = label(
@@ -200,6 +200,7 @@ class TrainSetup(QWidget):
                 laid.removeWidget(widget)
                 widget.hide()
                 widget.deleteLater()
+        before: QWidget = self.measure
         for path in files:
             line = QWidget()
             line.setObjectName(path)
@@ -211,6 +212,8 @@ class TrainSetup(QWidget):
             )
             row(name, gone, parent=line).setStretch(0, 1)
             laid.addWidget(line)
+            self.setTabOrder(before, gone)  # new widgets would come last
+            before = gone
 
     # Acts -------------------------------------------------------------------------------------------
 
