@@ -168,10 +168,16 @@ class Transfer:
                 continue
             if waited:
                 self._progress.waiting(0, "")
-                if is_file(self._target, self._file, self._cancelled, self._progress.checking):
-                    part.discard()
-                    self._progress.kept(self._file.size)
-                    return None
+            # Whether we waited or not: since the caller looked, somebody may have completed it.
+            try:
+                whole = is_file(self._target, self._file, self._cancelled, self._progress.checking)
+            except BaseException:
+                part.close()
+                raise
+            if whole:
+                part.discard()
+                self._progress.kept(self._file.size)
+                return None
             return part
 
     def _header(self) -> PartHeader:

@@ -491,3 +491,13 @@ def test_a_cancel_ends_a_silent_connection_at_once(hub: FakeHub, tmp_path: Path)
     assert time.monotonic() - started < 10
     assert arrived_bytes(tmp_path / FILE) >= MB
     timer.join()
+
+
+def test_what_another_download_completed_meanwhile_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+    data = random_bytes(3 * MB)
+    hub.add("user/tiny", {FILE: data})
+    (tmp_path / FILE).write_bytes(data)
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert hub.fetched() == 0 and names(tmp_path) == [FILE]
+    (tmp_path / FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
