@@ -51,6 +51,24 @@ def test_perplexity_equals_a_plain_loop(tmp_path: Path, family: str, window: int
         assert ask(backend, "Hi")[1].tokens  # the cache is clean afterwards
 
 
+def test_no_more_than_a_few_rows_of_logits_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.generation import hf_score
+    from app.generation.hf_decode import Decoder
+
+    held: list[int] = []
+    plain_rows = Decoder.rows
+
+    def rows(self: Decoder, tokens: list[int]) -> torch.Tensor:
+        found = plain_rows(self, tokens)
+        held.append(len(found))
+        return found
+
+    monkeypatch.setattr(Decoder, "rows", rows)
+    with loaded(Backend(), tiny_models.make(tmp_path / "m")) as (backend, _):
+        result = backend.score(Score(text=TEXT * 3), FakeReport())
+    assert max(held) <= hf_score.ROWS < result.tokens and sum(held) >= result.tokens
+
+
 def test_scoring_can_be_cancelled_and_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with loaded(Backend(), tiny_models.make(tmp_path / "m")) as (backend, _):
         for text, window, match in (("", 0, "two tokens"), (TEXT, 600, "does not fit"), (TEXT, 1, "two tokens")):
