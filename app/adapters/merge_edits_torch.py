@@ -232,9 +232,9 @@ class _Collector:
 
     def _saved(self, module: AdaptedModule, target: Target, owner: Any, name: str, info: TensorInfo) -> None:
         parameter = f"{target.name}.{name}"
-        value: Any = getattr(owner, name, None)
-        if value is None and name == "bias":
+        if name == "bias" and getattr(owner, name, None) is None:
             self._needs_bias(target.name, owner)
+        value: Any = getattr(owner, name, None)
         if not isinstance(value, torch.Tensor) or target.first:
             raise self._shape_error(module, name, info.shape, ())
         if tuple(value.shape) != info.shape:
