@@ -349,6 +349,8 @@ def test_a_quantized_base_names_the_model_to_use_instead(
     qtbot.waitUntil(dialog.form.base_note.isVisible)
     assert asked == ["maker/tiny"] and "maker/tiny" in dialog.form.note.text.text() and not dialog.start.isEnabled()
     assert dialog.form.use_base.text() == ("Use it" if here else "Find it on the hub")
+    shown = dialog.form.note.text
+    qtbot.waitUntil(lambda: shown.height() >= shown.heightForWidth(shown.width()), timeout=2000)  # nothing is cut off
     wanted: list[object] = []
     dialog.base_wanted.connect(wanted.append)
     dialog.form.use_base.click()

@@ -179,7 +179,12 @@ class ExportDialog(QDialog):
 
     @Slot()
     def _fit(self) -> None:
-        QTimer.singleShot(0, self, self.adjustSize)  # when the layout has taken it in
+        QTimer.singleShot(0, self, self._fit_now)  # when the layout has taken it in
+
+    @Slot()
+    def _fit_now(self) -> None:
+        self.form.hold_heights()
+        self.adjustSize()
 
     def _show_progress(self) -> None:
         draft, progress = self._draft, self._draft.progress

@@ -196,8 +196,16 @@ class ExportForm(QWidget):
         memory = draft.need().problem if draft.choices else ""
         text = problem or memory or (installs if draft.needs_installation else "")
         self.note.setVisible(bool(text))
-        self.note.text.setText(text)
+        if self.note.text.text() != text:
+            self.note.text.setText(text)
+            self.resized.emit()
         self.note.set_tone("negative" if problem else "warning" if memory else "info")
+
+    def hold_heights(self) -> None:
+        """Give each banner the height of its text at this width: a stack of pages asks for that of one line alone."""
+        for banner in (self.note, self.base_note):
+            text = banner.text
+            text.setMinimumHeight(text.heightForWidth(text.width()) if banner.isVisible() else 0)
 
     def _show_base(self) -> None:
         draft = self._draft
