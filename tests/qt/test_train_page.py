@@ -310,6 +310,7 @@ def test_a_cancelled_run_resumes_with_its_curves(bench: Bench, qtbot: QtBot) -> 
     job = bench.start(qtbot)
     bench.queue.metric.emit(job.id, 1, {"loss": 3.0})
     view = bench.page.run
+    (bench.adapters / "tiny-1B-examples.training").mkdir()
     view.cancel.click()
     qtbot.waitUntil(lambda: view.resume.isVisible(), timeout=20_000)
     assert "checkpoints are kept" in view.note.text.text()
