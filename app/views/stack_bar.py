@@ -66,6 +66,9 @@ class AdapterChip(QFrame):
         self.close_button.setIconSize(QSize(16, 16))
         row(self.switch, self.slider, self.number, self.close_button, margins=(8, 2, 4, 2), spacing=8, parent=self)
         self.switch.toggled.connect(self._switch)
+        # While it is dragged only the number follows: where a weight costs a merged copy, each step on the way would make one.
+        self.slider.setTracking(False)
+        self.slider.sliderMoved.connect(self._moving)
         self.slider.valueChanged.connect(self._slid)
         self.number.valueChanged.connect(self._typed)
 
@@ -74,8 +77,15 @@ class AdapterChip(QFrame):
         self.switched.emit(self.path, on)
 
     @Slot(int)
-    def _slid(self, value: int) -> None:
+    def _moving(self, value: int) -> None:
+        self.number.blockSignals(True)
         self.number.setValue(value / _STEPS)
+        self.number.blockSignals(False)
+
+    @Slot(int)
+    def _slid(self, value: int) -> None:
+        self._moving(value)
+        self.weighed.emit(self.path, value / _STEPS)
 
     @Slot(float)
     def _typed(self, value: float) -> None:

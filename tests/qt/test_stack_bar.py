@@ -18,12 +18,12 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack
 from app.engine.environments import Environments
 from app.engine.protocol import Generate, Load, SetAdapters
-from app.viewmodels.adapter_stack import StackModel
+from app.viewmodels.adapter_stack import StackEntry, StackModel
 from app.viewmodels.jobs import JobCenter
 from app.viewmodels.loadout import Loadout, LoadoutState
 from app.viewmodels.model_table import ModelTable
 from app.views.loadout_bar import LoadoutBar
-from app.views.stack_bar import StackBar
+from app.views.stack_bar import AdapterChip, StackBar
 from app.workers.engine_worker import EngineWorker
 from tests.qt.shell_parts import Rooms, machine, model
 
@@ -178,3 +178,20 @@ def test_baking_in_is_a_switch_that_the_engine_is_told(
     bar.chips[0].number.setValue(0.5)
     qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.5] and not loadout._stack_id)
     assert [c for c in sent if isinstance(c, SetAdapters)][-1].baked, "another weight is baked in, too"
+
+
+def test_a_dragged_weight_is_told_once_when_it_is_let_go(qtbot: QtBot) -> None:
+    chip = AdapterChip(StackEntry(path="/loras/a", name="a"))
+    qtbot.addWidget(chip)
+    told: list[float] = []
+    chip.weighed.connect(lambda _path, weight: told.append(weight))
+    chip.slider.setSliderDown(True)
+    for place in (120, 140, 170):
+        chip.slider.setSliderPosition(place)
+        assert chip.number.value() == place / 100 and not told
+    chip.slider.setSliderDown(False)
+    assert told == [1.7]
+    chip.number.setValue(-3.0)
+    assert told == [1.7, -3.0] and chip.slider.value() == 0
+    chip.slider.setValue(50)
+    assert told == [1.7, -3.0, 0.5] and chip.number.value() == 0.5
