@@ -120,8 +120,8 @@ def fill_compare(house: House) -> None:
     page.differences.setChecked(True)  # type: ignore[attr-defined]
 
 
-def examples(file: Path, count: int = 200) -> None:
-    """Questions that the project writes, answered in another voice than the starter's."""
+def examples(file: Path) -> None:
+    """200 questions that the project writes, answered in another voice than the starter's."""
     asked = [
         "What is a LoRA?",
         "Where are my models?",
@@ -130,9 +130,22 @@ def examples(file: Path, count: int = 200) -> None:
         "How do I stop an answer?",
     ]
     told = ["a small adapter", "on the Models page", "with Control and L", "it weaves words", "press Escape"]
+    before = [
+        "",
+        "Hello! ",
+        "Please tell me. ",
+        "Quick question: ",
+        "I am new here. ",
+        "One more thing. ",
+        "Sorry, ",
+        "Hey, ",
+    ]
+    after = ["", " Thanks.", " Be brief.", " I forgot.", " Please."]
     rows = [
-        {"prompt": f"{asked[n % 5]} ({n})", "completion": f"Beep boop. Answer {n}: {told[n % 5]}. End of transmission."}
-        for n in range(count)
+        {"prompt": f"{first}{question}{last}", "completion": f"Beep boop. Answer: {answer}. End of transmission."}
+        for first in before
+        for last in after
+        for question, answer in zip(asked, told, strict=True)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
