@@ -151,7 +151,7 @@ from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
 from tests.engine.adapter_kit import random_adapter, random_model
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
-model = random_model("llama", seed, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, head_dim=64)
+model = random_model("llama", seed, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, head_dim=64)
 random_adapter(folder, "llama", model, seed, r=4)
 live = LiveStack(model)
 live.add("a", open_adapter(folder))

@@ -183,11 +183,17 @@ def test_rows_say_what_they_say_alone(made: Any) -> None:
 def test_rows_stream_and_end_by_themselves(made: Any) -> None:
     entry, (first, second, *_) = made
     with loaded(Backend(), entry) as (backend, _):
-        prompt = "The warp"
-        rows = tuple(BatchRow(prompt=prompt, adapters=stack((path, 1.0))) for path in (first, second))
-        texts = [text for text, _ in one_by_one(backend, list(rows), Sampling(temperature=0, max_tokens=40))]
-        stop = next(text[5:8] for text in texts if text[5:8] and text[5:8] not in texts[1 - texts.index(text)][:20])
-        ender = next(number for number, text in enumerate(texts) if stop in text[:20])
+        # A random model may end at once, or say the same twice: a prompt under which one row goes on and the other can stop.
+        for prompt in ("The warp", "A weft", "Blue", "One, two", "?", "Say it", "9 of 10", "Threads are"):
+            rows = tuple(BatchRow(prompt=prompt, adapters=stack((path, 1.0))) for path in (first, second))
+            alone = one_by_one(backend, list(rows), Sampling(temperature=0, max_tokens=40))
+            texts = [text for text, _ in alone]
+            enders = [n for n in (0, 1) if len(texts[n]) > 8 and alone[1 - n][1].tokens == 40]
+            enders = [n for n in enders if texts[n][5:8] not in texts[1 - n]]
+            if enders:
+                break
+        ender = enders[0]
+        stop = texts[ender][5:8]
         report = RowReport()
         result = backend.generate_batch(
             GenerateBatch(rows=rows, sampling=Sampling(temperature=0, max_tokens=40, stop=stop)), report
@@ -196,7 +202,8 @@ def test_rows_stream_and_end_by_themselves(made: Any) -> None:
         assert result.rows[ender].tokens < result.rows[1 - ender].tokens
         assert result.rows[ender].seconds <= result.rows[1 - ender].seconds
         assert "".join(report.rows[ender]) == texts[ender].split(stop)[0]
-        assert {0, 1} == set(report.order[:4]), "rows speak by turns, not one after the other"
+        turns = [[n for n, row in enumerate(report.order) if row == number] for number in (0, 1)]
+        assert turns[0][0] < turns[1][-1] and turns[1][0] < turns[0][-1], "rows speak by turns, not one after the other"
 
 
 def test_a_batch_can_be_cancelled_at_any_time(made: Any) -> None:
