@@ -66,7 +66,7 @@ def test_a_download_ends_verified_and_says_so(qtbot: QtBot, hub: FakeHub, here: 
 
 
 def test_pause_keeps_what_came_and_resume_goes_on_from_there(qtbot: QtBot, hub: FakeHub, here: Manager) -> None:
-    hub.total_rate = 6 * MB
+    hub.total_rate = 3 * MB
     hub.add("user/tiny", {"model.gguf": random_bytes(9 * MB)})
     download = here.add(qtbot)
     qtbot.waitUntil(lambda: arrived(here, download) > 3 * MB, timeout=WAIT)
@@ -103,7 +103,7 @@ def test_what_is_not_complete_is_not_in_the_library(qtbot: QtBot, hub: FakeHub, 
 
 @pytest.mark.fault
 def test_quitting_and_starting_again_goes_on(qtbot: QtBot, hub: FakeHub, qapp: object) -> None:
-    hub.total_rate = 6 * MB
+    hub.total_rate = 3 * MB
     hub.add("user/tiny", {"model.gguf": random_bytes(9 * MB)})
     hub.add("user/other", {"other.gguf": random_bytes(MB)})
     with manager(hub) as before:
@@ -122,7 +122,7 @@ def test_quitting_and_starting_again_goes_on(qtbot: QtBot, hub: FakeHub, qapp: o
 
 @pytest.mark.fault
 def test_a_killed_child_is_started_again_and_goes_on(qtbot: QtBot, hub: FakeHub, here: Manager) -> None:
-    hub.total_rate = 6 * MB
+    hub.total_rate = 3 * MB
     hub.add("user/tiny", {"model.gguf": random_bytes(9 * MB)})
     download = here.add(qtbot)
     qtbot.waitUntil(lambda: arrived(here, download) > 3 * MB, timeout=WAIT)
@@ -135,7 +135,7 @@ def test_a_killed_child_is_started_again_and_goes_on(qtbot: QtBot, hub: FakeHub,
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_cancel_with_and_without_keeping_what_came(qtbot: QtBot, hub: FakeHub, here: Manager, keep: bool) -> None:
-    hub.total_rate = 6 * MB
+    hub.total_rate = 3 * MB
     hub.add("user/tiny", {"model.gguf": random_bytes(9 * MB)})
     download = here.add(qtbot)
     qtbot.waitUntil(lambda: arrived(here, download) > 3 * MB, timeout=WAIT)
