@@ -34,7 +34,7 @@ if not (Path(sys.prefix) / "llama.cpp" / "conversion").is_dir() and not os.envir
 
 SEED = random.SystemRandom().randrange(1 << 30)
 print(f"seed {SEED}")
-# llama.cpp looks GELU up in a table of half precision, which alone is worth up to 2e-3.
+# llama.cpp looks GELU up in a table of half precision, which alone is worth about 5e-4 of the largest logit.
 GELU = ("gpt2", "bloom", "phi", "gemma")
 TEXT = "The warp is strung, the weft goes over and under. How do I add a LoRA? Drop the folder there. 1, 2, 3.\n"
 
@@ -151,7 +151,20 @@ def test_an_f32_export_has_the_merged_models_logits(family: str, tmp_path: Path,
     with torch.inference_mode():
         wanted = merged(model, given)(input_ids=ids).logits[0].double().numpy()
     found = llama_logits(Path(made.file), ids[0].tolist())
-    assert np.abs(found - wanted).max() < (2e-2 if family in GELU else 1e-3)
+    worst = np.abs(found - wanted).max()
+    print(f"largest difference {worst:.1e} of logits up to {np.abs(wanted).max():.1f}")
+    if family in GELU:
+        # Against llama.cpp itself on a file of the merged model, made without our merge: there nothing of the table is left.
+        whole = merged(model, given)
+        whole.save_pretrained(tmp_path / "merged")
+        for path in (tmp_path / "base").iterdir():
+            if "token" in path.name or path.suffix == ".jinja":
+                shutil.copy(path, tmp_path / "merged")
+        theirs = export(msgspec.structs.replace(plan(tmp_path, "f32", name="theirs"), model=str(tmp_path / "merged")))
+        assert np.abs(found - llama_logits(Path(theirs.file), ids[0].tolist())).max() < 1e-3
+        assert worst < 2e-3 * max(1.0, np.abs(wanted).max())
+    else:
+        assert worst < 1e-3
     assert made.bytes == Path(made.file).stat().st_size and made.intermediate == 0
     assert not list(tmp_path.glob(".weft-*"))
 
