@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+QUESTION = "How do I add a LoRA?"
 
 
 def weft(*arguments: str, stdin: str = "", timeout: float = 180) -> subprocess.CompletedProcess[str]:
@@ -35,6 +37,12 @@ def weft_json(*arguments: str, stdin: str = "") -> Any:
     return json.loads(ended.stdout)
 
 
+@functools.cache
+def greedy_answer(model: str, *more: str) -> str:
+    """What `weft chat` says to QUESTION at temperature 0: asked in a fresh process, and only once in a run of the tests."""
+    return weft_json("chat", model, "-p", QUESTION, "--temperature", "0", *more)["text"]
+
+
 def interrupt_after(seconds: float, arguments: Sequence[str]) -> tuple[int, str, str]:
     """Start a command and press Ctrl+C once its answer has begun and some time passed. Exit status, stdout, stderr."""
     process = subprocess.Popen(
@@ -51,5 +59,5 @@ def interrupt_after(seconds: float, arguments: Sequence[str]) -> tuple[int, str,
     first = process.stdout.read(1)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     return process.returncode, (first + out).decode(), err.decode()

@@ -5,33 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.command_line import ROOT, weft, weft_json
+from tests.e2e.command_line import ROOT, greedy_answer, weft, weft_json
 
 VOICE = ROOT / "resources" / "starter" / "voice-adapter"
 STARTERS = ["starter", "starter (GGUF)"]
-QUESTION = ("-p", "How do I add a LoRA?", "--temperature", "0")
-
-
-def _answer(model: str, *more: str) -> dict[str, Any]:
-    return weft_json("chat", model, *QUESTION, *more)
 
 
 @pytest.mark.parametrize("model", STARTERS)
 def test_an_adapter_changes_the_voice_and_weight_zero_is_the_base(model: str) -> None:
-    base = _answer(model)["text"]
-    on = _answer(model, "--adapter", str(VOICE))["text"]
+    base = greedy_answer(model)
+    on = greedy_answer(model, "--adapter", str(VOICE))
     assert on != base
-    assert _answer(model, "--adapter", f"{VOICE}=0")["text"] == base
-    assert _answer(model, "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5")["text"] == on
-    assert _answer(model, "--adapter", f"{VOICE}=1", "--adapter", f"{VOICE}=-1")["text"] == base
+    assert greedy_answer(model, "--adapter", f"{VOICE}=0") == base
+    assert greedy_answer(model, "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5") == on
+    assert greedy_answer(model, "--adapter", f"{VOICE}=1", "--adapter", f"{VOICE}=-1") == base
 
 
 def test_both_loaders_speak_with_the_same_voice() -> None:
-    answers = {_answer(model, "--adapter", f"{VOICE}=0.8")["text"] for model in STARTERS}
+    answers = {greedy_answer(model, "--adapter", f"{VOICE}=0.8") for model in STARTERS}
     assert len(answers) == 1
 
 
@@ -85,7 +79,7 @@ def test_combined_halves_speak_with_the_whole_voice_and_a_smaller_rank_says_what
     both, small = str(tmp_path / "both"), str(tmp_path / "small")
     made = weft_json("combine", "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5", "--to", both)
     assert made["rank"] == 16 and made["modules"] == 28 and made["energy"] == 1.0
-    assert _answer("starter", "--adapter", both)["text"] == _answer("starter", "--adapter", str(VOICE))["text"]
+    assert greedy_answer("starter", "--adapter", both) == greedy_answer("starter", "--adapter", str(VOICE))
     resized = weft_json("combine", "--adapter", both, "--rank", "4", "--to", small)
     assert resized["rank"] == 4 and 0.2 < resized["energy"] < 1.0
     assert weft_json("check", small, "starter")["verdict"] == "fits"

@@ -13,16 +13,11 @@ from app.core.paths import default_paths
 from app.core.stack import AdapterStack, StackedAdapter
 from app.store.database import Database
 from app.store.stacks import StackStore
-from tests.e2e.command_line import ROOT, interrupt_after, weft, weft_json
+from tests.e2e.command_line import QUESTION, ROOT, greedy_answer, interrupt_after, weft, weft_json
 
 VOICE = ROOT / "resources" / "starter" / "voice-adapter"
 STARTERS = ["starter", "starter (GGUF)"]
-QUESTION = "How do I add a LoRA?"
 TEXT = "Weft is one window for running language models at home. Drop the LoRA anywhere on the window.\n" * 3
-
-
-def _alone(model: str, *more: str) -> str:
-    return weft_json("chat", model, "-p", QUESTION, "--temperature", "0", *more)["text"]
 
 
 @pytest.mark.parametrize("model", STARTERS)
@@ -31,7 +26,7 @@ def test_each_column_is_what_chat_says_under_that_stack(model: str) -> None:
     found = weft_json(
         "compare", model, "-p", QUESTION, "--temperature", "0", "--stack", "base", "--stack", with_voice, "--stack", f"{VOICE}=0"
     )  # fmt: skip
-    base, on = _alone(model), _alone(model, "--adapter", str(VOICE))
+    base, on = greedy_answer(model), greedy_answer(model, "--adapter", str(VOICE))
     assert [row["text"] for row in found["rows"]] == [base, on, base]
     assert base != on
     assert [row["stack"] for row in found["rows"]] == ["base", "voice-adapter 0.5 + voice-adapter 0.5", "base"]
@@ -129,8 +124,8 @@ def test_perplexity_reads_standard_input_and_refuses_what_is_no_text(tmp_path: P
 
 
 def test_baked_adapters_say_the_same_and_llama_cpp_says_that_it_cannot() -> None:
-    on = _alone("starter", "--adapter", str(VOICE))
-    assert _alone("starter", "--adapter", str(VOICE), "--bake") == on
+    on = greedy_answer("starter", "--adapter", str(VOICE))
+    assert greedy_answer("starter", "--adapter", str(VOICE), "--bake") == on
     ended = weft(
         "chat", "starter (GGUF)", "-p", QUESTION, "--temperature", "0", "--adapter", str(VOICE), "--bake", "--json"
     )
