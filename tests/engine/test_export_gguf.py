@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,44 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(tmp_path: Pa
     assert killed, "no child was killed: the test proved nothing"
     assert (tmp_path / "out.gguf").read_bytes() == whole
     assert not list(tmp_path.glob(".weft-*")), "temporary files are left"
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_killed_at_fifty_points_of_all_phases(tmp_path: Path) -> None:
+    """Reading, converting, measuring, quantizing, naming: whenever it dies, what has the final name is whole."""
+    model = base(tmp_path / "base", "llama", SEED, hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+    given = (random_adapter(tmp_path / "a", "llama", model, SEED + 1), 1.0)
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    more = {"imatrix": str(tmp_path / "text.txt"), "imatrix_chunks": 1}
+    child = Exporter(tmp_path)
+    started = time.monotonic()
+    whole = tensors(Path(child(plan(tmp_path, "q4_k_m", given, name="whole", **more)).file))
+    lasted = time.monotonic() - started
+    chance = random.Random(SEED)
+    killed = 0
+    for number in range(50):
+        command = child.start(plan(tmp_path, "q4_k_m", given, **more))
+        deadline = time.monotonic() + chance.uniform(0, lasted)
+        while time.monotonic() < deadline:
+            event = child.client.next_event(timeout=0.01)
+            assert not isinstance(event, EngineExit | protocol.Failed), event
+            if isinstance(event, protocol.Done) and event.id == command:
+                break
+        else:
+            os.kill(child.client.pid, signal.SIGKILL)
+            killed += 1
+            child.client.shutdown()
+            child = Exporter(tmp_path)
+        if (tmp_path / "out.gguf").exists():
+            assert tensors(tmp_path / "out.gguf") == whole, f"kill {number}"
+            (tmp_path / "out.gguf").unlink()
+    made = child(plan(tmp_path, "q4_k_m", given, name="last", **more))
+    child.client.shutdown()
+    print(f"killed {killed} of 50 times")
+    assert killed >= 25 and tensors(Path(made.file)) == whole
+    left = {p.name for p in tmp_path.glob(".weft-*")}
+    assert len(left) <= 1, "one staging folder of the target that was killed last may stand, for its retry"
 
 
 @pytest.mark.fault
