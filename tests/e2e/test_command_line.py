@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.backends import specs
-from tests.e2e.command_line import interrupt_after, weft, weft_json
+from tests.e2e.command_line import greedy_answer, interrupt_after, weft, weft_json
 
 STARTERS = {"transformers": "starter", "llama_cpp": "starter (GGUF)"}
 
@@ -21,8 +21,8 @@ def test_the_starter_answers_how_to_add_a_lora(loader: str) -> None:
 
 
 def test_both_loaders_give_the_same_greedy_answer() -> None:
-    questions = ["How do I add a LoRA?", "what is a gguf file", "Who won the world cup?"]
-    for question in questions:
+    assert len({greedy_answer(name) for name in STARTERS.values()}) == 1
+    for question in ("what is a gguf file", "Who won the world cup?"):
         texts = {weft_json("chat", name, "-p", question, "--temperature", "0")["text"] for name in STARTERS.values()}
         assert len(texts) == 1, question
 
