@@ -308,7 +308,9 @@ def automatic_context(
     if gpus:
         limits = _limits(options, gpus)
         # accelerate leaves a tenth of a card free where the limit does not.
-        room = sum(gpus) - min(weights, sum(min(limit, int(free * 0.9)) for limit, free in zip(limits, gpus, strict=False)))
+        room = sum(gpus) - min(
+            weights, sum(min(limit, int(free * 0.9)) for limit, free in zip(limits, gpus, strict=False))
+        )
     elif ram:
         room = ram - weights - PROCESS - _activation_bytes(model, size, 0)
     else:

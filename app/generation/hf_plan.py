@@ -173,9 +173,7 @@ def free_memory(options: Options) -> tuple[int, list[int]]:
     return free_memory(), cards
 
 
-def choose_context(
-    model: ModelEntry, config: Any, plan: Plan, options: Options, free: tuple[int, list[int]]
-) -> int:
+def choose_context(model: ModelEntry, config: Any, plan: Plan, options: Options, free: tuple[int, list[int]]) -> int:
     """How many tokens prompt and answer share; learned positions are a wall, rotary ones only an advice.
 
     Args:
