@@ -16,7 +16,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +28,15 @@ WINDOW, ENGINES = "window", "engines"
 FOLDERS = {WINDOW: ("tests/unit", "tests/qt", "tests/e2e", "tests/benchmarks"), ENGINES: ("tests/engine", "tests/gpu")}
 NOTHING_COLLECTED = 5  # pytest's exit status
 Result = TypeVar("Result")
+
+
+class Part(NamedTuple):
+    """Tests that run in a process of their own."""
+
+    group: str
+    name: str
+    python: Path
+    paths: list[str]
 
 
 class Outcome(NamedTuple):
@@ -59,14 +68,21 @@ def main(arguments: list[str]) -> int:
     outcomes: list[Outcome] = []
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
+    arguments = [*tier, *_options(rest)]
+    together: list[Part] = []
     for group, paths in plan.items():
         if group == ENGINES and paths == ["tests/engine"]:
-            outcomes += _side_by_side(group, interpreters[group], [*tier, *_options(rest)], environment)
+            lists = shards(list((ROOT / "tests" / "engine").glob("test_*.py")), processes())
+            together += [Part(group, f"part {number}", interpreters[group], files) for number, files in enumerate(lists, 1)]
             continue
         # A process for each of the window's folders: should native code (Qt's, a library's) end one of them, the others still run and
         # report. Not because of what widgets leave behind: tests/conftest.py frees that after each test, in Qt's own thread.
         for part in [[path] for path in paths] if group == WINDOW else [paths]:
-            outcomes.append(_pytest(group, interpreters[group], part, [*tier, *_options(rest)], environment))
+            if part in (["tests/unit"], ["tests/e2e"]):
+                together.append(Part(group, part[0], interpreters[group], part))
+            else:
+                outcomes.append(_pytest(group, interpreters[group], part, arguments, environment))
+    outcomes += _side_by_side(together, arguments, environment)
     return _summary(outcomes)
 
 
@@ -169,26 +185,35 @@ def shards(files: list[Path], count: int) -> list[list[str]]:
     return [sorted(names) for names in lists if names]
 
 
-def _side_by_side(group: str, python: Path, arguments: list[str], environment: dict[str, str]) -> list[Outcome]:
-    """The engines' tests: they compute on one thread each, so as many processes as there are processors, up to four."""
-    lists = shards(list((ROOT / "tests" / "engine").glob("test_*.py")), min(4, os.cpu_count() or 1))
-    say(f"{group}' tests in {len(lists)} processes, in {python}; each is shown when it has ended")
+def processes() -> int:
+    """How many test processes run at once: each computes on one thread."""
+    return min(4, os.cpu_count() or 1)
 
-    def one(number: int) -> tuple[Outcome, str]:
+
+def _side_by_side(parts: list[Part], arguments: list[str], environment: dict[str, str]) -> list[Outcome]:
+    """Parts that do not mind each other, several at once: all but the window's own tests, which measure how it answers."""
+    # The longest begins first: whole ways through real engines take longest.
+    parts = sorted(parts, key=lambda part: (part.name != "tests/e2e", part.group != ENGINES))
+    if parts:
+        say(f"{len(parts)} parts, {processes()} at once; each is shown when it has ended")
+
+    def one(part: Part) -> tuple[Outcome, str]:
         with tempfile.TemporaryDirectory(prefix="weft-tests-") as folder:
             report, output = Path(folder) / "report.xml", Path(folder) / "output.txt"
-            command = [str(python), "-m", "pytest", *lists[number], *arguments, f"--junitxml={report}"]
-            command += ["-o", f"cache_dir=.pytest_cache/{group}-{number}"]
+            command = [str(part.python), "-m", "pytest", *part.paths, *arguments, f"--junitxml={report}"]
+            command += ["-o", f"cache_dir=.pytest_cache/{part.group}-{part.name.replace('/', '-').replace(' ', '-')}"]
             with output.open("wb") as file:
                 work = functools.partial(
                     subprocess.run, command, cwd=ROOT, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
                 )
                 ran, seconds = _timed(work)
-            return _outcome(f"{group}' tests, part {number + 1}", ran.returncode, _counts(report), seconds), output.read_text("utf-8", "replace")
+            outcome = _outcome(f"{part.group}: {part.name}", ran.returncode, _counts(report), seconds)
+            return outcome, output.read_text("utf-8", "replace")
 
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(len(lists)) as pool:
-        for outcome, text in pool.map(one, range(len(lists))):
+    with ThreadPoolExecutor(processes()) as pool:
+        for done in as_completed([pool.submit(one, part) for part in parts]):
+            outcome, text = done.result()
             print(text, flush=True)
             outcomes.append(outcome)
     return outcomes
@@ -245,7 +270,7 @@ def _summary(outcomes: list[Outcome]) -> int:
     if failed:
         print(f"\nFAILED: {', '.join(outcome.name for outcome in failed)}", flush=True)
         return 1
-    if not any("tests" in outcome.name for outcome in ran):
+    if not any("tests" in outcome.name or ENGINES in outcome.name for outcome in ran):
         print("\nNo test was selected.", flush=True)
         return NOTHING_COLLECTED
     print("\nAll is well.", flush=True)
