@@ -26,6 +26,7 @@ from app import (
     cli_merge,
     cli_perplexity,
     cli_push,
+    cli_quantize,
     cli_train,
 )
 from app.backends import specs
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_train.add_parser(commands)
     cli_combine.add_parser(commands)
     cli_export.add_parser(commands)
+    cli_quantize.add_parser(commands)
     cli_certify.add_parser(commands)
     cli_push.add_parser(commands)
     cli_merge.add_parser(commands)

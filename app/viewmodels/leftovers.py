@@ -15,7 +15,7 @@ from app.store.jobs import JobStore
 from app.viewmodels.background import Background
 from app.viewmodels.tasks import TaskQueue, parameters_of
 
-TASKS = ("merge", "export_gguf")
+TASKS = ("merge", "export_gguf", "quantize")
 _MESSAGE = "It was killed while it ran."
 log = logging.getLogger("weft")
 

@@ -1,0 +1,89 @@
+"""`weft quantize`: a model, with or without adapters, as a GPTQ or AWQ folder, calibrated on a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from app.cli_library import find_model, find_stack
+from app.cli_task import run_task
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelFormat
+from app.core.paths import default_paths, resources
+from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize
+from app.engine.environments import USABLE, Environments
+from app.terminal import readable_bytes
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Put `quantize` among the commands."""
+    command = commands.add_parser("quantize", help="make a GPTQ or AWQ folder of a model, with adapters merged in")
+    command.set_defaults(run=_run)
+    command.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a folder of 16-bit safetensors")
+    command.add_argument(
+        "--adapter", action="append", default=[], metavar="A[=WEIGHT]", help="an adapter to merge in (may be repeated)"
+    )
+    command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the quantized model")
+    command.add_argument("--method", choices=tuple(BITS), required=True, help="gptq, or awq (4 bits)")
+    command.add_argument("--bits", type=int, default=4, metavar="N", help="gptq: 2, 3, 4 (usual) or 8; awq: 4")
+    command.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help=f"weights that share a scale: {', '.join(map(str, GROUPS['gptq']))}"
+    )  # fmt: skip
+    command.add_argument(
+        "--desc-act", action="store_true", help="gptq: columns in the order of their importance; less loss, slower to run"
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="a text like what the model will read; a short text of ours without it"
+    )  # fmt: skip
+    command.add_argument("--samples", type=int, default=256, metavar="N", help="how many pieces of the text at most")
+    command.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a piece")
+    command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def ensure_environment() -> None:
+    """Install what quantizes, with its progress on stderr, where it is not there. Raises WeftError."""
+    environments = Environments(default_paths().environments)
+    if environments.state(ENVIRONMENT) not in USABLE:
+        environments.install_for_command_line(ENVIRONMENT)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    model = find_model(parsed.model, "transformers")
+    if model.format is ModelFormat.GGUF:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{model.name} is a GGUF file; GPTQ and AWQ are made of folders of safetensors.",
+            "Quantize the model that it was made from, or see `weft export` for other types of GGUF.",
+        )
+    text: Path = parsed.calibration or resources() / "certificate_text.txt"
+    if not text.expanduser().is_file():
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {text}.", "Check the path after --calibration.")
+    plan = QuantizePlan(
+        model=model.path,
+        stack=find_stack(parsed.adapter),
+        target=str(parsed.to.expanduser().absolute()),
+        method=parsed.method,
+        bits=parsed.bits,
+        group_size=parsed.group_size,
+        desc_act=parsed.desc_act,
+        calibration=str(text.expanduser().absolute()),
+        samples=parsed.samples,
+        length=parsed.length,
+        base_name=model.name,
+    )
+    check_quantize(plan)  # before minutes are spent on an installation
+    ensure_environment()
+    made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if parsed.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(made), indent=2).decode() + "\n")
+        return 0
+    print(
+        f"{made.folder}: {plan.bits} bits by {plan.method.upper()}, {readable_bytes(made.bytes)}, {made.matrices} matrices, "
+        f"calibrated on {made.tokens} tokens, in {made.seconds:.0f} s."
+    )
+    return 0

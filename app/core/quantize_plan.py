@@ -1,0 +1,89 @@
+"""QuantizePlan: which model to quantize by GPTQ or AWQ, how, and on which text; and what that says when it is done. Plain data.
+
+Command line and window build a plan, `app/tasks/quantize.py` carries it out in a child.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from app.core.errors import ErrorKind, WeftError
+from app.core.stack import AdapterStack
+
+ENVIRONMENT = "gptq"
+BITS: dict[str, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+GROUPS: dict[str, tuple[int, ...]] = {"gptq": (16, 32, 64, 128, 256, 512, 1024), "awq": (16, 32, 64, 128)}
+SHORTEST = 16  # tokens of a piece of the text; and no piece at all is shorter
+
+
+class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to quantize.
+
+    Attributes:
+        model: folder of the 16-bit model. stack: adapters that are merged in first.
+        target: folder that is made; it must not exist, or be empty.
+        method: `gptq` or `awq`. bits: of a weight, see BITS. group_size: weights that share a scale, see GROUPS.
+        desc_act: GPTQ takes columns in the order of their importance: less loss, slower to run.
+        calibration: text file by which it finds out what matters.
+        samples: pieces of it at most, spread over the whole text. length: tokens of a piece.
+        base_name: how the card calls the model; "" for the folder's name.
+        device: `cpu`, `cuda`; "" for a graphics card where there is one.
+    """
+
+    model: str
+    stack: AdapterStack = AdapterStack()
+    target: str
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    desc_act: bool = False
+    calibration: str
+    samples: int = 256
+    length: int = 512
+    base_name: str = ""
+    device: str = ""
+
+
+class QuantizeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made.
+
+    Attributes:
+        folder: where it lies. bytes: of its weight files. matrices: how many were quantized.
+        samples, tokens: of the text that it was calibrated on.
+        notes: sentences worth showing. seconds: that it took.
+    """
+
+    folder: str
+    bytes: int
+    matrices: int
+    samples: int
+    tokens: int
+    notes: list[str] = []
+    seconds: float = 0.0
+
+
+def check_quantize(plan: QuantizePlan) -> None:
+    """Refuse numbers and methods that there are not.
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    if plan.method not in BITS:
+        raise WeftError(ErrorKind.BAD_INPUT, f"There is no method {plan.method!r}.", f"Methods are: {', '.join(BITS)}.")
+    for value, allowed, what in (
+        (plan.bits, BITS[plan.method], "bits"),
+        (plan.group_size, GROUPS[plan.method], "weights a group"),
+    ):
+        if value not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise WeftError(
+                ErrorKind.BAD_INPUT, f"{plan.method.upper()} has no {value} {what}.", f"Choose one of: {listed}."
+            )
+    if plan.desc_act and plan.method != "gptq":
+        raise WeftError(ErrorKind.BAD_INPUT, "Only GPTQ has an order of columns (desc_act).", "Leave it out.")
+    if plan.samples < 1 or plan.length < SHORTEST:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"{plan.samples} pieces of {plan.length} tokens calibrate nothing.",
+            f"Give at least 1 piece of {SHORTEST} tokens; 256 of 512 are usual.",
+        )
