@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         # A process for each of the window's folders: should native code (Qt's, a library's) end one of them, the others still run and
         # report. Not because of what widgets leave behind: tests/conftest.py frees that after each test, in Qt's own thread.
         for part in [[path] for path in paths] if group == WINDOW else [paths]:
-            if part in (["tests/unit"], ["tests/e2e"]):
+            if group == WINDOW and len(part) == 1 and part[0] in FOLDERS[WINDOW] and not options.bench:
                 together.append(Part(group, part[0], interpreters[group], part))
             else:
                 outcomes.append(_pytest(group, interpreters[group], part, arguments, environment))
@@ -191,7 +191,7 @@ def processes() -> int:
 
 
 def _side_by_side(parts: list[Part], arguments: list[str], environment: dict[str, str]) -> list[Outcome]:
-    """Parts that do not mind each other, several at once: all but the window's own tests, which measure how it answers."""
+    """Parts that do not mind each other, several at once. What measures time in them counts the processor's, or leaves room."""
     # The longest begins first: whole ways through real engines take longest.
     parts = sorted(parts, key=lambda part: (part.name != "tests/e2e", part.group != ENGINES))
     if parts:

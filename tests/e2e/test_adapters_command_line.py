@@ -24,6 +24,7 @@ def test_an_adapter_changes_the_voice_and_weight_zero_is_the_base(model: str) ->
     assert greedy_answer(model, "--adapter", f"{VOICE}=1", "--adapter", f"{VOICE}=-1") == base
 
 
+@pytest.mark.slow  # engines are started many times; the default tier proves its parts
 def test_both_loaders_speak_with_the_same_voice() -> None:
     answers = {greedy_answer(model, "--adapter", f"{VOICE}=0.8") for model in STARTERS}
     assert len(answers) == 1
@@ -75,6 +76,7 @@ def test_bad_adapters_are_refused_before_anything_starts(value: str, words: str)
     assert ended.returncode == 1 and words in ended.stderr and "hint:" in ended.stderr and not ended.stdout
 
 
+@pytest.mark.slow  # engines are started many times; the default tier proves its parts
 def test_combined_halves_speak_with_the_whole_voice_and_a_smaller_rank_says_what_it_keeps(tmp_path: Path) -> None:
     both, small = str(tmp_path / "both"), str(tmp_path / "small")
     made = weft_json("combine", "--adapter", f"{VOICE}=0.5", "--adapter", f"{VOICE}=0.5", "--to", both)

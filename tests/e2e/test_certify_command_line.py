@@ -25,6 +25,7 @@ def test_a_merge_brings_its_certificate(tmp_path: Path) -> None:
     assert "## Certificate" in (target / "README.md").read_text()
 
 
+@pytest.mark.slow  # engines are started many times; the default tier proves its parts
 def test_certify_tells_models_apart_in_words(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("How do I add a LoRA? Drop the folder on the window. " * 20)

@@ -37,6 +37,7 @@ def test_a_conversation_over_stdin_reads_its_history_only_once(loader: str) -> N
         assert later["prompt_tokens"] > later["reused_tokens"]
 
 
+@pytest.mark.slow  # engines are started many times; the default tier proves its parts
 def test_a_seed_repeats_an_answer_and_another_seed_need_not() -> None:
     ask = (
         "chat",
