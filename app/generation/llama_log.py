@@ -41,8 +41,9 @@ class LibraryLog:
 
     def attach(self, library: Any) -> None:
         """Become the library's log, in place of its printing to stderr. This object must then live for ever."""
-        self._callback = library.llama_log_callback(self._take)
-        library.llama_log_set(self._callback, None)
+        callback = library.llama_log_callback(self._take)
+        library.llama_log_set(callback, None)
+        self._callback = callback  # only now may the one before be freed
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         # Called from C, in the middle of a load: cheap, and never raising.
@@ -68,9 +69,16 @@ class LibraryLog:
         return next((line for line in self.lines if "fail" in line or "error" in line), next(iter(self.lines), ""))
 
 
-@functools.cache
 def library_log(library: Any) -> LibraryLog:
-    """The log of the library in this process. There is one, as the library has one, and it is never freed."""
-    log = LibraryLog()
+    """The log of the library in this process. There is one, as the library has one, and it is never freed.
+
+    It is attached anew each time: what quantizes in this process has a log of its own meanwhile.
+    """
+    log = _the_log(library)
     log.attach(library)
     return log
+
+
+@functools.cache
+def _the_log(_library: Any) -> LibraryLog:
+    return LibraryLog()
