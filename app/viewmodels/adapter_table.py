@@ -1,21 +1,19 @@
-"""The library's adapters as a table: ids and a cache of the rows in sight; SQL sorts and filters."""
+"""The library's adapters as a table, with how many models each fits."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
 
-from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, QTimer, Signal, Slot
+from PySide6.QtCore import QObject, Qt, QTimer, Slot
 
 from app.core.library import AdapterEntry, AdapterFormat
 from app.store.adapters import AdapterStore, FitCount
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.viewmodels.background import Background
-from app.viewmodels.model_table import EntryRole, LoadedRole
+from app.viewmodels.library_table import BLOCK, Index, LibraryTable
 from app.viewmodels.units import readable_bytes, short_path
-
-Index = QModelIndex | QPersistentModelIndex
 
 # Title, key that the store sorts by ("" for what is not in the index), whether numbers stand at the right.
 COLUMNS = (
@@ -31,13 +29,8 @@ COLUMNS = (
     ("Where", "root", False),
 )
 NAME, BASE, KIND, RANK, ALPHA, TARGETS, SIZE, FITS, RUN, WHERE = range(len(COLUMNS))
-BLOCK = 64
-KEPT = 1024
 RECOUNT_MS = 1500  # a scan tells of changes five times a second
 FITS_MS = 60  # rows that are scrolled past are not counted
-
-AdapterRole = EntryRole  # the same numbers as in the table of models: one delegate paints both
-InStackRole = LoadedRole
 
 _FORMATS = {
     AdapterFormat.PEFT: "PEFT folder",
@@ -62,33 +55,21 @@ def number_text(value: float) -> str:
     return f"{value:g}" if value > 0 else "–"
 
 
-class AdapterTable(QAbstractTableModel):
+class AdapterTable(LibraryTable[AdapterEntry]):
     """Adapters of the library.
 
     How many models each fits is counted in a thread, for the rows in sight, and kept until the models change.
-
-    Signals:
-        counted(shown, in all). renamed(AdapterEntry, what was typed).
     """
 
-    counted = Signal(int, int)
-    renamed = Signal(object, str)
+    columns = COLUMNS
 
     def __init__(self, library: LibraryStore, database: Database, parent: QObject | None = None) -> None:
-        super().__init__(parent)
-        self._library = library
+        super().__init__(library, parent)
         self._database = database
-        self._home = str(Path.home())
-        self._ids: list[str] = []
-        self._rows: OrderedDict[str, AdapterEntry] = OrderedDict()
         self._fits: dict[str, FitCount | None] = {}
         self._wanted: OrderedDict[str, None] = OrderedDict()
         self._generation = 0
         self._stacked: frozenset[str] = frozenset()
-        self._text = ""
-        self._sort = (NAME, False)
-        self.total = 0
-        self.can_rename = False
         self._background = Background(self)
         self._background.done.connect(self._fits_counted)
         self._later = QTimer(self)
@@ -108,23 +89,6 @@ class AdapterTable(QAbstractTableModel):
         self._recount.stop()
         self._background.close()
 
-    # What it shows ----------------------------------------------------------------------------------
-
-    def refresh(self) -> None:
-        """Ask the store again: the library, the filter or the order changed."""
-        column, descending = self._sort
-        ids = self._library.adapter_ids(self._text, COLUMNS[column][1], descending)
-        self.total = len(ids) if not self._text else self._library.adapter_count()
-        self._rows.clear()
-        if ids == self._ids:
-            if ids:
-                self.dataChanged.emit(self.index(0, 0), self.index(len(ids) - 1, len(COLUMNS) - 1))
-        else:
-            self.beginResetModel()
-            self._ids = ids
-            self.endResetModel()
-        self.counted.emit(len(ids), self.total)
-
     def library_changed(self) -> None:
         """Models or adapters came or went: what fits is counted anew soon (unchanged ones from what the store keeps)."""
         if not self._recount.isActive():
@@ -136,41 +100,13 @@ class AdapterTable(QAbstractTableModel):
         self._generation += 1
         self._wanted.clear()
         self._fits.clear()
-        if self._ids:
-            self.dataChanged.emit(self.index(0, FITS), self.index(len(self._ids) - 1, FITS))
-
-    def set_filter(self, text: str) -> None:
-        if text != self._text:
-            self._text = text
-            self.refresh()
-
-    @property
-    def filter(self) -> str:
-        return self._text
+        self._touch_column(FITS)
 
     def set_stacked(self, paths: frozenset[str]) -> None:
         """These are in the stack of the loaded model."""
         if paths != self._stacked:
             self._stacked = paths
-            if self._ids:
-                self.dataChanged.emit(self.index(0, NAME), self.index(len(self._ids) - 1, NAME))
-
-    def entry(self, row: int) -> AdapterEntry | None:
-        """The adapter of a row; None when it went away since the list was made."""
-        if not 0 <= row < len(self._ids):
-            return None
-        adapter = self._ids[row]
-        if adapter not in self._rows:
-            start = row - row % BLOCK
-            for found in self._library.adapters_by_id(self._ids[start : start + BLOCK]):
-                self._rows[found.id] = found
-            while len(self._rows) > KEPT:
-                self._rows.popitem(last=False)
-        return self._rows.get(adapter)
-
-    def row_of(self, adapter: str) -> int:
-        """The row of an adapter, -1 when it is not shown."""
-        return self._ids.index(adapter) if adapter in self._ids else -1
+            self._touch_column(NAME)
 
     # Fitting ----------------------------------------------------------------------------------------
 
@@ -215,65 +151,31 @@ class AdapterTable(QAbstractTableModel):
                     self.dataChanged.emit(self.index(place, FITS), self.index(place, FITS))
         self._later.start()
 
-    # Qt's questions ---------------------------------------------------------------------------------
-
-    def rowCount(self, parent: Index = QModelIndex()) -> int:
-        return 0 if parent.isValid() else len(self._ids)
-
-    def columnCount(self, parent: Index = QModelIndex()) -> int:
-        return 0 if parent.isValid() else len(COLUMNS)
+    # What it says of its entries --------------------------------------------------------------------
 
     def headerData(self, section: int, orientation: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> object:
-        if orientation == Qt.Orientation.Horizontal:
-            if role == Qt.ItemDataRole.DisplayRole:
-                return COLUMNS[section][0]
-            if role == Qt.ItemDataRole.TextAlignmentRole:
-                side = Qt.AlignmentFlag.AlignRight if COLUMNS[section][2] else Qt.AlignmentFlag.AlignLeft
-                return int(side | Qt.AlignmentFlag.AlignVCenter)
-            if role == Qt.ItemDataRole.ToolTipRole and section == FITS:
-                return "How many models of the library it fits wholly"
-        return None
+        if role == Qt.ItemDataRole.ToolTipRole and orientation == Qt.Orientation.Horizontal and section == FITS:
+            return "How many models of the library it fits wholly"
+        return super().headerData(section, orientation, role)
 
     def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> object:
-        entry = self.entry(index.row())
-        if entry is None:
-            return None
-        column = index.column()
-        if role == Qt.ItemDataRole.DisplayRole:
-            return self._text_of(entry, column)
-        if role == Qt.ItemDataRole.EditRole:
-            return entry.name
-        if role == AdapterRole:
-            return entry
-        if role == Qt.ItemDataRole.TextAlignmentRole:
-            side = Qt.AlignmentFlag.AlignRight if COLUMNS[column][2] else Qt.AlignmentFlag.AlignLeft
-            return int(side | Qt.AlignmentFlag.AlignVCenter)
-        if role == Qt.ItemDataRole.ToolTipRole:
-            return self._tip_of(entry, column)
-        if role == InStackRole:
-            return entry.path in self._stacked
-        if role == Qt.ItemDataRole.AccessibleTextRole:
-            stacked = ", in the stack" if column == NAME and entry.path in self._stacked else ""
-            return f"{COLUMNS[column][0]}: {self._text_of(entry, column)}{stacked}"
-        return None
+        found = super().data(index, role)
+        if role == Qt.ItemDataRole.AccessibleTextRole and index.column() == NAME:
+            entry = self.entry(index.row())
+            return f"{found}, in the stack" if entry is not None and self._marked(entry) else found
+        return found
 
-    def flags(self, index: Index) -> Qt.ItemFlag:
-        editable = self.can_rename and index.column() == NAME
-        return super().flags(index) | (Qt.ItemFlag.ItemIsEditable if editable else Qt.ItemFlag.NoItemFlags)
+    def _found_ids(self, text: str, key: str, descending: bool) -> list[str]:
+        return self._library.adapter_ids(text, key, descending)
 
-    def setData(self, index: Index, value: object, role: int = Qt.ItemDataRole.EditRole) -> bool:
-        """A name was typed: `renamed` tells, and whoever hears it changes it."""
-        entry = self.entry(index.row())
-        if role != Qt.ItemDataRole.EditRole or entry is None or not self.can_rename:
-            return False
-        self.renamed.emit(entry, " ".join(str(value).split()))
-        return True
+    def _read(self, ids: list[str]) -> list[AdapterEntry]:
+        return self._library.adapters_by_id(ids)
 
-    def sort(self, column: int, order: Qt.SortOrder = Qt.SortOrder.AscendingOrder) -> None:
-        wanted = (column, order == Qt.SortOrder.DescendingOrder)
-        if COLUMNS[column][1] and wanted != self._sort:
-            self._sort = wanted
-            self.refresh()
+    def _count(self) -> int:
+        return self._library.adapter_count()
+
+    def _marked(self, entry: AdapterEntry) -> bool:
+        return entry.path in self._stacked
 
     def _text_of(self, entry: AdapterEntry, column: int) -> str:
         match column:

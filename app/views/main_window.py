@@ -23,7 +23,15 @@ from app.views.toasts import Toasts
 from app.views.widgets import action, column, local_paths, row
 
 MINIMUM = (960, 600)
-SORTED_FIRST = ("chat", "compare", "models", "loras", "jobs", "settings", "evaluate")  # pages with no use of their own for folders
+SORTED_FIRST = (
+    "chat",
+    "compare",
+    "models",
+    "loras",
+    "jobs",
+    "settings",
+    "evaluate",
+)  # pages with no use of their own for folders
 
 
 class MainWindow(QMainWindow):
@@ -322,7 +330,10 @@ class MainWindow(QMainWindow):
         if not self.take(paths):
             names = ", ".join(path.name for path in paths[:3])
             self.show_notice(
-                Notice(text=f"Weft has no use for {names}. Drop models or adapters: folders, .gguf, .safetensors or .zip files.", tone="warning")
+                Notice(
+                    text=f"Weft has no use for {names}. Drop models or adapters: folders, .gguf, .safetensors or .zip files.",
+                    tone="warning",
+                )
             )
 
     # State ----------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from PySide6.QtWidgets import (
 )
 
 from app.core.library import ModelEntry
-from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole, ModelTable, format_title
+from app.viewmodels.library_table import EntryRole, FittingRole, MarkedRole
+from app.viewmodels.model_table import ModelTable, format_title
 from app.viewmodels.units import readable_bytes, readable_count
 from app.views.icons import icon
 from app.views.theme import theme
@@ -74,7 +75,7 @@ class _Delegate(QStyledItemDelegate):
 
 
 def _note(entry: ModelEntry, index: QModelIndex | QPersistentModelIndex) -> tuple[str, str]:
-    if index.data(LoadedRole):
+    if index.data(MarkedRole):
         return "Loaded", "positive"
     if entry.problem:
         return "Cannot be used", "negative"
@@ -150,7 +151,7 @@ class ModelPicker(QDialog):
             "No model has that name." if self.field.text() else "No models found yet. Add a folder on the Models page."
         )
         if count:
-            loaded = next((row for row in range(min(count, 50)) if self._model.index(row, 0).data(LoadedRole)), 0)
+            loaded = next((row for row in range(min(count, 50)) if self._model.index(row, 0).data(MarkedRole)), 0)
             self.list.setCurrentIndex(self._model.index(loaded if not self.field.text() else 0, 0))
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:

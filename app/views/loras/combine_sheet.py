@@ -23,7 +23,8 @@ from app.core.errors import WeftError
 from app.core.library import AdapterEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.viewmodels.adapter_jobs import AdapterJobs, combined_name
-from app.viewmodels.adapter_table import AdapterRole, AdapterTable
+from app.viewmodels.adapter_table import AdapterTable
+from app.viewmodels.library_table import EntryRole
 from app.views.dialogs import Sheet
 from app.views.icons import icon
 from app.views.option_fields import QuietCombo
@@ -245,7 +246,7 @@ class CombineSheet(Sheet):
 
     @Slot(QModelIndex)
     def _take(self, index: QModelIndex) -> None:
-        entry = index.data(AdapterRole) if index.isValid() else None
+        entry = index.data(EntryRole) if index.isValid() else None
         if isinstance(entry, AdapterEntry):
             self.add(entry)
             self.finder.clear()

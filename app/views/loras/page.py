@@ -19,9 +19,10 @@ from app.viewmodels.adapter_details import AdapterStudy
 from app.viewmodels.adapter_import import AdapterImports, Imported, can_import, given, summary, words
 from app.viewmodels.adapter_jobs import AdapterJobs
 from app.viewmodels.adapter_stack import StackModel
-from app.viewmodels.adapter_table import AdapterRole, AdapterTable
+from app.viewmodels.adapter_table import AdapterTable
 from app.viewmodels.background import Background
 from app.viewmodels.library_roots import LibraryRoots
+from app.viewmodels.library_table import EntryRole
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
@@ -271,7 +272,7 @@ class LorasPage(KeepingPage):
     @property
     def selected(self) -> AdapterEntry | None:
         index = self.view.currentIndex()
-        return index.data(AdapterRole) if index.isValid() else None
+        return index.data(EntryRole) if index.isValid() else None
 
     @property
     def chosen(self) -> list[AdapterEntry]:
@@ -288,7 +289,7 @@ class LorasPage(KeepingPage):
 
     @Slot(QModelIndex, QModelIndex)
     def _row_changed(self, current: QModelIndex, _before: QModelIndex) -> None:
-        entry = current.data(AdapterRole) if current.isValid() else None
+        entry = current.data(EntryRole) if current.isValid() else None
         if isinstance(entry, AdapterEntry):
             self._selected = entry.id
             self.details.show_entry(entry)
@@ -493,7 +494,7 @@ class LorasPage(KeepingPage):
         index = self.view.indexAt(where)
         if not index.isValid() and where.y() > 0:
             index = self.view.currentIndex()
-        entry = index.data(AdapterRole) if index.isValid() else None
+        entry = index.data(EntryRole) if index.isValid() else None
         if isinstance(entry, AdapterEntry):
             if not self.view.selectionModel().isRowSelected(index.row(), QModelIndex()):
                 self.view.setCurrentIndex(index)

@@ -25,10 +25,11 @@ from app.store.model_settings import ModelSettings
 from app.viewmodels.background import Background
 from app.viewmodels.fitting import judge
 from app.viewmodels.library_roots import Added, LibraryRoots, damage
+from app.viewmodels.library_table import EntryRole
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.model_files import files_of, move_to_trash, trash_refusal
-from app.viewmodels.model_table import EntryRole, ModelTable
+from app.viewmodels.model_table import ModelTable
 from app.viewmodels.settings import SettingsView
 from app.viewmodels.units import readable_bytes
 from app.views.dialogs import ConfirmDialog, reveal

@@ -17,7 +17,7 @@ from PySide6.QtWidgets import (
 
 from app.core.library import AdapterEntry, ModelEntry
 from app.viewmodels import model_table
-from app.viewmodels.model_table import EntryRole, FittingRole, LoadedRole
+from app.viewmodels.library_table import EntryRole, FittingRole, MarkedRole
 from app.views.icons import icon
 from app.views.theme import theme
 
@@ -92,7 +92,7 @@ class RowDelegate(QStyledItemDelegate):
         if entry.problem:
             icon("warning", "warning").paint(painter, QRect(inner.x(), inner.y() + (ROW - 16) // 2, 16, 16))
             return inner.adjusted(22, 0, 0, 0)
-        if index.data(LoadedRole):
+        if index.data(MarkedRole):
             painter.setRenderHint(QPainter.RenderHint.Antialiasing)
             painter.setPen(Qt.PenStyle.NoPen)
             painter.setBrush(theme().color("positive"))
