@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import seeds
+
 _GRACE = 20.0  # seconds that what is ending may take to end; only a test that fails takes them
 # Helpers of the standard library and of native libraries that live as long as the interpreter, by design.
 _FOR_LIFE = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -28,6 +30,15 @@ if sys.platform.startswith("linux"):
 # Who starts the tests in the background of a shell has Ctrl+C ignored, by all children too: some tests press it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    return f"random numbers: WEFT_TEST_RUN={seeds.RUN} repeats them"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seeds.begin(item.nodeid)
 
 
 @pytest.fixture(autouse=True)

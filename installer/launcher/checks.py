@@ -7,6 +7,7 @@ run in an environment of their own, `tests`, which is made like any engine envir
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import shutil
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -69,6 +71,8 @@ def main(arguments: list[str]) -> int:
     if not options.bench and plan.keys() == {WINDOW, ENGINES} and "-k" not in rest:
         outcomes += [_static(name, [str(part) for part in command], environment) for name, command in static_checks(python)]
     arguments = [*tier, *_options(rest)]
+    if environment["WEFT_TEST_RUN"] and not any("hypothesis-seed" in argument for argument in rest):
+        arguments.append(f"--hypothesis-seed={zlib.crc32(environment['WEFT_TEST_RUN'].encode())}")
     together: list[Part] = []
     for group, paths in plan.items():
         if group == ENGINES and paths == ["tests/engine"]:
@@ -133,9 +137,18 @@ def _options(rest: list[str]) -> list[str]:
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.setdefault("WEFT_TEST_RUN", _tree())  # tests/seeds.py
     if not options.display:
         environment["QT_QPA_PLATFORM"] = "offscreen"
     return environment
+
+
+def _tree() -> str:
+    """What names the state of the code that is committed, "" where git cannot tell."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "rev-parse", "--short=12", "HEAD^{tree}"]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def engine_python(python: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import seeds
 from tests.e2e.command_line import weft, weft_json
 
 needs_core = pytest.mark.skipif(
@@ -34,7 +35,7 @@ TOPICS = "the sea|bread|a cat|my garden|the moon|rain|a train|books|tea|a mounta
 
 
 def _write(folder: Path, epochs: float) -> Path:
-    rng = random.Random()
+    rng = random.Random(seeds.fresh())
     rows = []
     for _ in range(200):
         topic = rng.choice(TOPICS)

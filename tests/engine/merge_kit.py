@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from app.adapters.merge_files import TORCH_NAMES
 from app.adapters.merge_stream_torch import Merge
 from app.core.merge_plan import MergePlan
 from app.core.stack import AdapterStack, StackedAdapter
+from tests import seeds
 from tests.engine.adapter_kit import random_adapter, random_model
 
 tqdm.tqdm.monitor_interval = 0  # its thread would outlive a slow test
@@ -28,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def fresh_seed() -> int:
     """A new one each time; printed, so that a failure can be repeated."""
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 24)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

@@ -18,6 +18,7 @@ from app.core.adapter_file import read_adapter_file
 from app.core.adapter_plans import HealthPlan, HealthReport
 from app.core.errors import ErrorKind, WeftError
 from app.tasks import adapter_health
+from tests import seeds
 from tests.engine.backend_kit import FakeReport
 
 
@@ -105,7 +106,7 @@ def test_the_task_gives_points_for_a_chart_and_sentences(tmp_path: Path) -> None
 
 
 def test_an_embedding_of_a_gguf_adapter_has_the_norm_of_its_original(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seeds.fresh())
     a, b = rng.normal(size=(3, 40)).astype(np.float32), rng.normal(size=(16, 3)).astype(np.float32)
     write_gguf(
         tmp_path / "x.gguf",

@@ -24,9 +24,10 @@ from app.backends.transformers import Backend
 from app.core.errors import WeftError
 from app.core.sampling import Sampling
 from app.engine.protocol import BatchRow, GenerateBatch, Load
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, logits, random_adapter, random_model, tokens
-from tests.engine.backend_kit import FakeReport, ask, loaded
+from tests.engine.backend_kit import FakeReport, ask, ask_surely, loaded
 from tests.engine.test_batches_transformers import RowReport, stack
 from tests.engine.test_live_stack import make
 
@@ -35,7 +36,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -101,14 +102,14 @@ def test_the_switch_of_the_loader(tmp_path: Path, seed: int, monkeypatch: pytest
     second = random_adapter(tmp_path / "second", "llama", model, seed, r=4, use_dora=True)
     both = stack((first, 0.7), (second, 1.0))
     with loaded(Backend(), entry) as (backend, _):
-        base = ask(backend, "The warp")[0]
+        base = ask_surely(backend, "The warp")
         backend.set_adapters(both, FakeReport())
-        live = ask(backend, "The warp")[0]
+        live = ask_surely(backend, "The warp")
         report = FakeReport()
         backend.set_adapters(both, report, baked=True)
         assert backend.baked and not report.logs
         text, done = ask(backend, "The warp")
-        assert text == live != base
+        assert live.same_as(text) and live.text != base.text
         assert done.reused_tokens > 0, "the same stack: what was read stays"
         backend.set_adapters(both, FakeReport(), baked=True)
         assert backend.baked, "twice is once"
@@ -116,29 +117,29 @@ def test_the_switch_of_the_loader(tmp_path: Path, seed: int, monkeypatch: pytest
         rows = (BatchRow(prompt="The warp"), BatchRow(prompt="The warp", adapters=both))
         rowed = RowReport()
         backend.generate_batch(GenerateBatch(rows=rows, sampling=Sampling(temperature=0, max_tokens=16)), rowed)
-        assert ["".join(rowed.rows[n]) for n in (0, 1)] == [base, live]
-        assert backend.baked and ask(backend, "The warp")[0] == live
+        assert all(said.same_as("".join(rowed.rows[n])) for n, said in enumerate((base, live)))
+        assert backend.baked and live.same_as(ask(backend, "The warp")[0])
         # So does a stack that is refused.
         with pytest.raises(WeftError):
             backend.set_adapters(stack((first, 1.0), (tmp_path / "none", 1.0)), FakeReport())
-        assert backend.baked and ask(backend, "The warp")[0] == live
+        assert backend.baked and live.same_as(ask(backend, "The warp")[0])
         broken = tmp_path / "broken"
         broken.mkdir()
         (broken / "adapter_config.json").write_bytes((first / "adapter_config.json").read_bytes())
         (broken / "adapter_model.safetensors").write_bytes(b"\0" * 100)
         with pytest.raises(WeftError):
             backend.set_adapters(stack((first, 1.0), (broken, 1.0)), FakeReport())
-        assert backend.baked and ask(backend, "The warp")[0] == live
+        assert backend.baked and live.same_as(ask(backend, "The warp")[0])
         backend.set_adapters(stack(), FakeReport())
-        assert not backend.baked and ask(backend, "The warp")[0] == base
+        assert not backend.baked and base.same_as(ask(backend, "The warp")[0])
         monkeypatch.setattr(hf_stack, "_free_memory", lambda: 1000)
         report = FakeReport()
         backend.set_adapters(both, report, baked=True)
-        assert not backend.baked and "stay live" in report.logs[0] and ask(backend, "The warp")[0] == live
+        assert not backend.baked and "stay live" in report.logs[0] and live.same_as(ask(backend, "The warp")[0])
     backend, report = Backend(), FakeReport()
     monkeypatch.undo()
     backend.load(Load(model=entry, adapters=both, baked=True), report)
-    assert backend.baked and ask(backend, "The warp")[0] == live
+    assert backend.baked and live.same_as(ask(backend, "The warp")[0])
     backend.unload()
     assert not backend.baked
 

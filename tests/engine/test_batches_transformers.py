@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -26,12 +25,13 @@ from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
-from app.engine.protocol import BatchRow, GenerateBatch, Generated, GeneratedBatch
+from app.engine.protocol import BatchRow, GenerateBatch, GeneratedBatch
 from app.generation.hf_batch import Rows
 from app.generation.hf_decode import Decoder
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, merged_logits, random_adapter, random_model, tokens
-from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, user
+from tests.engine.backend_kit import FakeReport, Said, ask, ask_surely, assistant, loaded, user
 from tests.engine.test_live_stack import kinds
 
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -130,14 +130,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelEntry, list[Pat
     ]
 
 
-def one_by_one(backend: Backend, rows: list[BatchRow], sampling: Sampling) -> list[tuple[str, Generated]]:
+def one_by_one(backend: Backend, rows: list[BatchRow], sampling: Sampling) -> list[Said]:
     """What each row says alone."""
     before, found = backend.stack, []
     for row in rows:
         backend.set_adapters(row.adapters, FakeReport())
         parameters = {name: getattr(sampling, name) for name in sampling.__struct_fields__}
         parameters["seed"] = row.seed if row.seed is not None else sampling.seed
-        found.append(ask(backend, row.prompt if row.prompt is not None else row.messages, **parameters))
+        found.append(ask_surely(backend, row.prompt if row.prompt is not None else row.messages, **parameters))
     backend.set_adapters(before, FakeReport())
     return found
 
@@ -161,44 +161,49 @@ def test_rows_say_what_they_say_alone(made: Any) -> None:
     ]
     with loaded(Backend(), entry) as (backend, _):
         backend.set_adapters(stack((first, 0.3)), FakeReport())
-        chat = ask(backend, talk)
+        chat = ask_surely(backend, talk)
         for sampling in samplings:
             expected = one_by_one(backend, rows, sampling)
             ask(backend, talk)
             report = RowReport()
             result = backend.generate_batch(GenerateBatch(rows=tuple(rows), sampling=sampling), report)
             assert result.note == ""
-            for number, (text, alone) in enumerate(expected):
-                together = result.rows[number]
-                assert "".join(report.rows.get(number, [])) == text, (number, sampling)
-                assert (together.tokens, together.prompt_tokens, together.finish_reason, together.seed) == (
-                    alone.tokens, alone.prompt_tokens, alone.finish_reason, alone.seed,
-                )  # fmt: skip
-                assert report.counts.get(number, 0) == alone.tokens
+            for number, said in enumerate(expected):
+                together, alone = result.rows[number], said.done
+                assert said.same_as("".join(report.rows.get(number, []))), (number, sampling)
+                assert (together.prompt_tokens, together.seed) == (alone.prompt_tokens, alone.seed)
+                if said.whole:
+                    assert (together.tokens, together.finish_reason) == (alone.tokens, alone.finish_reason)
+                assert report.counts.get(number, 0) == together.tokens
+            assert any(said.whole for said in expected)
             again = ask(backend, talk)
-            assert again[0] == chat[0], "the stack is what it was"
+            assert chat.same_as(again[0]), "the stack is what it was"
             assert again[1].reused_tokens == again[1].prompt_tokens - 1, "and so is what was read under it"
 
 
 def test_rows_stream_and_end_by_themselves(made: Any) -> None:
     entry, (first, second, *_) = made
     with loaded(Backend(), entry) as (backend, _):
-        # A random model may end at once, or say the same twice: a prompt under which one row goes on and the other can stop.
+        # A random model may say the same twice: a piece that stops one row and that the other never says.
         for prompt in ("The warp", "A weft", "Blue", "One, two", "?", "Say it", "9 of 10", "Threads are"):
             rows = tuple(BatchRow(prompt=prompt, adapters=stack((path, 1.0))) for path in (first, second))
             alone = one_by_one(backend, list(rows), Sampling(temperature=0, max_tokens=40))
-            texts = [text for text, _ in alone]
-            enders = [n for n in (0, 1) if len(texts[n]) > 8 and alone[1 - n][1].tokens == 40]
-            enders = [n for n in enders if texts[n][5:8] not in texts[1 - n]]
-            if enders:
+            texts = [said.text for said in alone]
+            found = [
+                (n, text[at : at + 3])
+                for n, text in enumerate(texts)
+                for at in range(2, len(text) // 2)
+                if alone[0].whole and alone[1].whole and text[at : at + 3] not in texts[1 - n]
+                if text.index(text[at : at + 3]) == at and not set(text[at : at + 3]) & set("\n\\\ufffd ")
+            ]
+            if found:
                 break
-        ender = enders[0]
-        stop = texts[ender][5:8]
+        ender, stop = found[0]
         report = RowReport()
         result = backend.generate_batch(
             GenerateBatch(rows=rows, sampling=Sampling(temperature=0, max_tokens=40, stop=stop)), report
         )
-        assert result.rows[ender].finish_reason == "stop"
+        assert result.rows[ender].finish_reason == "stop" and result.rows[1 - ender].finish_reason == "length"
         assert result.rows[ender].tokens < result.rows[1 - ender].tokens
         assert result.rows[ender].seconds <= result.rows[1 - ender].seconds
         assert "".join(report.rows[ender]) == texts[ender].split(stop)[0]
@@ -210,7 +215,7 @@ def test_a_batch_can_be_cancelled_at_any_time(made: Any) -> None:
     entry, (first, second, *_) = made
     rows = tuple(BatchRow(prompt="The warp " * 20, adapters=stack((path, 1.0))) for path in (first, second))
     with loaded(Backend(), entry) as (backend, _):
-        base = ask(backend, "The warp")[0]
+        base = ask_surely(backend, "The warp")
         for when in (lambda r: True, lambda r: bool(r.phases), lambda r: r.count > 8):
             report = RowReport(when)
             result = backend.generate_batch(
@@ -219,20 +224,20 @@ def test_a_batch_can_be_cancelled_at_any_time(made: Any) -> None:
             assert isinstance(result, GeneratedBatch)
             assert [row.finish_reason for row in result.rows] == ["cancelled", "cancelled"]
             assert all(row.tokens < 30 for row in result.rows)
-            assert ask(backend, "The warp")[0] == base
+            assert base.same_as(ask(backend, "The warp")[0])
 
 
 def test_a_bad_row_fails_the_batch_and_changes_nothing(made: Any, tmp_path: Path) -> None:
     entry, (first, *_) = made
     with loaded(Backend(), entry) as (backend, _):
         backend.set_adapters(stack((first, 1.0)), FakeReport())
-        before = ask(backend, "The warp")[0]
+        before = ask_surely(backend, "The warp")
         for bad in (BatchRow(prompt="x", adapters=stack((tmp_path / "none", 1.0))), BatchRow(prompt="x", adapters=stack((first, float("nan"))))):  # fmt: skip
             report = RowReport()
             with pytest.raises(WeftError):
                 backend.generate_batch(GenerateBatch(rows=(BatchRow(prompt="x"), bad)), report)
             assert not report.count
-            assert ask(backend, "The warp")[0] == before
+            assert before.same_as(ask(backend, "The warp")[0])
 
 
 def test_rows_that_do_not_fit_together_go_one_after_the_other(
@@ -247,7 +252,7 @@ def test_rows_that_do_not_fit_together_go_one_after_the_other(
         report = RowReport()
         result = backend.generate_batch(GenerateBatch(rows=tuple(rows), sampling=greedy), report)
         assert "GB are free" in result.note
-        assert ["".join(report.rows[number]) for number in (0, 1)] == [text for text, _ in expected]
+        assert all(said.same_as("".join(report.rows[number])) for number, said in enumerate(expected))
         for what in ("repeats", "broken"):
             bad = tmp_path / what
             shutil.copytree(first, bad)
@@ -278,8 +283,8 @@ def test_experts_and_states_go_one_after_the_other_and_say_so(tmp_path: Path, se
         report = RowReport()
         result = backend.generate_batch(GenerateBatch(rows=tuple(rows), sampling=greedy), report)
         assert "Experts take one stack at a time" in result.note
-        assert ["".join(report.rows[number]) for number in (0, 1)] == [text for text, _ in expected]
-        assert expected[0][0] != expected[1][0]
+        assert all(said.same_as("".join(report.rows[number])) for number, said in enumerate(expected))
+        assert expected[0].text != expected[1].text
         same = tuple(BatchRow(prompt=text, adapters=rows[1].adapters) for text in ("The warp", "The weft"))
         result = backend.generate_batch(GenerateBatch(rows=same, sampling=greedy), RowReport())
         assert result.note == "", "one stack for all rows is no trouble"

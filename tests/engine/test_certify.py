@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.score_windows import score_windows
 from app.tasks.certify import run
+from tests import seeds
 from tests.engine import tiny_gguf, tiny_models
 from tests.engine.adapter_kit import merged, random_adapter, random_model
 from tests.engine.backend_kit import FakeReport
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -110,15 +110,14 @@ def test_a_merge_is_certified_and_stored_in_its_card(tmp_path: Path, seed: int) 
     a, model, _ = folder(tmp_path / "a", seed)
     given = stack((random_adapter(tmp_path / "x", "llama", model, seed, use_rslora=True), 0.7))
     target = tmp_path / "merged"
-    report: Any = FakeReport()
-    report.on_adjust = lambda _: None
-    merge(MergePlan(model=str(a), stack=given, target=str(target)), report)
+    merge(MergePlan(model=str(a), stack=given, target=str(target)), FakeReport())
     before = (target / "README.md").read_text()
     plan = CertifyPlan(
         a=CertifySide(model=str(a), stack=given), b=CertifySide(model=str(target)), text=str(TEXT), tokens=200, store=str(target)
     )  # fmt: skip
     made = run(plan, FakeReport())
-    assert made.largest_logit_difference < 1e-3 and made.mean_kl < 1e-6 and made.top1_agreement == 1
+    assert made.largest_logit_difference < 1e-3 and made.mean_kl < 1e-6
+    assert made.top1_agreement >= 1 - 1 / made.predictions  # a tie may fall either way
     assert made.window == 64, "cut to the model's context"
     stored = msgspec.json.decode((target / "certificate.json").read_bytes(), type=Certificate)
     assert stored == made and len(made.files) == 2
@@ -128,6 +127,32 @@ def test_a_merge_is_certified_and_stored_in_its_card(tmp_path: Path, seed: int) 
     run(plan, FakeReport())
     again = (target / "README.md").read_text()
     assert again.count("## Certificate") == 1 and "## Mine\n\nKept." in again
+
+
+def test_a_certificate_can_be_paused(tmp_path: Path, seed: int) -> None:
+    a, _, _ = folder(tmp_path / "a", seed)
+
+    class Pausing(FakeReport):
+        """Holds it at its first window, and lets it go on a little later."""
+
+        seen, later = 0, -1
+
+        def progress(self, phase: str, done: float = 0, total: float = 0, unit: str = "") -> None:
+            super().progress(phase, done, total, unit)
+            if phase == "Comparing" and not self.seen:
+                self.seen = len(self.phases)
+                self.adjust('{"paused": true}')
+                threading.Timer(0.2, self.resume).start()
+
+        def resume(self) -> None:
+            self.later = len(self.phases)
+            self.adjust('{"paused": false}')
+
+    report = Pausing()
+    side = CertifySide(model=str(a))
+    made = run(CertifyPlan(a=side, b=side, text=str(TEXT), tokens=150, window=40), report)
+    assert report.seen == report.later < len(report.phases), "nothing was read while it was held"
+    assert made.predictions == 149 and made.largest_logit_difference == 0
 
 
 def test_two_ggufs_equal_a_plain_loop_in_llama_cpp(tmp_path: Path, seed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import warnings
 from pathlib import Path
 from typing import Any, get_args
@@ -15,14 +14,18 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
+from app.adapters import combine_torch
 from app.adapters.combine_files import combine_adapters
 from app.adapters.combine_torch import Pair, combine
 from app.core.combine_plan import METHODS, CombinePlan, Method
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
-from tests.engine.adapter_kit import differences, logits, merged_logits, random_adapter, random_model, tokens
+from app.tasks.combine import run
+from tests import seeds
+from tests.engine.adapter_kit import FAMILIES, differences, logits, merged_logits, random_adapter, random_model, tokens
+from tests.engine.backend_kit import FakeReport
 
-SEED = random.SystemRandom().randrange(1 << 30)
+SEED = seeds.of(__name__, 1 << 30)
 print(f"seed {SEED}")
 
 
@@ -170,6 +173,83 @@ def test_resizing_keeps_the_most_that_a_rank_can(tmp_path: Path) -> None:
         CombinePlan(adapters=stack((adapter, 1.0)), to=str(tmp_path / "all"), method="svd", rank=20)
     )
     assert whole.energy == pytest.approx(1.0, abs=1e-9) and whole.rank == 12
+
+
+def summed(model: Any, given: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
+    """The sum of w·D in float64, by the names of the model's parameters."""
+    found: dict[str, torch.Tensor] = {}
+    for path, weight in given:
+        for name, value in differences(model, path).items():
+            found[name] = found.get(name, 0) + weight * value
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
+def test_doras_are_brought_near_through_their_base_and_the_energy_kept_is_told(family: str, tmp_path: Path) -> None:
+    """Names on disk, transposed and fused matrices, an embedding and a tied head among them."""
+    model = random_model(family, SEED, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    modules, embedding = FAMILIES[family][2], FAMILIES[family][3]
+    first = random_adapter(
+        tmp_path / "one", family, model, SEED + 1, r=3, use_dora=True, target_modules=[*modules, embedding]
+    )
+    given = [(first, 0.7), (random_adapter(tmp_path / "two", family, model, SEED + 2, use_rslora=True), -0.9)]
+    wanted = summed(model, given)
+    for rank in (64, 5):
+        to = tmp_path / f"rank{rank}"
+        made = run(CombinePlan(adapters=stack(*given), to=str(to), method="svd", rank=rank, base=str(tmp_path / "base")), FakeReport())  # fmt: skip
+        ours = differences(model, to)
+        assert set(ours) == set(wanted)
+        kept = whole = 0.0
+        for name, value in wanted.items():
+            s = torch.linalg.svdvals(value)
+            kept, whole = kept + float((s[:rank] ** 2).sum()), whole + float((s**2).sum())
+            lost = float(((ours[name] - value) ** 2).sum())
+            assert lost <= float((s[rank:] ** 2).sum()) + 1e-4, name  # the best that this rank can do
+        assert made.energy == pytest.approx(kept / whole, abs=1e-4)
+    # TIES elects signs over the whole differences: what it makes of two of the same is the one.
+    again = CombinePlan(
+        adapters=stack((first, 1.0), (first, 1.0)), to=str(tmp_path / "ties"), method="ties_svd", density=1.0, rank=64,
+        base=str(tmp_path / "base"),
+    )  # fmt: skip
+    run(again, FakeReport())
+    ours = differences(model, tmp_path / "ties")
+    for name, value in differences(model, first).items():
+        assert (ours[name] - value).abs().max() < 1e-4, name
+
+
+def test_a_dora_without_its_base_is_refused_with_the_way(tmp_path: Path) -> None:
+    model = random_model("llama", SEED)
+    model.save_pretrained(tmp_path / "base")
+    other = random_model("llama", SEED, hidden_size=48, num_attention_heads=4, head_dim=8)
+    other.save_pretrained(tmp_path / "other")
+    dora = random_adapter(tmp_path / "dora", "llama", model, SEED, use_dora=True)
+    for method, base, words in (
+        ("svd", "", "is a DoRA"),
+        ("cat", "base", "cat cannot combine it"),
+        ("svd", "other", "does not fit"),
+        ("svd", "nowhere", "no model folder"),
+    ):
+        plan = CombinePlan(adapters=stack((dora, 1.0)), to=str(tmp_path / "new"), method=method, base=base and str(tmp_path / base))  # type: ignore[arg-type]  # fmt: skip
+        with pytest.raises(WeftError, match=words) as caught:
+            run(plan, FakeReport())
+        assert caught.value.hint and not (tmp_path / "new").exists()
+
+
+def test_large_differences_are_cut_by_projections_that_lose_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(SEED)
+    monkeypatch.setattr(combine_torch, "_EXACT", 8)
+    monkeypatch.setattr(combine_torch, "_SPARE", 16)
+    matrix = torch.randn(160, 12) @ torch.randn(12, 200) + torch.randn(160, 200)
+    u, s, v = combine_torch._largest_values(matrix, 12, SEED)
+    assert s.shape[0] == 28, "not taken apart whole"
+    best = float((torch.linalg.svdvals(matrix)[:12] ** 2).sum())
+    assert float((s[:12] ** 2).sum()) > 0.999 * best
+    near = (u[:, :12] * s[:12]) @ v[:12]
+    lost = float(((matrix - near) ** 2).sum())
+    assert lost == pytest.approx(float((matrix**2).sum() - (s[:12] ** 2).sum()), rel=1e-4), (
+        "what is told is what is lost"
+    )
 
 
 def test_clamping_cuts_outliers_and_says_what_it_costs(tmp_path: Path) -> None:

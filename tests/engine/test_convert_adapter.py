@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.core.recognise import recognise_adapter, recognise_model
 from app.tasks import convert_adapter
+from tests import seeds
 from tests.engine.adapter_kit import FAMILIES, random_adapter, random_model
 from tests.engine.backend_kit import FakeReport
 
@@ -25,7 +25,7 @@ GGUF = STARTER / "weft-starter-f16.gguf"
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +15,10 @@ from app.core.ggml import TYPES
 from app.core.stack import AdapterStack, StackedAdapter
 from app.tasks.certify import run as certify
 from app.tasks.export_gguf import run as export
+from tests import seeds
 from tests.engine import tiny_gguf
 from tests.engine.backend_kit import FakeReport
+from tests.engine.killed import killed
 from tests.engine.test_merge_gguf import plain_adapter, tensors
 
 pytest.importorskip("llama_cpp")
@@ -32,16 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
-
-
-class Report(FakeReport):
-    """One that can be adjusted."""
-
-    def on_adjust(self, callback: Any) -> None:
-        """Nobody does."""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +46,7 @@ def test_a_gguf_with_a_stack_becomes_a_gguf(tmp_path: Path, held: str, wanted: s
     adapter = plain_adapter(tmp_path / "a.gguf", SHAPES, seed, alpha=32.0)
     stack = AdapterStack(adapters=(StackedAdapter(path=str(adapter), weight=0.7, name="a"),))
     target = tmp_path / "out.gguf"
-    made = export(ExportPlan(model=entry.path, stack=stack, target=str(target), type=wanted, threads=1), Report())
+    made = export(ExportPlan(model=entry.path, stack=stack, target=str(target), type=wanted, threads=1), FakeReport())
     before, after = tensors(Path(entry.path)), tensors(target)
     assert set(before) == set(after) and made.bytes == target.stat().st_size
     if wanted in ("base", "q4_k_m"):
@@ -80,7 +74,7 @@ def test_the_bases_types_want_a_gguf_and_adapters(tmp_path: Path, seed: int) -> 
     entry = tiny_gguf.write(tmp_path / "base.gguf", seed=seed)
     for model in (entry.path, str(tmp_path)):
         with pytest.raises(WeftError, match="The type base is for GGUF models") as refused:
-            export(ExportPlan(model=model, target=str(tmp_path / "out.gguf"), type="base"), Report())
+            export(ExportPlan(model=model, target=str(tmp_path / "out.gguf"), type="base"), FakeReport())
         assert refused.value.kind is ErrorKind.BAD_INPUT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.gguf"]
 
@@ -95,6 +89,40 @@ def test_what_llama_cpp_cannot_load_never_gets_its_name(tmp_path: Path, seed: in
     adapter = random_adapter(tmp_path / "a", "cohere", model, seed, lora_bias=True, target_modules=["down_proj"])
     stack = AdapterStack(adapters=(StackedAdapter(path=str(adapter)),))
     with pytest.raises(WeftError) as refused:
-        export(ExportPlan(model=str(base), stack=stack, target=str(tmp_path / "out.gguf"), type="base"), Report())
+        export(ExportPlan(model=str(base), stack=stack, target=str(tmp_path / "out.gguf"), type="base"), FakeReport())
     assert refused.value.kind is ErrorKind.UNSUPPORTED and "no place for" in refused.value.message
     assert not (tmp_path / "out.gguf").exists() and not list(tmp_path.glob(".weft-*"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("phase", "wanted"), [("Merging", "base"), ("Merging", "q4_k_m"), ("Quantizing", "q4_k_m"), ("Quantizing", "q4_k_s")])  # fmt: skip
+def test_a_killed_export_goes_on_from_the_last_complete_tensor(
+    tmp_path: Path, phase: str, wanted: str, seed: int
+) -> None:
+    entry = tiny_gguf.write(tmp_path / "base.gguf", hidden=256, intermediate=512, kind="Q8_0", seed=seed)
+    adapter = plain_adapter(tmp_path / "a.gguf", SHAPES, seed, alpha=32.0)
+    stack = AdapterStack(adapters=(StackedAdapter(path=str(adapter), weight=0.7, name="a"),))
+    plans = {
+        name: ExportPlan(model=entry.path, stack=stack, target=str(tmp_path / f"{name}.gguf"), type=wanted, threads=1,
+                         imatrix=TEXT if wanted == "q4_k_s" else "", imatrix_chunks=1)
+        for name in ("whole", "out")
+    }  # fmt: skip
+    limit = random.Random(seed).uniform(0.4, 0.95)
+
+    class Dying(FakeReport):
+        def progress(self, name: str, done: float = 0, total: float = 0, unit: str = "") -> None:
+            if name == phase and done > limit * total > 0:
+                os._exit(9)
+
+    assert killed(lambda: export(plans["out"], Dying()))
+    assert not (tmp_path / "out.gguf").exists() and len(list(tmp_path.glob(".weft-*"))) == 1
+    report = FakeReport()
+    made = export(plans["out"], report)
+    whole = export(plans["whole"], FakeReport())
+    print(f"killed at {limit:.0%} of {phase}: {made.resumed:,} bytes were kept")
+    assert made.resumed > 0 and whole.resumed == 0
+    assert Path(made.file).read_bytes() == Path(whole.file).read_bytes()
+    if phase == "Quantizing":
+        assert "Merging" not in {name for name, *_ in report.phases}
+        assert not any("importance" in name for name, *_ in report.phases), "it was measured before"
+    assert not list(tmp_path.glob(".weft-*"))

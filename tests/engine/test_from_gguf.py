@@ -22,6 +22,7 @@ from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header
 from app.core.recognise_gguf import adapter_problem
+from tests import seeds
 from tests.engine.adapter_kit import FAMILIES, logits, merged_logits, random_adapter, random_model, tokens
 
 GGUF_NAMES = {"phi": "phi2", "cohere": "command-r", "mistral": "llama", "mixtral": "llama"}
@@ -29,7 +30,7 @@ GGUF_NAMES = {"phi": "phi2", "cohere": "command-r", "mistral": "llama", "mixtral
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3))))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import time
 import warnings
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
+from tests import seeds
 from tests.engine.adapter_kit import FAMILIES, logits, merged_logits, random_adapter, random_model, tokens
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -171,7 +171,7 @@ def test_any_sequence_of_changes_ends_at_the_merged_model(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, float]], family: str
 ) -> None:
     if family not in _MADE:
-        chance = int.from_bytes(os.urandom(3))  # hypothesis seeds `random`
+        chance = seeds.fresh(1 << 24)  # hypothesis seeds `random`
         print(f"{family}: seed {chance}")
         _MADE[family] = make(tmp_path_factory.mktemp(family), family, chance)
     model, folders = _MADE[family]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from safetensors.torch import save_file
 from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
 from app.core.errors import WeftError
+from tests import seeds
 from tests.engine.adapter_kit import logits, merged, random_adapter, random_model, tokens
 
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3))))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

@@ -21,9 +21,11 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header
 from app.core.library import ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
+from tests import seeds
 from tests.engine import tiny_gguf
 from tests.engine.adapter_kit import logits, merged, random_adapter
 from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, user
+from tests.engine.conversation_kit import chosen
 
 pytest.importorskip("llama_cpp")
 EXACT: dict[str, Any] = {
@@ -47,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 30)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -84,7 +86,7 @@ class Made:
     """A model in both forms and an adapter of each kind."""
 
     def __init__(self, folder: Path, seed: int, tied: bool = False) -> None:
-        self.entry: ModelEntry = tiny_gguf.write(folder / "base.gguf", seed=seed, tied=tied, endless=not tied)
+        self.entry: ModelEntry = tiny_gguf.write(folder / "base.gguf", seed=seed, tied=tied)
         self.model = transformed(Path(self.entry.path), tied)
         self.adapters = {
             kind: random_adapter(folder / kind, "llama", self.model, seed + n, **settings)
@@ -153,6 +155,29 @@ def test_any_sequence_of_changes_ends_at_the_merged_model(tmp_path: Path, seed: 
             assert np.abs(logits_of(backend, ids) - made.wanted(ids, **weights)).max() < 1e-3, items
 
 
+def test_repeated_layers_are_served_by_a_longer_copy(tmp_path: Path, seed: int) -> None:
+    from tests.engine.test_repeated_layers import RANGES, repeated
+
+    made = Made(tmp_path, seed)
+    made.adapters["longer"] = random_adapter(
+        tmp_path / "longer", "llama", made.model, seed, layer_replication=RANGES, lora_bias=True
+    )
+    ids = [5, 60, 77, 400]
+    with loaded(Backend(), made.entry, **EXACT) as (backend, _):
+        base, report = logits_of(backend, ids), FakeReport()
+        backend.set_adapters(made.stack(longer=0.7, plain=0.0), report)
+        wanted = logits(merged(repeated(made.model), [(made.adapters["longer"], 0.7)]), torch.tensor([ids]))[0].numpy()
+        assert np.abs(logits_of(backend, ids) - wanted).max() < 1e-3
+        (copied,) = [line for line in report.logs if "merged copy" in line]
+        assert "repeated layers" in copied
+        assert len([line for line in report.logs if "new" in line]) == 1, "biases that the base lacks are told once"
+        with pytest.raises(WeftError, match="repeat different layers"):
+            backend.set_adapters(made.stack(longer=0.7, plain=0.5), FakeReport())
+        assert np.abs(logits_of(backend, ids) - wanted).max() < 1e-3, "a refused stack leaves what was"
+        backend.set_adapters(made.stack(longer=0.0, plain=0.0), FakeReport())
+        assert np.array_equal(logits_of(backend, ids), base)
+
+
 def test_a_load_with_a_stack_takes_the_copy_at_once_and_finds_it_again(tmp_path: Path, seed: int, cache: Path) -> None:
     from app.engine.protocol import Load
 
@@ -182,22 +207,22 @@ def test_a_conversation_goes_on_over_a_change_of_copies(tmp_path: Path, seed: in
         ("four", {"bias": 1.0}),
         ("five", {}),
     ]
-    said: list[tuple[Any, str, int, dict[str, float], Any]] = []
+    said: list[tuple[list[int], int, int, dict[str, float]]] = []
     with loaded(Backend(), made.entry, **EXACT) as (backend, _):
         messages: tuple[Any, ...] = ()
         for text, weights in turns:
             backend.set_adapters(made.stack(**weights), FakeReport())
             messages = (*messages, user(text))
-            spelt = list(backend._said)  # random models write what tokenizes otherwise when it is read again
             answer, done = ask(backend, messages, max_tokens=8)
-            said.append((messages, answer, done.reused_tokens, weights, spelt))
+            said.append((list(backend._context.tokens), done.prompt_tokens, done.reused_tokens, weights))
             messages = (*messages, assistant(answer))
-    assert [reused > 0 for _, _, reused, _, _ in said] == [False, False, True, False, False]
-    for asked, answer, _, weights, spelt in said:
+    assert [reused > 0 for _, _, reused, _ in said] == [False, False, True, False, False]
+    for tokens, prompt, _, weights in said:
+        assert len(tokens) >= prompt + 7
         with loaded(Backend(), made.entry, **EXACT) as (fresh, _):
             fresh.set_adapters(made.stack(**weights), FakeReport())
-            fresh._said = spelt
-            assert ask(fresh, asked, max_tokens=8)[0] == answer
+            expected = logits_of(fresh, tokens)
+        assert all(chosen(expected[place - 1], tokens[place]) for place in range(prompt, len(tokens)))
 
 
 def test_a_refused_stack_leaves_what_was(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

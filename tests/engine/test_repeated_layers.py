@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.hf_decode import Decoder
+from tests import seeds
 from tests.engine.adapter_kit import logits, merged_logits, random_adapter, random_model, tokens
+from tests.engine.conversation_kit import chosen
 
 RANGES = [[0, 2], [1, 2], [0, 1]]
 ORDER = [0, 1, 1, 0]
@@ -24,7 +25,7 @@ ORDER = [0, 1, 1, 0]
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3))))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 
@@ -154,17 +155,18 @@ def test_the_cache_follows(tmp_path: Path, seed: int) -> None:
     live = ModelStack(model)
     decoder = Decoder(model, torch.device("cpu"))
     prompt = tokens(seed, rows=1, length=9)[0].tolist()
-    for chosen in ({}, {str(adapter): 1.0}, {}):
-        if live.set(stack(**chosen), nothing)[0]:
+    for weights in ({}, {str(adapter): 1.0}, {}):
+        if live.set(stack(**weights), nothing)[0]:
             decoder.reset()
         said = list(prompt)
         decoder.begin(said)
         found = decoder.read(said, lambda *_: None, lambda: False)
         for _ in range(6):
-            expected = int(logits(model, torch.tensor([said]))[0, -1].argmax())
-            assert int(found.argmax()) == expected
-            said.append(expected)
-            found = decoder.step(expected)
+            expected = logits(model, torch.tensor([said]))[0, -1]
+            token = int(found.argmax())
+            assert (found - expected).abs().max() < 1e-4 and chosen(expected, token)
+            said.append(token)
+            found = decoder.step(token)
 
 
 def test_the_file_says_what_it_repeats(tmp_path: Path, seed: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from app.adapters.hf_stack import ModelStack
 from app.core.adapter_import import ImportOptions, Outcome, import_adapters
 from app.core.stack import AdapterStack, StackedAdapter
+from tests import seeds
 from tests.engine.adapter_kit import logits, random_model, tokens
 
 SHAPES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.up_proj": (48, 32)}
@@ -44,7 +44,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3))))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

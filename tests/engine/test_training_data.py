@@ -20,6 +20,7 @@ from app.training.preview_text import render
 from app.training.rows import load_rows
 from app.training.templates import NAMED
 from app.training.tokenizer import load_tokenizer
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.backend_kit import FakeReport
 
@@ -201,7 +202,7 @@ CASES: dict[str, tuple[str, str, str]] = {
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = seeds.fresh(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed)
 

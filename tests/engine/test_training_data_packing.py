@@ -15,6 +15,7 @@ from app.training.collate_torch import Collator
 from app.training.data_config import DataConfig
 from app.training.encode import MASKED, Example
 from app.training.packing_torch import check_packing
+from tests import seeds
 from tests.engine import tiny_models
 
 VOCABULARY = 300
@@ -56,7 +57,7 @@ def build(name: str, attention: str = "sdpa") -> Any:
         )
     else:
         raise ValueError(name)
-    torch.manual_seed(random.SystemRandom().randrange(1 << 32))
+    torch.manual_seed(seeds.fresh(1 << 32))
     attention = "eager" if name in ("bloom", "mamba", "gemma2") else attention
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():  # wide everywhere, so that a leak shows
@@ -68,7 +69,7 @@ def build(name: str, attention: str = "sdpa") -> Any:
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = seeds.fresh(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed)
 

@@ -17,13 +17,14 @@ import transformers
 
 from app.training import loss_torch
 from app.training.loss_torch import chunked_loss, sft_chunked
+from tests import seeds
 from tests.engine import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(name: str) -> Any:
-    torch.manual_seed(random.SystemRandom().randrange(1 << 32))
+    torch.manual_seed(seeds.fresh(1 << 32))
     small: dict[str, Any] = {
         "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import transformers
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.training.run_model_torch import undo_bf16_packing
+from tests import seeds
 from tests.engine import tiny_models, training_kit
 from tests.engine.training_kit import Captured, config, forward, in_plain_peft, train
 
-SEED = random.randrange(10**6)
+SEED = seeds.of(__name__, 10**6)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.training import checkpoint_torch, run_torch
 from app.training.run_config import RunConfig, TrainResult
+from tests import seeds
 from tests.engine import tiny_models, training_kit
 from tests.engine.training_kit import Remembering, config, train
 
 pytestmark = [pytest.mark.fault, pytest.mark.skipif(os.name == "nt", reason="forks and kills with SIGKILL")]
-SEED = random.randrange(10**6)
+SEED = seeds.of(__name__, 10**6)
 
 
 @pytest.fixture(scope="module", autouse=True)

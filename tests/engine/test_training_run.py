@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import random
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +21,13 @@ from app.core.recognise import recognise_adapter
 from app.tasks import train_modules
 from app.training import schedule
 from app.training.card import read_record
-from app.training.run_config import TrainConfig, TrainParameters
-from app.training.run_export import export
+from app.training.run_config import TrainConfig
 from app.training.trainer_loss_torch import dpo_losses, orpo_losses
+from tests import seeds
 from tests.engine import tiny_models, training_kit
 from tests.engine.training_kit import Remembering, config, forward, in_plain_peft, train
 
-SEED = random.randrange(10**6)
+SEED = seeds.of(__name__, 10**6)
 ROOT = Path(app.__file__).parents[1]
 
 
@@ -237,60 +232,5 @@ def test_dpo_equals_trl(model: ModelEntry, tmp_path: Path) -> None:
         known, _ = sequence_logps(trainer.model, tensors)
     half = len(ids) // 2
     ours, _ = dpo_losses(logps[:half], logps[half:], known[:half], known[half:], 0.2, 0.0)
-    assert abs(theirs - 0.6931) > 1e-2
+    assert (logps - known).abs().min() > 1e-3, "away from where it began"
     assert float(ours.mean()) == pytest.approx(theirs, rel=1e-3)
-
-
-# Elsewhere ----------------------------------------------------------------------------------------------
-
-
-def _environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(model: ModelEntry, data: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 6, "learning_rate": 3e-3}
-    one = train(config(tmp_path / "one", model, data, train=settings), model)
-    made = config(tmp_path / "two", model, data, train=settings, model={"device": "cpu"})
-    file = tmp_path / "run.json"
-    file.write_bytes(msgspec.json.encode(TrainParameters(config=made, model=model)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--main_process_port", str(random.randint(20000, 60000)), "-m", "app.training.run_launched", str(file)]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=500, env=_environment(ROOT), cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    events = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert events[-1]["kind"] == "done"
-    assert events[-1]["result"]["losses"] == pytest.approx(one.losses, rel=1e-3)
-    assert events[-1]["result"]["held_out_loss"] == pytest.approx(one.held_out_loss, rel=1e-3)
-    in_plain_peft(Path(model.path), tmp_path / "two" / "adapter")
-
-
-@pytest.mark.slow
-def test_an_exported_run_trains_from_its_folder_alone(model: ModelEntry, data: Path, tmp_path: Path) -> None:
-    made = config(
-        tmp_path / "never",
-        model,
-        data,
-        train={"max_steps": 3},
-        method={"init": "eva", "calibration": str(data), "calibration_samples": 4},
-    )
-    parameters = TrainParameters(config=made, model=model)
-    todo = export(parameters, tmp_path / "away", "torch\n", "# run\n")
-    assert any("start.sh" in each for each in todo)
-    with pytest.raises(WeftError, match="there already"):
-        export(parameters, tmp_path / "away", "", "")
-    away = tmp_path / "elsewhere"
-    (tmp_path / "away").rename(away)
-    text = (away / "run.json").read_text()
-    assert str(tmp_path) not in text and not (tmp_path / "never").exists()
-    ran = subprocess.run(
-        [sys.executable, "-m", "app.training.run_launched", "run.json"],
-        cwd=away,
-        env=_environment(away),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:] + ran.stdout[-2000:]
-    in_plain_peft(away / "model" / Path(model.path).name, away / "adapter")

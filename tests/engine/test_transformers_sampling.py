@@ -20,6 +20,7 @@ from app.backends.transformers import SPEC, Backend
 from app.core.errors import ErrorKind, WeftError
 from app.core.sampling import Sampling
 from app.generation.hf_sampling import RepetitionLengths, Sampler, dry_breaker_tokens, dry_penalties
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.backend_kit import ask, loaded
 
@@ -28,7 +29,7 @@ SIZE = 50
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    fresh = random.SystemRandom().randrange(2**31)
+    fresh = seeds.fresh(2**31)
     print("seed", fresh)
     return fresh
 

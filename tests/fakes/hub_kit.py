@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import shutil
 import ssl
@@ -19,8 +18,10 @@ import pytest
 from app.engine import protocol
 from app.engine.client import EngineClient
 from app.hub.files import DownloadNews, DownloadResult, RemoteFile
+from app.hub.progressing import Progressing
 from app.hub.source import HttpSource
-from app.hub.transfer import Progressing, Transfer
+from app.hub.transfer import Transfer
+from tests import seeds
 from tests.fakes.hub import FakeHub
 
 FILE = "model.gguf"
@@ -28,7 +29,7 @@ FILE = "model.gguf"
 
 def random_bytes(count: int) -> bytes:
     """Bytes that differ from run to run; the seed is printed by a failing test's captured output."""
-    seed = int.from_bytes(os.urandom(4), "big")
+    seed = seeds.fresh(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed).randbytes(count)
 
@@ -127,7 +128,7 @@ def behind_https(folder: Path) -> Iterator[tuple[FakeHub, Path]]:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl program here to make a certificate")
     key, certificate = folder / "key.pem", folder / "cert.pem"
-    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nobody -addext subjectAltName=IP:127.0.0.1"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=nobody -addext subjectAltName=IP:127.0.0.1,DNS:hub.example,DNS:store.example"
     subprocess.run(["openssl", *words.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)

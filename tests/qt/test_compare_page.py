@@ -24,6 +24,7 @@ from app.viewmodels.compare import Compare
 from app.viewmodels.text_difference import differences
 from app.views.compare.page import ComparePage
 from app.views.compare.stack_editor import StackEditor
+from tests import seeds
 from tests.fakes.fake_loadout import FakeLoadout
 
 
@@ -200,7 +201,7 @@ def test_differences_are_words_and_survive_letters_beyond_the_first_plane(page: 
 
 
 def test_differences_of_random_texts_are_what_the_other_lacks() -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
+    seed = seeds.fresh(1 << 30)
     print(f"seed {seed}")
     chance = random.Random(seed)
     for _ in range(50):
@@ -219,7 +220,7 @@ def test_differences_of_random_texts_are_what_the_other_lacks() -> None:
 
 
 def test_differences_of_long_answers_do_not_stall_the_window() -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
+    seed = seeds.fresh(1 << 30)
     print(f"seed {seed}")
     chance = random.Random(seed)
     often, seldom = "the a of and to in is it".split(), [f"word{n}" for n in range(600)]

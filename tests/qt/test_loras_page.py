@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
@@ -47,6 +46,7 @@ from app.views.loras.sheets import AlphaSheet, NameSheet
 from app.views.page import Notice
 from app.views.saved_stacks_menu import fill_saved_stacks
 from app.workers.task_worker import TaskWorker
+from tests import seeds
 from tests.fakes import library_files
 from tests.qt.shell_parts import Rooms, model
 
@@ -56,7 +56,7 @@ WAIT = 15_000
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+    seed = seeds.given()
     print(f"seed {seed} (WEFT_TEST_SEED={seed} repeats it)")
     return random.Random(seed)
 
@@ -609,16 +609,38 @@ def test_what_was_combined_is_told_with_the_energy_that_was_kept(
     assert "It is a DoRA." in loras.page.results.lines[0].text
 
 
-def test_what_cannot_be_combined_is_said_before_the_button(loras: Loras, tmp_path: Path, rng: random.Random) -> None:
-    loras.take(peft(tmp_path / "one", rng), peft(tmp_path / "odd", rng, use_dora=True))
+def test_a_dora_is_combined_by_svd_with_its_base_and_by_nothing_else(
+    loras: Loras, tmp_path: Path, rng: random.Random
+) -> None:
+    tensors = library_files.lora_tensors(4)
+    out = next(shape[0] for name, (_, shape) in tensors.items() if ".lora_B" in name)
+    start = next(name for name in tensors if ".lora_B" in name).partition(".lora_B")[0]
+    odd = peft(tmp_path / "odd", rng, 4, use_dora=True)
+    more = {**tensors, f"{start}.lora_magnitude_vector": ("F32", (out,))}
+    (odd / "adapter_model.safetensors").write_bytes(library_files.safetensors_bytes(more))
+    loras.take(peft(tmp_path / "one", rng), odd)
     loras.page.view.selectAll()
     loras.page.combine_selected()
     sheet: Any = loras.page._dialog
-    if not any("DoRA" in part.entry.kind for part in sheet.parts):
-        pytest.skip("an adapter without magnitudes is not called a DoRA")
+    assert {part.entry.kind for part in sheet.parts} == {"LoRA", "DoRA"}
     assert "odd is a DoRA" in sheet.problem.text() and not sheet.yes.isEnabled()
+    assert not sheet._form.isRowVisible(sheet.base)
+    sheet.method.setCurrentIndex(sheet.method.findData("svd"))
+    assert "depends on its base" in sheet.problem.text() and not sheet.yes.isEnabled()
     next(part for part in sheet.parts if part.entry.name == "odd").remove.click()
-    assert sheet.yes.isEnabled() and sheet.problem.text() == ""
+    assert sheet.yes.isEnabled() and sheet.problem.text() == "" and not sheet._form.isRowVisible(sheet.base)
+    sheet.reject()
+    starter = recognise_model(resources() / "starter" / "model")
+    assert starter is not None
+    loras.have(starter)
+    loras.page.view.selectAll()
+    loras.page.combine_selected()
+    sheet = loras.page._dialog
+    sheet.method.setCurrentIndex(sheet.method.findData("ties_svd"))
+    assert sheet._form.isRowVisible(sheet.base) and sheet.yes.isEnabled(), sheet.problem.text()
+    sheet.yes.click()
+    ((_, plan, _),) = loras.queue.submitted
+    assert (plan.method, plan.base) == ("ties_svd", starter.path)
 
 
 def test_resizing_begins_with_one_adapter_and_its_rank(loras: Loras, tmp_path: Path, rng: random.Random) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import shutil
 import sys
@@ -25,6 +24,7 @@ from app.rail import RAIL
 from app.views import theme
 from app.views.loras.sheets import AlphaSheet
 from app.views.main_window import MainWindow
+from tests import seeds
 from tests.fakes import library_files
 
 VOICE = resources() / "starter" / "voice-adapter"
@@ -33,7 +33,7 @@ WAIT = 15_000
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = int(os.environ.get("WEFT_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+    seed = seeds.given()
     print(f"seed {seed} (WEFT_TEST_SEED={seed} repeats it)")
     return random.Random(seed)
 
@@ -91,6 +91,18 @@ def test_an_adapter_dropped_anywhere_is_in_the_library_and_said(house: House, qt
     assert house.window.current == "loras"
     page = house.window.page("loras")
     qtbot.waitUntil(lambda: page.selected is not None and page.selected.name == "pirate", timeout=WAIT)  # type: ignore[attr-defined]
+
+
+def test_many_dropped_anywhere_each_have_their_end(
+    house: House, qtbot: QtBot, tmp_path: Path, rng: random.Random
+) -> None:
+    ranks = rng.sample(range(2, 30), 3)
+    for rank in ranks:
+        library_files.write_peft(tmp_path / f"rank{rank}", rank=rank)
+    shutil.copytree(tmp_path / f"rank{ranks[0]}", tmp_path / "again")
+    drop(house.window, *(tmp_path / f"rank{rank}" for rank in ranks), tmp_path / "again")
+    qtbot.waitUntil(lambda: sorted(adapters(house)) == sorted(f"rank{rank}" for rank in ranks), timeout=WAIT)
+    qtbot.waitUntil(lambda: bool(house.window.toasts.shown), timeout=WAIT)
 
 
 def test_on_the_models_page_a_model_stays_where_it_is_and_an_adapter_is_copied(

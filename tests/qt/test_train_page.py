@@ -40,6 +40,7 @@ from app.viewmodels.train_runs import TrainRuns
 from app.viewmodels.train_state import MOST_POINTS, Curve
 from app.views.train.chart import Chart, Series, readable, thinned, ticks
 from app.views.train.page import TrainPage
+from tests import seeds
 from tests.qt.shell_parts import GB, machine, model
 
 
@@ -589,7 +590,7 @@ def test_a_chart_loses_no_peak_and_its_numbers_are_round() -> None:
 def test_ten_thousand_noisy_steps_do_not_hold_the_window(bench: Bench, qtbot: QtBot) -> None:
     """Each piece of work that an update brings takes less than a frame of 16 ms of this thread's own time."""
     job = bench.start(qtbot)
-    rng = random.Random()
+    rng = random.Random(seeds.fresh())
     names = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
     for step in range(10_000):
         bench.queue.metric.emit(job.id, step, {name: rng.random() for name in names})

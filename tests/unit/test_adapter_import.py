@@ -28,6 +28,7 @@ from app.store.adapters import AdapterStore
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import refresh
+from tests import seeds
 from tests.fakes.library_files import (
     gguf_bytes,
     safetensors_bytes,
@@ -62,7 +63,7 @@ def peft(folder: Path, seed: int, **config: object) -> Path:
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 24)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

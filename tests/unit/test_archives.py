@@ -25,11 +25,12 @@ import pytest
 
 from app.core.archives import Limits, archive_stem, is_archive, unpack
 from app.core.errors import ErrorKind, WeftError
+from tests import seeds
 
 
 @pytest.fixture
 def seed() -> int:
-    value = int(os.environ.get("WEFT_TEST_SEED", random.randrange(1 << 24)))
+    value = seeds.given()
     print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
     return value
 

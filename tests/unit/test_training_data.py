@@ -22,11 +22,12 @@ from app.training.data_config import DataConfig, DataReport
 from app.training.encode import Encoded, Example
 from app.training.formats import Row
 from app.training.rows import Rows, load_rows
+from tests import seeds
 
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = seeds.fresh(1 << 32)
     print(f"seed {seed}")
     return random.Random(seed)
 
