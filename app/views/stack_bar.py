@@ -11,7 +11,7 @@ from PySide6.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QFrame, QM
 
 from app.viewmodels.adapter_stack import StackEntry, StackModel
 from app.views.elided import ElidedCheckBox
-from app.views.widgets import button, icon_button, row
+from app.views.widgets import button, icon_button, row, spaced
 
 _STEPS = 100  # of the slider for a weight of 1
 _MOST = 100.0  # what may be typed
@@ -46,7 +46,7 @@ class AdapterChip(QFrame):
     def __init__(self, entry: StackEntry, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.path = entry.path
-        self.setObjectName("bar")
+        self.setObjectName("adapter")
         self.switch = ElidedCheckBox(entry.name, most=_WIDEST)
         self.switch.setChecked(entry.on)
         self.switch.setAccessibleName(f"Adapter {entry.name}")
@@ -54,7 +54,7 @@ class AdapterChip(QFrame):
         self.slider = WeightSlider()
         self.slider.setAccessibleName(f"Weight of {entry.name}")
         self.slider.setToolTip("Weight, 0 to 2; double-click for 1. Type other values beside it.")
-        self.number = QDoubleSpinBox()
+        self.number = spaced(QDoubleSpinBox())
         self.number.setRange(-_MOST, _MOST)
         self.number.setSingleStep(0.05)
         self.number.setDecimals(2)

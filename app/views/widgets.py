@@ -5,13 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from PySide6.QtCore import QRect, QRectF, QSize, Qt, Signal
 from PySide6.QtGui import QAction, QFontMetrics, QPainter, QPainterPath, QPaintEvent, QPalette, QRegion, QResizeEvent
 from PySide6.QtWidgets import (
+    QAbstractSpinBox,
     QFrame,
     QHBoxLayout,
     QLabel,
+    QLineEdit,
     QProgressBar,
     QPushButton,
     QSizePolicy,
@@ -70,6 +73,17 @@ def icon_button(
     if run is not None:
         made.clicked.connect(run)
     return made
+
+
+_Spin = TypeVar("_Spin", bound=QAbstractSpinBox)
+
+
+def spaced(box: _Spin) -> _Spin:
+    """A spin box with room before its number: a style sheet's padding does not reach the text there."""
+    edit = box.findChild(QLineEdit)
+    if edit is not None:
+        edit.setTextMargins(6, 0, 0, 0)
+    return box
 
 
 def label(

@@ -20,7 +20,7 @@ from app.views.compare.stack_editor import StackEditor
 from app.views.dialogs import reveal
 from app.views.page import Notice, Page, PaletteCommand
 from app.views.theme import theme
-from app.views.widgets import Banner, button, column, icon_button, label, row, title
+from app.views.widgets import Banner, button, column, icon_button, label, row, spaced, title
 
 PANEL_WIDTH = 320
 
@@ -83,7 +83,7 @@ class ComparePage(Page):
             "Words that another column has not: against the first column, the first against the second"
         )
         self.differences.toggled.connect(self._mark)
-        self.seed = QSpinBox()
+        self.seed = spaced(QSpinBox())
         self.seed.setRange(0, 2**31 - 1)
         self.seed.setValue(self._model.seed)
         self.seed.setAccessibleName("Seed")

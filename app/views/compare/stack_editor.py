@@ -10,7 +10,7 @@ from PySide6.QtWidgets import QDoubleSpinBox, QFrame, QLineEdit, QScrollArea, QW
 from app.core.library import AdapterEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.views.elided import ElidedCheckBox
-from app.views.widgets import button, column, cut_corners, label, row
+from app.views.widgets import button, column, cut_corners, label, row, spaced
 
 WIDTH, HEIGHT = 400, 380
 _SHOWN = 80  # adapters that are listed; the filter finds the others
@@ -28,7 +28,7 @@ class _Line(QWidget):
         self.switch.setToolTip(f"{name}\n{path}")
         self.switch.setAccessibleName(f"Adapter {name}")
         self.switch.setChecked(on)
-        self.weight = QDoubleSpinBox()
+        self.weight = spaced(QDoubleSpinBox())
         self.weight.setRange(-100, 100)
         self.weight.setSingleStep(0.05)
         self.weight.setDecimals(2 if round(weight, 2) == weight else 4)  # what is shown is what will be on

@@ -6,23 +6,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PySide6.QtCore import Qt, Signal, Slot
-from PySide6.QtWidgets import QCheckBox, QFileDialog, QFrame, QGridLayout, QHBoxLayout, QScrollArea, QSpinBox, QWidget
+from PySide6.QtWidgets import QCheckBox, QFrame, QGridLayout, QHBoxLayout, QScrollArea, QSpinBox, QWidget
 
-from app.core.errors import WeftError
 from app.core.paths import Paths
 from app.core.roots import Root, RootKind
-from app.viewmodels.background import Background
-from app.viewmodels.library_roots import Added, LibraryRoots, damage
+from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.settings import EngineList, SettingsView
 from app.viewmodels.units import short_path
-from app.views.dialogs import open_locally
+from app.views.adding import Adding
+from app.views.dialogs import choose_paths, open_locally
 from app.views.option_fields import QuietCombo
-from app.views.page import Notice, Page, PaletteCommand, added_notice
+from app.views.page import Notice, Page, PaletteCommand
 from app.views.settings.download_folder import DownloadFolder
 from app.views.settings.engines import EnginesSection
 from app.views.settings.new_chats import NewChatsSection
 from app.views.settings.performance import PerformanceSection
-from app.views.widgets import Chip, ElidedLabel, button, column, icon_button, label, row, rule, title
+from app.views.widgets import Chip, ElidedLabel, button, column, icon_button, label, row, rule, spaced, title
 
 WIDTH = 760
 SHORTCUTS = (
@@ -79,8 +78,9 @@ class SettingsPage(Page):
         self._roots = roots
         self._engines = engines
         self._paths = paths
-        self._looking = Background(self)
-        self._looking.done.connect(self._added)
+        self._adding = Adding(roots, self)
+        self._adding.notice.connect(self.notice)
+        self._adding.failed.connect(self.failed)
         settings.failed.connect(self.failed)
         engines.failed.connect(self.failed)
         head = QFrame()
@@ -135,7 +135,7 @@ class SettingsPage(Page):
 
     def shutdown(self) -> None:
         """End what runs in the background: the window is going."""
-        self._looking.close()
+        self._adding.close()
 
     # Sections ---------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class SettingsPage(Page):
             note = label(help, tone="muted", wrap=True)
             note.setContentsMargins(24, 0, 0, 4)
             self._body.addWidget(note)
-        idle = QSpinBox()
+        idle = spaced(QSpinBox())
         idle.setRange(0, 1440)
         idle.setSpecialValueText("Never")
         idle.setSuffix(" min")
@@ -325,27 +325,11 @@ class SettingsPage(Page):
 
     @Slot()
     def _add_folder(self) -> None:
-        dialog = QFileDialog(self.window(), "Add a folder of models", str(Path.home()))
-        dialog.setFileMode(QFileDialog.FileMode.Directory)
-        dialog.setOption(QFileDialog.Option.ShowDirsOnly)
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.filesSelected.connect(self._folders_chosen)
-        dialog.open()
+        choose_paths(self, "Add a folder of models", self._folders_chosen)
 
     @Slot(list)
     def _folders_chosen(self, names: Sequence[str]) -> None:
-        paths = [Path(name) for name in names]
-        try:
-            added = self._roots.add(paths)
-        except WeftError as error:
-            self.failed.emit(error)
-            return
-        self._looking.run(added, lambda: damage(paths))
-
-    @Slot(object, object, object)
-    def _added(self, added: object, wrong: object, error: object) -> None:
-        assert isinstance(added, Added)
-        self.notice.emit(added_notice(added, wrong, error))
+        self._adding.take([Path(name) for name in names])
 
     @Slot(int)
     def _appearance_chosen(self, _index: int) -> None:

@@ -46,7 +46,7 @@ class Chart(QWidget):
         self._pointer: float | None = None
         self.setMouseTracking(True)
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Expanding)
-        self.setMinimumSize(240, 140)
+        self.setMinimumSize(160, 140)  # three beside each other in the smallest window
         self.setAccessibleName(title)
         theme()  # repaints with the palette
 
@@ -163,6 +163,8 @@ class Chart(QWidget):
         )
 
     def _legend(self, painter: QPainter) -> None:
+        if len(self._series) < 2 and not any(series.dashed for series in self._series):
+            return  # the title says what a lone line is
         metrics = QFontMetricsF(painter.font())
         right = float(self.width() - _RIGHT)
         for series in reversed(self._series[:6]):

@@ -27,6 +27,7 @@ class PreviewPane(QFrame):
         self.text = QPlainTextEdit()
         self.text.setReadOnly(True)
         self.text.setUndoRedoEnabled(False)
+        self.text.document().setDocumentMargin(8)
         self.text.setAccessibleName("Examples as the model sees them")
         self.text.setAccessibleDescription("Trained tokens are coloured, masked ones grey")
         self.text.setTabChangesFocus(True)

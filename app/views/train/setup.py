@@ -90,7 +90,7 @@ class TrainSetup(QWidget):
         self._form.addWidget(holder)
 
     def _add_base(self) -> None:
-        self.base = button("Choose a model…", self.pick_model)
+        self.base = button("Choose a model…", self.pick_model, kind="picker")
         self.base.setAccessibleName("Model to train on")
         self.model_form = OptionsForm(ModelConfig, leave_out=("path",))
         self.model_form.changed.connect(self._model_changed)
