@@ -1,43 +1,46 @@
 """House: everything that lives as long as the window, and the ties between it. Part of the composition root.
 
-Built after the window's first paint; pages when they are first shown.
+Built after the window's first paint. What belongs to one topic (pages, engines, downloads, …) lies in `house_<topic>.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import QObject, QProcess, QStandardPaths, QTimer, Slot
-from PySide6.QtWidgets import QApplication, QWidget
+from PySide6.QtCore import QObject, QTimer, Slot
+from PySide6.QtWidgets import QApplication
 
 from app import logs
-from app.core.errors import ErrorKind, WeftError
-from app.core.jobs import JobState
-from app.core.library import ModelEntry, ModelFormat
-from app.core.paths import Paths, resources
+from app.core.errors import WeftError
+from app.core.paths import Paths
 from app.engine.environments import Environments
+from app.house_commands import palette_commands
 from app.house_downloads import DownloadsHouse
+from app.house_engines import EnginesHouse
 from app.house_exports import ExportHouse
 from app.house_loras import LorasHouse
+from app.house_notify import DesktopNotices
+from app.house_pages import HousePages
 from app.house_questions import HouseQuestions
 from app.house_train import TrainHouse
 from app.store.chats import ChatStore
 from app.store.database import Database
 from app.store.jobs import JobStore
-from app.store.library import LibraryStore, starter
+from app.store.library import LibraryStore
 from app.store.model_settings import ModelSettings
 from app.store.settings import SettingsStore
-from app.viewmodels.jobs import INSTALL, JobCenter, environment_of
+from app.viewmodels.jobs import JobCenter
 from app.viewmodels.library_roots import LibraryRoots
-from app.viewmodels.loadout import Loadout, LoadoutState
+from app.viewmodels.loadout import Loadout
 from app.viewmodels.machine_watch import MachineWatch
 from app.viewmodels.settings import EngineList, SettingsView
 from app.viewmodels.tasks import TaskQueue
 from app.views import theme
 from app.views.main_window import MainWindow
-from app.views.page import Notice, Page, PaletteCommand
+from app.views.page import Notice
 
 if TYPE_CHECKING:
     from app.engine.client import EngineClient
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
     from app.workers.library_worker import LibraryWorker
     from app.workers.task_worker import TaskWorker
 
-PALETTE_MODELS = 1000
 SETTLE_MS = 40  # a timer of 0 would come before the first page's paint, which waits for the screen
 
 
@@ -62,7 +64,6 @@ class House(QObject):
         self, application: QApplication, paths: Paths, window: MainWindow, look: theme.Theme, reporter: logs.Reporter
     ) -> None:
         super().__init__(application)
-        self._application = application
         self.paths = paths
         self.settings = SettingsStore(paths.settings)
         self.database = Database(paths.database)
@@ -101,105 +102,10 @@ class House(QObject):
         self.window = window
         self.loras = LorasHouse(self)
         self.questions = HouseQuestions(window, self.loadout, self.environments, self.engines, paths.logs, self)
-        self._builders = {
-            "chat": self._chat_page,
-            "compare": self._compare_page,
-            "models": self._models_page,
-            "loras": self.loras.page,
-            "train": self.training.page,
-            "jobs": self._jobs_page,
-            "settings": self._settings_page,
-        }
+        self.pages = HousePages(self)
+        self.desktop = DesktopNotices(application, window)
+        self.running = EnginesHouse(self)
         self._tie(reporter)
-
-    # Pages ------------------------------------------------------------------------------------------
-
-    def build(self, name: str) -> Page:
-        """Make the page of this name (see `app.rail`)."""
-        return self._builders[name]()
-
-    def _chat_page(self) -> Page:
-        from app.views.chat.page import ChatPage
-
-        return ChatPage(self.chats, self.loadout, self.settings, pick_model=self._open_picker)
-
-    def _compare_page(self) -> Page:
-        from app.store.preferences import PreferenceStore
-        from app.viewmodels.chat_presets import Presets
-        from app.viewmodels.compare import Compare
-        from app.views.compare.page import ComparePage
-
-        model = Compare(self.loadout, PreferenceStore(self.paths.data / "preferences.jsonl"), self)
-        return ComparePage(model, Presets(self.settings), pick_model=self._open_picker)
-
-    def _models_page(self) -> Page:
-        from app.views.models.page import ModelsPage
-
-        page = ModelsPage(
-            library=self.library,
-            loadout=self.loadout,
-            model_settings=self.model_settings,
-            settings=self.settings_view,
-            roots=self.roots,
-            machine=self.machine,
-            refresh=self.refresh_library,
-            adapters=self.loras.adapters_for,
-        )
-        page.details.adapter_wanted.connect(self.loras.show_adapter)
-        page.code_wanted.connect(self.questions.review_code)
-        page.export_wanted.connect(self.exports.open_model)
-        page.certificate_wanted.connect(self.exports.show_certificate)
-        page.train_wanted.connect(self.training.train_on)
-        page.dropped = self.loras.take
-        return page
-
-    def _jobs_page(self) -> Page:
-        from app.views.jobs.page import JobsPage
-
-        return JobsPage(jobs=self.jobs)
-
-    def _settings_page(self) -> Page:
-        from app.views.settings.page import SettingsPage
-
-        page = SettingsPage(
-            settings=self.settings_view,
-            roots=self.roots,
-            engines=self.engines,
-            paths=self.paths,
-            hub=self.downloads.hub_section,
-        )
-        page.remove_environment.connect(self.questions.removal)
-        return page
-
-    def _header(self) -> QWidget:
-        from app.viewmodels.fitting import judge
-        from app.viewmodels.model_table import ModelTable
-        from app.views.loadout_bar import LoadoutBar
-
-        def table() -> ModelTable:
-            return ModelTable(
-                self.library,
-                fitting=lambda entry: judge(entry, self.machine.now()),
-                loaded=lambda: (
-                    self.loadout.model.id if self.loadout.is_loaded and self.loadout.model is not None else ""
-                ),
-                parent=self,
-            )
-
-        bar = LoadoutBar(
-            loadout=self.loadout,
-            jobs=self.jobs,
-            make_table=table,
-            machine=self.machine.now,
-            stack=self.loras.stack,
-            dropped=self.loras.take_for_stack,
-            fill_menu=self.loras.fill_stack_menu,
-        )
-        bar.models_wanted.connect(self._show_models)
-        bar.jobs_wanted.connect(self._show_jobs)
-        bar.options_wanted.connect(self._show_options)
-        bar.export_wanted.connect(self.exports.open_loaded)
-        return bar
 
     # Workers ----------------------------------------------------------------------------------------
 
@@ -240,10 +146,10 @@ class House(QObject):
         """Furnish the window; what its first page does not need starts after it is shown."""
         self._arguments = list(arguments)
         self.window.furnish(
-            build=self.build,
-            header=self._header,
-            commands=self._commands,
-            notify=self._notify,
+            build=self.pages.build,
+            header=self.pages.header,
+            commands=partial(palette_commands, self),
+            notify=self.desktop.tell,
             sort=self.loras.take,
         )
         QTimer.singleShot(SETTLE_MS, self, self._settle)
@@ -261,7 +167,7 @@ class House(QObject):
         worker.problem.connect(self._library_problem)
         self._library_worker = worker
         worker.start()
-        self.machine.known.connect(self._machine_known)
+        self.machine.known.connect(self.running.machine_known)
         self.machine.start()
         self.downloads.open()
         self.exports.leftovers.look()
@@ -269,44 +175,6 @@ class House(QObject):
             if sentence:
                 self.window.show_notice(Notice(text=sentence, tone="warning"))
         self._take(self._arguments)
-
-    @Slot()
-    def _machine_known(self) -> None:
-        """What there is to run models on has been measured: now a load can tell whether it fits."""
-        if self.settings.settings.load_last:
-            self._load_first_model()
-        self._prepare_engines()
-
-    def _load_first_model(self) -> None:
-        """The model used last, else the starter; it waits for its environment if that is not there yet."""
-        entry: ModelEntry | None = None
-        last = self.settings.settings.last_model
-        try:
-            entry = self.library.model(last) if last else None
-        except WeftError:
-            entry = None  # it is gone: the starter then
-        if entry is not None and entry.problem:
-            text = (
-                f"{entry.name}, the model used last, cannot be loaded: {entry.problem} The starter is loaded instead."
-            )
-            self.window.show_notice(Notice(text=text, tone="warning"))
-            entry = None
-        try:
-            self.loadout.load(entry or starter())
-        except WeftError as error:
-            self.window.show_notice(Notice(text=str(error), tone="warning"))
-
-    def _prepare_engines(self) -> None:
-        """Install what was never tried, and go on with what was cut short. What somebody cancelled or removed stays so."""
-        last: dict[str, JobState] = {}
-        for job in self.job_store.jobs(500):  # newest first
-            if job.task == INSTALL:
-                last.setdefault(environment_of(job), job.state)
-        for name, spec in self.environments.specs().items():
-            if spec.on_demand and name not in last:
-                continue
-            if not self.jobs.is_ready(name) and last.get(name, JobState.CRASHED) is JobState.CRASHED:
-                self.jobs.install(name)
 
     @Slot(list)
     def second_start(self, arguments: Sequence[str]) -> None:
@@ -352,12 +220,8 @@ class House(QObject):
     # Ties -------------------------------------------------------------------------------------------
 
     def _tie(self, reporter: logs.Reporter) -> None:
-        loadout, jobs = self.loadout, self.jobs
-        loadout.environment_wanted.connect(self._environment_wanted)
-        jobs.environment_ready.connect(self._environment_ready)
-        jobs.environment_failed.connect(self._environment_failed)
-        jobs.changed.connect(self._badge)
-        jobs.progressed.connect(self._badge)
+        self.jobs.changed.connect(self._badge)
+        self.jobs.progressed.connect(self._badge)
         self.roots.changed.connect(self._roots_changed)
         self.settings_view.changed.connect(self._setting_changed)
         self.settings_view.failed.connect(self.window.show_error)
@@ -415,144 +279,6 @@ class House(QObject):
         if name == "appearance":
             self.theme.set_appearance(self.settings.settings.appearance)
 
-    @Slot(str)
-    def _environment_wanted(self, name: str) -> None:
-        self.jobs.install(name)
-
-    @Slot(str)
-    def _environment_ready(self, name: str) -> None:
-        self.window.show_notice(
-            Notice(text=f"The engine is ready: {self.jobs.title(name)}.", tone="positive", important=True)
-        )
-        self.loadout.environment_ready(name)
-        self._answer_with_what_there_is()
-
-    def _answer_with_what_there_is(self) -> None:
-        """The starter waits for an environment that failed: the one that is ready runs the starter's other file."""
-        now = self.loadout
-        if now.state is not LoadoutState.FAILED or now.model is None or now.model.format is ModelFormat.GGUF:
-            return
-        if now.model.path.startswith(str(resources() / "starter")) and now.loader is not None:
-            if self.jobs.is_ready(now.loader.environment):
-                return
-            try:
-                other = starter("starter (gguf)")
-                if self.jobs.is_ready(now.planner.choose_loader(other).environment):
-                    now.load(other)
-            except WeftError as error:
-                self.window.show_notice(Notice(text=str(error), tone="warning"))
-
-    @Slot(str, object)
-    def _environment_failed(self, name: str, error: WeftError) -> None:
-        self.loadout.environment_failed(name, error)
-        if error.kind is not ErrorKind.CANCELLED:
-            self.window.show_notice(
-                Notice(
-                    text=f"{self.jobs.title(name)} could not be installed. {error.message}",
-                    tone="negative",
-                    action="Show",
-                    run=self._show_jobs,
-                    important=True,
-                )
-            )
-
     @Slot()
     def _badge(self, *_: object) -> None:
         self.window.rail.set_badge("jobs", self.jobs.fraction)
-
-    # Going places -----------------------------------------------------------------------------------
-
-    @Slot()
-    def _show_models(self) -> None:
-        self.window.show_page("models")
-
-    @Slot()
-    def _show_jobs(self) -> None:
-        self.window.show_page("jobs")
-
-    @Slot(object)
-    def _show_options(self, entry: ModelEntry) -> None:
-        self.window.show_page("models")
-        self.window.page("models").show_model(entry.id)  # type: ignore[attr-defined]
-
-    def _open_picker(self) -> None:
-        self.window.show_page("chat")
-        bar = self.window.header
-        if bar is not None:
-            bar.open_picker()  # type: ignore[attr-defined]
-
-    def _commands(self) -> list[PaletteCommand]:
-        """What Ctrl+K offers besides pages: the loadout, appearance, logs, and every model by name."""
-        from app.views.dialogs import open_locally
-
-        loadout = self.loadout
-        found = [
-            PaletteCommand(
-                title="Choose a model…", group="Model", icon="models", run=self._open_picker, shortcut="Ctrl+L"
-            ),
-            PaletteCommand(
-                title="Eject the model", group="Model", icon="eject", run=loadout.unload, enabled=loadout.is_loaded
-            ),
-            PaletteCommand(
-                title="Load the model again",
-                group="Model",
-                icon="reload",
-                run=loadout.reload,
-                enabled=loadout.model is not None,
-            ),
-            PaletteCommand(
-                title="Merge and export…",
-                group="Model",
-                icon="export",
-                run=self.exports.open_loaded,
-                enabled=loadout.model is not None,
-            ),
-        ]
-        for value, text in (
-            ("system", "Colours like the system"),
-            ("light", "Light colours"),
-            ("dark", "Dark colours"),
-        ):
-            found.append(
-                PaletteCommand(
-                    title=text,
-                    group="Appearance",
-                    icon="appearance",
-                    run=lambda value=value: self.settings_view.set("appearance", value),
-                )
-            )
-        found.append(
-            PaletteCommand(title="Open the logs", group="Weft", icon="log", run=lambda: open_locally(self.paths.logs))
-        )
-        try:
-            entries = self.library.models(limit=PALETTE_MODELS)
-        except WeftError:
-            entries = []
-        for entry in entries:
-            found.append(
-                PaletteCommand(
-                    title=f"Load {entry.name}",
-                    group="Model",
-                    icon="load",
-                    run=lambda entry=entry: loadout.load(entry),
-                    enabled=not entry.problem,
-                )
-            )
-        return found
-
-    def _notify(self, heading: str, text: str) -> None:
-        """Tell the desktop: through its tray, else through its notification service; the task bar's entry asks for attention."""
-        from PySide6.QtWidgets import QSystemTrayIcon
-
-        self._application.alert(self.window)
-        if not QSystemTrayIcon.isSystemTrayAvailable() or not QSystemTrayIcon.supportsMessages():
-            # GNOME has no tray. Its service is spoken to by the command that every desktop brings for it.
-            command = QStandardPaths.findExecutable("notify-send")
-            if command:
-                QProcess.startDetached(command, ["--app-name=Weft", "--", heading, text])
-            return
-        tray = QSystemTrayIcon(self.window.windowIcon(), self)
-        tray.messageClicked.connect(self.window.come_to_front)
-        tray.show()
-        tray.showMessage(heading, text, self.window.windowIcon(), 8000)
-        QTimer.singleShot(12_000, tray, tray.deleteLater)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,6 @@ from app.core.stack import AdapterStack
 from app.store.stacks import StackStore
 from app.viewmodels.adapter_jobs import AdapterJobs, Made
 from app.viewmodels.adapter_stack import StackModel
-from app.viewmodels.fitting import judge
-from app.viewmodels.model_table import ModelTable
 from app.viewmodels.saved_stacks import SavedStacks
 from app.views.page import Notice, Page
 
@@ -88,7 +87,7 @@ class LorasHouse(QObject):
             jobs=self.jobs,
             study=AdapterStudy(house.database, self._measuring, house),
             roots=house.roots,
-            make_models=self._models,
+            make_models=partial(house.pages.model_table, self),
             refresh=house.refresh_library,
         )
         page.export_wanted.connect(self._export)
@@ -130,17 +129,6 @@ class LorasHouse(QObject):
             self._imports.close()
         if self._drops is not None:
             self._drops.close()
-
-    def _models(self) -> ModelTable:
-        house = self._house
-        return ModelTable(
-            house.library,
-            fitting=lambda entry: judge(entry, house.machine.now()),
-            loaded=lambda: (
-                house.loadout.model.id if house.loadout.is_loaded and house.loadout.model is not None else ""
-            ),
-            parent=self,
-        )
 
     def _measuring(self) -> EngineClient:
         from app.engine import launch

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from PySide6.QtWidgets import QApplication, QSystemTrayIcon, QWidget
 from pytestqt.qtbot import QtBot
 
-from app.house import House
+from app.house_notify import DesktopNotices
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a stand-in for notify-send is a POSIX script")
@@ -27,8 +26,7 @@ def test_a_desktop_without_a_tray_is_told_through_its_notification_service(
     monkeypatch.setattr(QSystemTrayIcon, "isSystemTrayAvailable", lambda: False)
     window = QWidget()
     qtbot.addWidget(window)
-    house = cast(Any, SimpleNamespace(_application=qapp, window=window))
-    House._notify(house, "Download finished", "--user/tiny is in the library.")
+    DesktopNotices(qapp, cast(Any, window)).tell("Download finished", "--user/tiny is in the library.")
     qtbot.waitUntil(told.is_file, timeout=10_000)
     assert told.read_text().splitlines() == [
         "--app-name=Weft",

@@ -349,7 +349,7 @@ def test_theme_switch_and_settings(house: House, qtbot: QtBot) -> None:
 
 def test_picker_filters_and_picks(house: House, qtbot: QtBot) -> None:
     house.settings.update(autoload=False)
-    house._open_picker()
+    house.pages.open_picker()
     picker = house.window.findChild(ModelPicker)
     assert picker is not None
     qtbot.keyClicks(picker.field, "gguf")
@@ -360,7 +360,7 @@ def test_picker_filters_and_picks(house: House, qtbot: QtBot) -> None:
 
 
 def test_popups_have_no_black_corners_where_nothing_composes(house: House) -> None:
-    house._open_picker()
+    house.pages.open_picker()
     house.window.show_palette()
     for kind in (ModelPicker, CommandPalette):
         popup = house.window.findChild(kind)
@@ -420,7 +420,7 @@ def test_a_damaged_last_model_gives_way_to_the_starter(house: House, monkeypatch
     broken = model("broken", problem="The file is cut short.")
     monkeypatch.setattr(house.library, "model", lambda _id: broken)
     house.settings.update(last_model=broken.id)
-    house._load_first_model()
+    house.running.load_first_model()
     assert loaded == ["starter"]
     assert "cut short" in house.window.toasts.shown[-1].notice.text
 
@@ -439,7 +439,7 @@ def test_first_start_prepares_every_engine_and_a_cancelled_one_stays_cancelled(
     monkeypatch.delenv("WEFT_PYTHON_LLAMACPP")
     wanted: list[str] = []
     monkeypatch.setattr(house.jobs, "install", wanted.append)
-    house._prepare_engines()
+    house.running.prepare_environments()
     assert wanted == [name for name, spec in house.environments.specs().items() if not spec.on_demand]
     wanted.clear()
     jobs = house.job_store
@@ -447,7 +447,7 @@ def test_first_start_prepares_every_engine_and_a_cancelled_one_stays_cancelled(
     jobs.update(job.id, state=JobState.CANCELLED)
     job = jobs.create(INSTALL, "Install llama.cpp", parameters='{"name": "llamacpp"}')
     jobs.update(job.id, state=JobState.CRASHED)
-    house._prepare_engines()
+    house.running.prepare_environments()
     assert "core" not in wanted
     assert "llamacpp" in wanted
 
