@@ -24,6 +24,9 @@ class LoadoutState(StrEnum):
     FAILED = "failed"  # the load failed, or the engine died; `error` says why
 
 
+LOADING = (LoadoutState.STARTING, LoadoutState.LOADING)
+
+
 class EnvironmentsView(Protocol):
     """What the loadout asks of engine.environments."""
 

@@ -56,8 +56,8 @@ def test_load_generate_unload(rooms: Rooms, qtbot: QtBot) -> None:
     assert done.args[0] == asked
     assert "".join(texts).split() == ["one", "two", "three"]
     assert loadout.state is LoadoutState.READY
-    assert loadout._session is not None
-    process = psutil.Process(loadout._session.worker.client.pid)
+    assert loadout._run.engine.session is not None
+    process = psutil.Process(loadout._run.engine.session.worker.client.pid)
     loadout.unload()
     assert loadout.state is LoadoutState.EMPTY
     assert loadout.model is None
@@ -170,14 +170,14 @@ def test_a_damaged_model_is_refused_before_the_working_one_goes(rooms: Rooms, qt
     loadout = rooms.loadout()
     loadout.load(model())
     wait_for(qtbot, loadout, LoadoutState.READY)
-    session = loadout._session
+    session = loadout._run.engine.session
     damaged = model("broken", problem="The file is cut short.")
     for pick in (loadout.select, loadout.load):
         with qtbot.waitSignal(loadout.load_failed, timeout=20_000) as failed:
             pick(damaged)
         assert failed.args is not None
         assert "cut short" in failed.args[0].message
-        assert loadout.state is LoadoutState.READY and loadout._session is session and loadout.error is None
+        assert loadout.state is LoadoutState.READY and loadout._run.engine.session is session and loadout.error is None
         assert loadout.model == model()
     with qtbot.waitSignal(loadout.finished, timeout=10_000):
         loadout.generate(ASK)
@@ -189,14 +189,14 @@ def test_a_model_that_no_loader_takes_leaves_the_working_one(rooms: Rooms, qtbot
     loadout = rooms.loadout()
     loadout.load(model())
     wait_for(qtbot, loadout, LoadoutState.READY)
-    session = loadout._session
+    session = loadout._run.engine.session
     strange = model("strange", format=ModelFormat.EXL2)
     with pytest.raises(WeftError):
         loadout.planner.choose_loader(strange)
     for pick in (loadout.select, loadout.load):
         with qtbot.waitSignal(loadout.load_failed, timeout=20_000):
             pick(strange)
-        assert loadout.state is LoadoutState.READY and loadout._session is session and loadout.model == model()
+        assert loadout.state is LoadoutState.READY and loadout._run.engine.session is session and loadout.model == model()
     with qtbot.waitSignal(loadout.finished, timeout=10_000):
         loadout.generate(ASK)
 
@@ -360,7 +360,7 @@ def test_unheard_cancel_is_no_crash(rooms: Rooms, qtbot: QtBot) -> None:
     assert "did not stop" in notices[0]
     rooms.script = Script(tokens=2)
     for _ in range(4):  # not counted either: it may happen any number of times
-        loadout._policy.check()
+        loadout._run.policy.check()
     with qtbot.waitSignal(loadout.finished, timeout=15_000):
         loadout.generate(ASK)
 

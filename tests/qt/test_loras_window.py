@@ -124,7 +124,7 @@ def test_on_the_bar_it_joins_the_stack_too_even_after_alpha_was_asked(
 ) -> None:
     bar = house.window.header
     assert bar is not None
-    house.loadout.model = ModelEntry(id="m", name="m", path="m", format="gguf")  # type: ignore[arg-type]
+    house.loadout._run.model = ModelEntry(id="m", name="m", path="m", format="gguf")  # type: ignore[arg-type]
     rank = rng.randint(2, 9)
     lone = tmp_path / "lone.safetensors"
     lone.write_bytes(library_files.safetensors_bytes(library_files.lora_tensors(rank)))

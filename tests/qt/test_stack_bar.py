@@ -21,6 +21,7 @@ from app.engine.protocol import Generate, Load, SetAdapters
 from app.viewmodels.adapter_stack import StackEntry, StackModel
 from app.viewmodels.jobs import JobCenter
 from app.viewmodels.loadout import Loadout, LoadoutState
+from app.viewmodels.loadout_teller import StackTeller
 from app.viewmodels.model_table import ModelTable
 from app.views.loadout_bar import LoadoutBar
 from app.views.stack_bar import AdapterChip, StackBar
@@ -72,17 +73,17 @@ def test_chips_change_what_the_engine_is_told(rooms: Rooms, qtbot: QtBot, sent: 
     bar.show()
     assert stack.add(VOICE) and len(bar.chips) == 1
     (chip,) = bar.chips
-    qtbot.waitUntil(lambda: stacks(sent) == [[1.0]] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent) == [[1.0]] and not loadout._stack.command)
     chip.slider.setValue(70)
-    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.7] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.7] and not loadout._stack.command)
     chip.switch.click()
-    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.0] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.0] and not loadout._stack.command)
     chip.switch.click()
     chip.number.setValue(-3)
-    qtbot.waitUntil(lambda: stacks(sent)[-1] == [-3.0] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [-3.0] and not loadout._stack.command)
     assert chip.slider.value() == 0 and stack.entries[0].weight == -3.0
     qtbot.mouseDClick(chip.slider, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: stacks(sent)[-1] == [1.0] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [1.0] and not loadout._stack.command)
     assert all(child.accessibleName() for child in (chip.switch, chip.slider, chip.number, chip.close_button))
     chip.close_button.click()
     qtbot.waitUntil(lambda: stacks(sent)[-1] == [] and not bar.chips)
@@ -110,7 +111,7 @@ def test_the_stack_goes_with_every_load_of_its_model_and_with_no_other(
     loadout = ready(rooms, qtbot)
     stack = StackModel(loadout)
     stack.add(VOICE)
-    qtbot.waitUntil(lambda: not loadout._stack_id)
+    qtbot.waitUntil(lambda: not loadout._stack.command)
     loadout.reload()
     qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
     assert [a.weight for a in [c for c in sent if isinstance(c, Load)][-1].adapters.adapters] == [1.0]
@@ -123,11 +124,11 @@ def test_a_refused_stack_is_put_back_and_said(rooms: Rooms, qtbot: QtBot, monkey
     loadout = ready(rooms, qtbot)
     stack = StackModel(loadout)
     stack.add(VOICE)
-    qtbot.waitUntil(lambda: not loadout._stack_id)
+    qtbot.waitUntil(lambda: not loadout._stack.command)
     said: list[str] = []
     loadout.notice.connect(said.append)
     stack.set_weight(str(VOICE), 0.5)
-    loadout._command_failed(loadout._stack_id, WeftError(ErrorKind.UNSUPPORTED, "It does not fit.", "Choose another."))
+    loadout._command_failed(loadout._stack.command, WeftError(ErrorKind.UNSUPPORTED, "It does not fit.", "Choose another."))
     assert said == ["It does not fit. Choose another."]
     assert stack.entries[0].weight == 1.0 and loadout.stack.adapters[0].weight == 1.0
 
@@ -162,7 +163,7 @@ def test_baking_in_is_a_switch_that_the_engine_is_told(
     rooms: Rooms, qtbot: QtBot, sent: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loadout = ready(rooms, qtbot)
-    monkeypatch.setattr(Loadout, "bakes", True)
+    monkeypatch.setattr(StackTeller, "bakes", True)
     bar = StackBar(StackModel(loadout))
     qtbot.addWidget(bar)
     bar.show()
@@ -173,10 +174,10 @@ def test_baking_in_is_a_switch_that_the_engine_is_told(
     for on in (True, False):
         bar.bake.click()
         qtbot.waitUntil(lambda on=on: [c.baked for c in sent if isinstance(c, SetAdapters)][-1] is on)
-        qtbot.waitUntil(lambda: not loadout._stack_id)
+        qtbot.waitUntil(lambda: not loadout._stack.command)
     bar.bake.click()
     bar.chips[0].number.setValue(0.5)
-    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.5] and not loadout._stack_id)
+    qtbot.waitUntil(lambda: stacks(sent)[-1] == [0.5] and not loadout._stack.command)
     assert [c for c in sent if isinstance(c, SetAdapters)][-1].baked, "another weight is baked in, too"
 
 
