@@ -407,7 +407,7 @@ def test_the_chat_that_a_kill_interrupted_is_known_at_the_next_start(room: Room,
     assert room.again().interrupted() == 0  # that was told, and the window was closed by somebody
     room.controller.continue_(room.controller.path[-1].id)
     room.loadout.say("more")
-    room.controller._save()
+    room.controller._writer.save()
     assert room.again().interrupted() == room.controller.conversation_id
     room.loadout.finish()
     room.controller.new()

@@ -122,7 +122,7 @@ def test_reasoning_is_folded_with_its_time(desk: Desk) -> None:
     view.reasoning.set_open(True)  # type: ignore[attr-defined]
     desk.settle()
     assert view.reasoning.view.toPlainText() == "secret thoughts"  # type: ignore[attr-defined]
-    desk.page._requested(view.message.id, "copy")  # type: ignore[attr-defined]
+    desk.page.messages.requested(view.message.id, "copy")  # type: ignore[attr-defined]
     assert QGuiApplication.clipboard().text() == "answer"
 
 
@@ -486,7 +486,7 @@ def test_a_chat_that_was_interrupted_by_a_kill_is_open_at_the_next_start(desk: D
     desk.page.new_chat()
     desk.page.send("the question")
     desk.loadout.say("half an ans")
-    desk.page.controller._save()
+    desk.page.controller._writer.save()
     fresh = desk.open_page()  # the window was killed, and starts again
     assert [fresh.controller.text(m.id) for m in fresh.controller.path] == ["the question", "half an ans"]
     desk.loadout.finish()
@@ -534,7 +534,7 @@ def test_a_link_asks_before_it_opens(desk: Desk, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "app.views.chat.link_dialog.QDesktopServices.openUrl", lambda url: opened.append(url.toString())
     )
-    desk.page._link("https://example.org/x")
+    desk.page.messages.link("https://example.org/x")
     dialog = desk.page.findChild(LinkDialog)
     assert dialog is not None and "https://example.org/x" in dialog.text() and opened == []
     dialog.open_button.click()
@@ -554,9 +554,9 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_messages(desk: Desk) 
         and not _inside_a_control(widget)
     ]
     assert nameless == []
-    desk.page._walk(-1)
+    desk.page.messages.walk(-1)
     assert desk.page.transcript.view_of(desk.page.controller.path[-1].id).hasFocus()  # type: ignore[union-attr]
-    desk.page._walk(-1)
+    desk.page.messages.walk(-1)
     view = desk.page.transcript.view_of(desk.page.controller.path[0].id)
     assert view is not None and view.hasFocus() and view.accessibleName() == "You: one"
 
