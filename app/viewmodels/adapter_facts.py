@@ -17,7 +17,9 @@ from app.core.gguf_header import GgufArray
 from app.core.library import AdapterEntry, AdapterFormat, ModelEntry
 from app.store.adapters import AdapterStore
 from app.store.database import Database
+from app.viewmodels.adapter_table import adapter_format
 from app.viewmodels.model_facts import flatten, short_value
+from app.viewmodels.units import readable_when
 
 MAX_FACTS = 400
 MAX_CARD = 64 * 1024
@@ -168,3 +170,20 @@ def unmatched_lines(fit: Fit) -> list[str]:
     lines = [f"{each.module}: {each.reason}" for each in fit.compatibility.unmatched[:MAX_UNMATCHED]]
     rest = len(fit.compatibility.unmatched) - len(lines)
     return [*lines, f"… and {rest:,} more"] if rest > 0 else lines
+
+
+def about(entry: AdapterEntry, found: AdapterFacts) -> list[tuple[str, str]]:
+    """What is known of an adapter, as (name, value); "" for what does not apply."""
+    note = found.note
+    return [
+        ("Format", adapter_format(entry)),
+        ("Base", entry.base or "not recorded"),
+        ("Targets", ", ".join(entry.targets)),
+        ("Modules", f"{found.modules:,}" if found.modules else ""),
+        ("Trained by", note.title or entry.run),
+        ("Copied from", entry.source or note.source),
+        ("Added", readable_when(note.added) if note.added else ""),
+        ("Alpha", "as you said; the file does not record it" if note.alpha_given else ""),
+        ("Root", entry.root),
+        ("Changed", readable_when(entry.modified)),
+    ]

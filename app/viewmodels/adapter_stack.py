@@ -77,12 +77,16 @@ class StackModel(QObject):
             why = found.problem if found is not None else "It is no LoRA adapter."
             self.refused.emit(f"{path.name} cannot be added to the stack. {why}")
             return False
-        if any(entry.path == found.path for entry in self.entries):
+        if self.holds(found.path):
             return True
         self.entries.append(StackEntry(path=found.path, name=name or found.name))
         self._tell()
         self.changed.emit()
         return True
+
+    def holds(self, path: str) -> bool:
+        """Whether this adapter is in, switched on or off."""
+        return any(entry.path == path for entry in self.entries)
 
     def remove(self, path: str) -> None:
         """Take an adapter out."""

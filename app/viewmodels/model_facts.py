@@ -1,4 +1,7 @@
-"""Everything that a model's header says, as lines for the details panel. Reads files: not for the window's thread."""
+"""What a model's header says and what the library knows of it, as lines for the details panel.
+
+`read_facts` reads files: not for the window's thread.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from app.core.errors import WeftError
 from app.core.formats import read_json
 from app.core.gguf_header import GgufArray, read_gguf_header
 from app.core.library import ModelEntry, ModelFormat
+from app.viewmodels.units import readable_bytes, readable_tokens, readable_when
 
 MAX_VALUE = 400
 MAX_FACTS = 400
@@ -94,3 +98,27 @@ def short_value(value: object) -> str:
         value = f"[{', '.join(str(item) for item in value[:64])}{', …' if len(value) > 64 else ''}]"
     text = str(value)
     return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + " …"
+
+
+def about(entry: ModelEntry) -> list[tuple[str, str]]:
+    """What the library knows of a model, as (name, value); "" for what does not apply. Reads no file."""
+    shape = entry.shape
+    experts = f", {shape.experts} experts" if shape.experts else ""
+    files = f"{len(entry.files)} file{'s' if len(entry.files) != 1 else ''}"
+    heads = f"{shape.heads} heads, {shape.kv_heads or shape.heads} for keys and values"
+    return [
+        ("Architecture", entry.architecture or entry.model_type),
+        ("Parameters", f"{entry.parameters:,}" if entry.parameters else ""),
+        ("Size", f"{readable_bytes(entry.bytes)} in {files}" if entry.files else ""),
+        ("Context", f"{readable_tokens(shape.context)} tokens" if shape.context else ""),
+        ("Layers", f"{shape.layers}, {shape.hidden:,} wide{experts}" if shape.layers else ""),
+        ("Attention", heads if shape.heads else ""),
+        ("Vocabulary", f"{shape.vocabulary:,} tokens" if shape.vocabulary else ""),
+        ("Chat template", "yes" if entry.has_chat_template else "none: a plain one is used"),
+        ("Vision", "yes" if entry.vision else ""),
+        ("Projector", entry.mmproj),
+        ("Root", entry.root),
+        ("Changed", readable_when(entry.modified)),
+        ("Last used", readable_when(entry.last_used)),
+        ("Read-only", "yes, it belongs to another program" if entry.read_only else ""),
+    ]

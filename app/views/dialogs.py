@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PySide6.QtCore import Qt, QUrl
 from PySide6.QtGui import QDesktopServices, QFontDatabase, QGuiApplication, QShowEvent
-from PySide6.QtWidgets import QDialog, QPlainTextEdit, QPushButton, QWidget
+from PySide6.QtWidgets import QDialog, QFileDialog, QPlainTextEdit, QPushButton, QWidget
 
 from app.core.errors import ErrorKind, WeftError
 from app.views.widgets import Fold, IconLabel, button, column, label, row, title
@@ -31,6 +31,7 @@ _HEADINGS = {
     ErrorKind.INTERNAL: "Something went wrong inside Weft",
 }
 LOG_TAIL_BYTES = 64 * 1024
+QUESTION_WIDTH = 440  # at least: a line that reads well, and three buttons
 
 
 def read_tail(path: Path, limit: int = LOG_TAIL_BYTES) -> str:
@@ -55,6 +56,19 @@ def open_locally(path: Path) -> bool:
 def reveal(path: Path) -> bool:
     """Show a file or folder in the desktop's file manager (its parent folder is opened)."""
     return open_locally(path.parent if path.parent.is_dir() else path)
+
+
+def choose_paths(
+    parent: QWidget, heading: str, taken: Callable[[list[str]], object], *, kinds: str = "", start: Path | None = None
+) -> QFileDialog:
+    """Ask for existing files of these kinds ("Models (*.gguf)"), or (with none) for a folder. `taken` hears of them."""
+    dialog = QFileDialog(parent.window(), heading, str(start or Path.home()), kinds)
+    dialog.setFileMode(QFileDialog.FileMode.ExistingFiles if kinds else QFileDialog.FileMode.Directory)
+    dialog.setOption(QFileDialog.Option.ShowDirsOnly, not kinds)
+    dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
+    dialog.filesSelected.connect(taken)
+    dialog.open()
+    return dialog
 
 
 def scroll_to_end(box: QPlainTextEdit) -> None:
@@ -215,11 +229,21 @@ class ConfirmDialog(_Sheet):
         no: str = "Cancel",
     ) -> None:
         super().__init__(parent, "shield" if files else "warning", "warning", heading, [(text, ""), (hint, "muted")])
+        self._sentences_alone = not files
         if files:
             self._show_files(files)
+        else:
+            self.setMinimumWidth(QUESTION_WIDTH)
         self.no = self.add_close(no)
         self.yes = self.add_button(yes, confirm, kind="danger" if danger else "primary")
         self.no.setFocus()
+
+    def showEvent(self, event: QShowEvent) -> None:
+        # Qt asks for the height of sentences before it knows how wide they get: what is too much stands as gaps between them.
+        layout = self.layout()
+        if self._sentences_alone and layout is not None and layout.hasHeightForWidth():
+            self.resize(self.width(), layout.totalHeightForWidth(self.width()))
+        super().showEvent(event)
 
     def _show_files(self, files: Sequence[Path]) -> None:
         # The whole text of every file that would run, so that it can be read before saying yes.

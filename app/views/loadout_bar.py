@@ -7,7 +7,17 @@ from pathlib import Path
 
 from PySide6.QtCore import QSize, Qt, Signal, Slot
 from PySide6.QtGui import QDragEnterEvent, QDropEvent, QFontMetrics, QResizeEvent
-from PySide6.QtWidgets import QFrame, QMenu, QProgressBar, QPushButton, QSizePolicy, QToolTip, QVBoxLayout, QWidget
+from PySide6.QtWidgets import (
+    QFrame,
+    QHBoxLayout,
+    QMenu,
+    QProgressBar,
+    QPushButton,
+    QSizePolicy,
+    QToolTip,
+    QVBoxLayout,
+    QWidget,
+)
 
 from app import backends
 from app.core.jobs import Progress
@@ -109,14 +119,44 @@ class LoadoutBar(QWidget):
         self._make_table = make_table
         self._machine = machine
         self._picker_model: ModelTable | None = None
+        self._dropped = dropped
+        self._banner: Banner | None = None
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Fixed)
+        self.setAcceptDrops(True)
+        if stack is None:
+            stack = StackModel(loadout, self)
+            stack.refused.connect(loadout.notice)
+        self.stack = stack
+        self.stack_bar = StackBar(self.stack, fill_menu=fill_menu)
         bar = QFrame()
         bar.setObjectName("bar")
         bar.setFixedHeight(56)
+        line = row(margins=(16, 0, 8, 0), spacing=8, parent=bar)
+        self._add_model(line)
+        self._add_state(line)
+        self._add_actions(line)
+        self._column: QVBoxLayout = column(bar, self.stack_bar, spacing=0, parent=self)
+        action(self, "Choose a model", self.open_picker, "Ctrl+L")
+        loadout.changed.connect(self.refresh)
+        jobs.changed.connect(self._show_preparation)
+        jobs.progressed.connect(self._show_preparation)
+        self.refresh()
+        self._show_preparation()
+
+    # Building ---------------------------------------------------------------------------------------
+
+    def _add_model(self, line: QHBoxLayout) -> None:
+        """Which model, and what runs it."""
         self.picker = PickerButton()
         self.picker.clicked.connect(self.open_picker)
         self.loader = button("", self._open_loaders, kind="link", tip="The loader that runs this model")
         self.loader.setAccessibleName("Loader")
+        line.addWidget(self.picker, 3)
+        line.addWidget(self.loader)
+
+    def _add_state(self, line: QHBoxLayout) -> None:
+        """What it is doing, and the memory that it takes."""
+        self.chip = Chip()
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedWidth(120)
@@ -125,57 +165,26 @@ class LoadoutBar(QWidget):
         self.state = ElidedLabel()
         self.state.setProperty("tone", "muted")
         self.state.setMinimumWidth(40)
-        self.chip = Chip()
         self.memory_icon = IconLabel("memory", 16)
         self.memory = label(tone="muted")
+        for widget in (self.chip, self.bar, self.note):
+            line.addWidget(widget)
+        line.addWidget(self.state, 4)
+        line.addWidget(self.memory_icon)
+        line.addWidget(self.memory)
+
+    def _add_actions(self, line: QHBoxLayout) -> None:
+        """What can be done about it; `refresh` shows what makes sense."""
+        now = self._loadout
         self.load = button("Load", self._load, kind="primary")
-        self.cancel = button("Cancel", loadout.cancel_load)
-        self.end = button("End it", loadout.end_engine, kind="danger", tip="End the engine that does not answer")
+        self.cancel = button("Cancel", now.cancel_load)
+        self.end = button("End it", now.end_engine, kind="danger", tip="End the engine that does not answer")
         self.options = icon_button("settings", "Options of this model", self._open_options)
         self.export = icon_button("export", "Merge and export", self.export_wanted.emit)
         self.reload = icon_button("reload", "Load the model again", self._reload)
-        self.eject = icon_button("eject", "Eject the model and give its memory back", loadout.unload)
-        layout = row(
-            self.picker,
-            self.loader,
-            self.chip,
-            self.bar,
-            self.note,
-            self.state,
-            margins=(16, 0, 8, 0),
-            spacing=8,
-            parent=bar,
-        )
-        layout.setStretch(0, 3)
-        layout.setStretch(5, 4)
-        for widget in (
-            self.memory_icon,
-            self.memory,
-            self.load,
-            self.cancel,
-            self.end,
-            self.options,
-            self.export,
-            self.reload,
-            self.eject,
-        ):
-            layout.addWidget(widget)
-        if stack is None:
-            stack = StackModel(loadout, self)
-            stack.refused.connect(loadout.notice)
-        self.stack = stack
-        self._dropped = dropped
-        self.stack_bar = StackBar(self.stack, fill_menu=fill_menu)
-        self.setAcceptDrops(True)
-        self._column: QVBoxLayout = column(bar, self.stack_bar, spacing=0, parent=self)
-        self._banner: Banner | None = None
-        self._banner_action: QPushButton | None = None
-        action(self, "Choose a model", self.open_picker, "Ctrl+L")
-        loadout.changed.connect(self.refresh)
-        jobs.changed.connect(self._show_preparation)
-        jobs.progressed.connect(self._show_preparation)
-        self.refresh()
-        self._show_preparation()
+        self.eject = icon_button("eject", "Eject the model and give its memory back", now.unload)
+        for made in (self.load, self.cancel, self.end, self.options, self.export, self.reload, self.eject):
+            line.addWidget(made)
 
     # Showing ----------------------------------------------------------------------------------------
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 from PySide6.QtCore import Signal
 from PySide6.QtWidgets import QWidget
-
-if TYPE_CHECKING:
-    from app.viewmodels.library_roots import Added
 
 
 class PaletteCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,21 +47,6 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     action: str = ""
     run: Callable[[], object] | None = None
     important: bool = False
-
-
-def added_notice(added: Added, wrong: object, error: object) -> Notice:
-    """What adding to the library did, and what is wrong with the files that were added (`wrong` a sentence, "" for nothing).
-
-    An error means that there is nothing in them to list: they are taken off again.
-    """
-    if error is not None:
-        if added.undo is not None:
-            added.undo()
-        return Notice(text=str(error), tone="warning")
-    text = " ".join(part for part in (str(wrong or ""), added.text) if part)
-    return Notice(
-        text=text, tone="warning" if wrong else "positive", action="Undo" if added.undo else "", run=added.undo
-    )
 
 
 class Page(QWidget):

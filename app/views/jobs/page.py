@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QModelIndex, QPersistentModelIndex, QPoint, QRect, QRectF, QSize, Qt, QTimer, Slot
+from PySide6.QtCore import QModelIndex, QPoint, QRect, QRectF, Qt, QTimer, Slot
 from PySide6.QtGui import QPainter
-from PySide6.QtWidgets import (
-    QAbstractItemView,
-    QFrame,
-    QHeaderView,
-    QMenu,
-    QSplitter,
-    QStackedWidget,
-    QStyle,
-    QStyledItemDelegate,
-    QStyleOptionViewItem,
-    QTableView,
-    QWidget,
-)
+from PySide6.QtWidgets import QFrame, QMenu, QSplitter, QStackedWidget, QStyleOptionViewItem, QWidget
 
 from app.core.jobs import Job, JobState
 from app.viewmodels.jobs import JOB, PROGRESS, STATE, STATE_WORDS, FractionRole, JobCenter, JobRole, JobTable
 from app.views.icons import icon
 from app.views.log_view import LogView
 from app.views.page import Page
+from app.views.row_table import Index, RowCell, RowTable
 from app.views.theme import theme
 from app.views.widgets import Banner, EmptyState, button, column, row, title
 
-ROW = 44
 CLOCK_MS = 1000
 
 
-class _Delegate(QStyledItemDelegate):
-    def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
-        return QSize(80, ROW)
+class _JobCell(RowCell):
+    height = 44
 
-    def paint(
-        self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
-    ) -> None:
-        look = theme()
+    def role(self, index: Index) -> str:
+        return "text" if index.column() in (STATE, JOB) else "muted"
+
+    def before(self, painter: QPainter, option: QStyleOptionViewItem, index: Index, inner: QRect) -> QRect:
         job: Job = index.data(JobRole)
-        box: QRect = option.rect  # type: ignore[attr-defined]
-        selected = bool(option.state & QStyle.StateFlag.State_Selected)  # type: ignore[attr-defined]
-        painter.save()
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-        if selected:
-            painter.fillRect(box, look.color("selection"))
-        inner = box.adjusted(8, 0, -8, 0)
-        color = "on_selection" if selected else "text"
         if index.column() == STATE:
             _, mark, tone = STATE_WORDS[job.state]
-            icon(mark, tone).paint(painter, QRect(inner.x(), inner.y() + (ROW - 18) // 2, 18, 18))
-            inner.adjust(26, 0, 0, 0)
-        elif index.column() == PROGRESS and not job.state.ended:
+            icon(mark, tone).paint(painter, QRect(inner.x(), inner.y() + (self.height - 18) // 2, 18, 18))
+            return inner.adjusted(26, 0, 0, 0)
+        if index.column() == PROGRESS and not job.state.ended:
             self._bar(painter, inner, index.data(FractionRole))
-            inner.adjust(0, 0, 0, -12)
-        elif index.column() != JOB and not selected:
-            color = "muted"
-        painter.setPen(look.color(color))
-        text = painter.fontMetrics().elidedText(
-            str(index.data() or "").replace("\n", " "), Qt.TextElideMode.ElideRight, inner.width()
-        )
-        painter.drawText(inner, Qt.AlignmentFlag.AlignVCenter | Qt.AlignmentFlag.AlignLeft, text)
-        painter.restore()
+            return inner.adjusted(0, 0, 0, -12)
+        return inner
 
     def _bar(self, painter: QPainter, inner: QRect, fraction: float | None) -> None:
         track = QRectF(inner.x(), inner.bottom() - 11, inner.width(), 4)
@@ -81,9 +53,9 @@ class JobsPage(Page):
         self._jobs = jobs
         self._selected = 0
         self.table = JobTable(jobs, self)
-        self.view = QTableView()
-        self.view.setModel(self.table)
-        self._set_up_view()
+        self.view = RowTable("Jobs", _JobCell(), {0: 272, 1: 120, 3: 128, 4: 80}, stretch=PROGRESS)
+        self.view.setSelectionMode(RowTable.SelectionMode.SingleSelection)
+        self.view.set_model(self.table)
         self.log = LogView()
         self._problem = Banner("negative")
         self._problem.hide()
@@ -120,26 +92,6 @@ class JobsPage(Page):
         self.table.modelReset.connect(self._keep_selection)
         self.table.dataChanged.connect(self._show_selected)
         self._keep_selection()
-
-    def _set_up_view(self) -> None:
-        view = self.view
-        view.setAccessibleName("Jobs")
-        view.setItemDelegate(_Delegate(view))
-        view.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
-        view.setSelectionMode(QAbstractItemView.SelectionMode.SingleSelection)
-        view.setShowGrid(False)
-        view.setWordWrap(False)
-        view.setTabKeyNavigation(False)
-        view.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
-        view.verticalHeader().hide()
-        view.verticalHeader().setDefaultSectionSize(ROW)
-        view.verticalHeader().setSectionResizeMode(QHeaderView.ResizeMode.Fixed)
-        head = view.horizontalHeader()
-        head.setHighlightSections(False)
-        head.setSectionResizeMode(QHeaderView.ResizeMode.Interactive)
-        head.setSectionResizeMode(PROGRESS, QHeaderView.ResizeMode.Stretch)
-        for section, width in ((0, 272), (1, 120), (3, 128), (4, 80)):
-            view.setColumnWidth(section, width)
 
     # What the window asks ---------------------------------------------------------------------------
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from PySide6.QtCore import Qt, Signal, Slot
-from PySide6.QtGui import QGuiApplication
-from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QScrollArea, QWidget
+from PySide6.QtWidgets import QMenu, QWidget
 
 from app.core.adapter_plans import HealthReport
 from app.core.compatibility import Ranked, Verdict
 from app.core.errors import WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.viewmodels.adapter_details import AdapterStudy
-from app.viewmodels.adapter_facts import AdapterFacts, Fit, unmatched_lines
-from app.viewmodels.adapter_table import adapter_format, number_text
+from app.viewmodels.adapter_facts import AdapterFacts, Fit, about, unmatched_lines
+from app.viewmodels.adapter_table import number_text
 from app.viewmodels.loadout import Loadout
 from app.viewmodels.model_table import format_title
-from app.viewmodels.units import readable_bytes, readable_when
+from app.viewmodels.units import readable_bytes
 from app.views.dialogs import text_box
 from app.views.icons import icon
+from app.views.library.panel import DetailsPanel, FactsForm
 from app.views.loras.norm_chart import NormChart
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, icon_button, label, row, title
 
+WIDTH = 336
 _TONES = {Verdict.FITS: "positive", Verdict.PARTLY: "warning", Verdict.NOT_AT_ALL: "negative"}
 
 
@@ -46,12 +47,12 @@ class BaseRow(QWidget):
         made.setStretch(0, 1)
 
 
-class AdapterDetails(QFrame):
+class AdapterDetails(DetailsPanel[AdapterEntry]):
     """The panel at the right of the LoRAs page.
 
     Signals:
         use_wanted(AdapterEntry), use_with(AdapterEntry, ModelEntry), alpha_wanted(AdapterEntry).
-        compare_wanted(AdapterEntry), other_model_wanted(), closed().
+        compare_wanted(AdapterEntry), other_model_wanted().
     """
 
     use_wanted = Signal(object)
@@ -59,7 +60,6 @@ class AdapterDetails(QFrame):
     alpha_wanted = Signal(object)
     compare_wanted = Signal(object)
     other_model_wanted = Signal()
-    closed = Signal()
 
     def __init__(
         self,
@@ -70,13 +70,10 @@ class AdapterDetails(QFrame):
         stacked: Callable[[str], bool],
         parent: QWidget | None = None,
     ) -> None:
-        super().__init__(parent)
-        self.setObjectName("panel")
+        super().__init__(make_menu, WIDTH, parent)
         self._study = study
         self._loadout = loadout
-        self._make_menu = make_menu
         self._stacked = stacked
-        self.entry: AdapterEntry | None = None
         self.ranked: list[Ranked] = []
         self.bases: list[BaseRow] = []
         self.fit: Fit | None = None
@@ -93,27 +90,21 @@ class AdapterDetails(QFrame):
     # Building
 
     def _build(self) -> None:
-        self._title = title("")
-        self._title.setWordWrap(True)
-        self._path = ElidedLabel(mode=Qt.TextElideMode.ElideMiddle)
-        self._path.setProperty("tone", "muted")
-        copy = icon_button("copy", "Copy path", self._copy_path)
-        self.more = icon_button("more", "More actions", self._open_menu)
-        close = icon_button("close", "Hide details", self.closed.emit, shortcut="Ctrl+B")
-        top = row(self._title, self.more, close, spacing=4)
-        top.setStretch(0, 1)
-        top.setAlignment(self.more, Qt.AlignmentFlag.AlignTop)
-        top.setAlignment(close, Qt.AlignmentFlag.AlignTop)
-        self._chips = [Chip() for _ in range(3)]
-        self.problem = Banner("negative")
         self.alpha = Banner("warning")
         self.alpha.text.setText("Its alpha is not recorded, so it cannot be used yet.")
         self.alpha.add(button("Say alpha…", self._ask_alpha, kind="link"))
         self.use = button("Use", self._use, kind="primary", icon_name="plus")
         self.use.setMinimumWidth(self.use.fontMetrics().horizontalAdvance("Take out") + 64)
         self.compare = button("Compare with base", self._compare, icon_name="compare")
-        actions = row(self.use, self.compare, 1)
         self.troubles = Banner("warning")
+        self._add(self.alpha, row(self.use, self.compare, 1), self.troubles)
+        self._add_fit()
+        self._add_folds()
+        self._body.addStretch(1)
+        self._study.want_norms(True)
+
+    def _add_fit(self) -> None:
+        """How it fits a model, and which it fits best."""
         self.model = QuietCombo()
         self.model.setAccessibleName("Model to hold the adapter against")
         self.model.currentIndexChanged.connect(self._model_chosen)
@@ -125,83 +116,45 @@ class AdapterDetails(QFrame):
         self._unmatched_box = text_box(name="Modules that do not match")
         self._unmatched_box.setMinimumHeight(140)
         self._unmatched = Fold("Modules that do not match", self._unmatched_box)
-        self._bases_heading = title("Models that it fits best", 0)
         self._bases = QWidget()
         self._bases_column = column(spacing=0, parent=self._bases)
         self._no_base = label("None of the library's models fits.", tone="muted", wrap=True)
+        self._add(title("How it fits", 0), held, row(self.verdict, 1), self.reasons, self._unmatched)
+        self._add(title("Models that it fits best", 0), self._no_base, self._bases)
+
+    def _add_folds(self) -> None:
+        """Its norms, and what its files say."""
         self.chart = NormChart()
         self.chart_note = label(tone="muted", wrap=True, selectable=True)
         norms = QWidget()
         column(self.chart, self.chart_note, spacing=4, parent=norms)
         self.norms_fold = Fold("Norms by layer", norms, opened=True)
         self.norms_fold.toggled.connect(self._study.want_norms)
-        self._facts = QFormLayout()
-        self._facts.setContentsMargins(4, 0, 0, 0)
-        self._facts.setHorizontalSpacing(16)
-        self._facts.setVerticalSpacing(4)
-        self._facts.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        facts = QWidget()
-        facts.setLayout(self._facts)
+        self._facts = FactsForm()
+        self._files_box = text_box(name="Its files")
+        self._files_box.setMinimumHeight(100)
         self._said_box = text_box(name="What its files say")
         self._said_box.setMinimumHeight(220)
         self._card_box = text_box(name="Its card", mono=False)
         self._card_box.setMinimumHeight(200)
-        self._files_box = text_box(name="Its files")
-        self._files_box.setMinimumHeight(100)
         self._card = Fold("Its card", self._card_box)
-        inside = QWidget()
-        body = column(spacing=12, margins=(16, 16, 16, 16), parent=inside)
-        body.addLayout(top)
-        body.addLayout(row(self._path, copy, spacing=4))
-        body.addLayout(row(*self._chips, 1, spacing=4))
-        for banner in (self.problem, self.alpha):
-            body.addWidget(banner)
-        body.addLayout(actions)
-        body.addWidget(self.troubles)
-        body.addWidget(title("How it fits", 0))
-        body.addLayout(held)
-        body.addLayout(row(self.verdict, 1))
-        for widget in (self.reasons, self._unmatched, self._bases_heading, self._no_base, self._bases):
-            body.addWidget(widget)
-        for fold in (
-            self.norms_fold,
-            Fold("About this adapter", facts),
-            Fold("Its files", self._files_box),
-            Fold("Everything the files say", self._said_box),
-            self._card,
-        ):
-            body.addWidget(fold)
-        body.addStretch(1)
-        self._scroll = QScrollArea()
-        self._scroll.setWidgetResizable(True)
-        self._scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self._scroll.setWidget(inside)
-        self._scroll.setFocusPolicy(Qt.FocusPolicy.NoFocus)
-        column(self._scroll, spacing=0, parent=self)
-        self.setMinimumWidth(336)
-        self._study.want_norms(True)
+        self._add(self.norms_fold, Fold("About this adapter", self._facts), Fold("Its files", self._files_box))
+        self._add(Fold("Everything the files say", self._said_box), self._card)
 
     # Showing
 
     def show_entry(self, entry: AdapterEntry | None) -> None:
         """Show an adapter."""
-        before, self.entry = self.entry, entry
-        if body := self._scroll.widget():
-            body.setVisible(entry is not None)
+        other = self._show_head(entry)
         if entry is None:
             self._study.show(None, None)
             return
-        if before is None or before.id != entry.id:
-            self._scroll.verticalScrollBar().setValue(0)
+        if other:
             self._forget()
-        self._title.setText(entry.name)
-        self._path.setText(entry.path)
         self._chips[0].set(entry.kind)
         alpha = "?" if entry.needs_alpha else number_text(entry.alpha)
         self._chips[1].set(f"rank {number_text(entry.rank)}, alpha {alpha}")
         self._chips[2].set(readable_bytes(entry.bytes))
-        self.problem.setVisible(bool(entry.problem))
-        self.problem.text.setText(entry.problem)
         self.alpha.setVisible(entry.needs_alpha and not entry.problem)
         self._show_models()
         self._study.show(entry, self._chosen)
@@ -350,24 +303,7 @@ class AdapterDetails(QFrame):
         entry = self.entry
         if entry is None:
             return
-        while self._facts.rowCount():
-            self._facts.removeRow(0)
-        note = found.note
-        lines = [
-            ("Format", adapter_format(entry)),
-            ("Base", entry.base or "not recorded"),
-            ("Targets", ", ".join(entry.targets)),
-            ("Modules", f"{found.modules:,}" if found.modules else ""),
-            ("Trained by", note.title or entry.run),
-            ("Copied from", entry.source or note.source),
-            ("Added", readable_when(note.added) if note.added else ""),
-            ("Alpha", "as you said; the file does not record it" if note.alpha_given else ""),
-            ("Root", entry.root),
-            ("Changed", readable_when(entry.modified)),
-        ]
-        for name, value in lines:
-            if value:
-                self._facts.addRow(label(name, tone="muted"), label(value, wrap=True, selectable=True))
+        self._facts.show_lines(about(entry, found))
         self._files_box.setPlainText("\n".join(f"{readable_bytes(size):>10}  {name}" for name, size in found.files))
         self._said_box.setPlainText("\n".join(f"{name} = {value}" for name, value in found.facts))
         self._card.setVisible(bool(found.card))
@@ -386,6 +322,18 @@ class AdapterDetails(QFrame):
         self.chart_note.setText(" ".join(told) or "Nothing is odd: no zero, no NaN, no norm out of line.")
         self.chart.setVisible(bool(found.modules))
 
+    # What is known already
+
+    def ranked_for(self, entry: AdapterEntry) -> list[Ranked]:
+        """The models that fit it best; none while another adapter is shown, or they are not counted yet."""
+        return self.ranked if self.entry is not None and self.entry.id == entry.id else []
+
+    def fit_with(self, entry: AdapterEntry, model: ModelEntry | None) -> Fit | None:
+        """How it fits a model, where that is what is shown."""
+        fit = self.fit
+        known = fit is not None and model is not None and fit.model.id == model.id and self.entry == entry
+        return fit if known else None
+
     # Doing
 
     def _load_base(self, model: ModelEntry) -> None:
@@ -403,11 +351,3 @@ class AdapterDetails(QFrame):
     def _ask_alpha(self) -> None:
         if self.entry is not None:
             self.alpha_wanted.emit(self.entry)
-
-    def _copy_path(self) -> None:
-        if self.entry is not None:
-            QGuiApplication.clipboard().setText(self.entry.path)
-
-    def _open_menu(self) -> None:
-        if self.entry is not None:
-            self._make_menu(self.entry, self).popup(self.more.mapToGlobal(self.more.rect().bottomLeft()))

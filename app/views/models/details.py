@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from PySide6.QtCore import Qt, QTimer, Signal, Slot
-from PySide6.QtGui import QGuiApplication
-from PySide6.QtWidgets import QFormLayout, QFrame, QMenu, QProgressBar, QScrollArea, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QHBoxLayout, QMenu, QProgressBar, QVBoxLayout, QWidget
 
 from app import backends
 from app.backends.base import Spec
 from app.core.errors import WeftError
 from app.core.library import AdapterEntry, ModelEntry
 from app.core.memory import Machine
-from app.core.options import OptionField, OptionValue, build, describe
+from app.core.options import build
 from app.store.model_settings import ModelSettings
-from app.viewmodels.background import Background
+from app.viewmodels.context_advice import advice, suggestions
 from app.viewmodels.fitting import breakdown, judge
 from app.viewmodels.jobs import progress_text
 from app.viewmodels.loadout import Loadout, LoadoutState
-from app.viewmodels.model_facts import ModelFacts, read_facts
+from app.viewmodels.model_facts import about
 from app.viewmodels.model_table import format_title
-from app.viewmodels.units import readable_bytes, readable_count, readable_tokens, readable_when
-from app.views.dialogs import text_box
+from app.viewmodels.units import readable_bytes, readable_count
+from app.views.library.panel import DetailsPanel, FactsForm
+from app.views.models.file_folds import FileFolds
+from app.views.models.fitting_adapters import FittingAdapters
+from app.views.models.own_code import OwnCodeBanner
 from app.views.option_fields import QuietCombo
 from app.views.options_form import OptionsForm
-from app.views.widgets import Banner, Chip, ElidedLabel, Fold, button, column, icon_button, label, row, title
+from app.views.widgets import Banner, ElidedLabel, Fold, button, column, label, row
 from app.workers.load_plan import shortage
 
 SAVE_MS = 400
-MOST_ADAPTERS = 40  # shown of those that fit
+WIDTH = 320
 
 
-class ModelDetails(QFrame):
+class ModelDetails(DetailsPanel[ModelEntry]):
     """The panel at the right of the Models page.
 
     Signals:
@@ -46,7 +48,6 @@ class ModelDetails(QFrame):
     failed = Signal(object)
     code_wanted = Signal(object)
     adapter_wanted = Signal(object)
-    closed = Signal()
 
     def __init__(
         self,
@@ -59,48 +60,42 @@ class ModelDetails(QFrame):
         adapters: Callable[[ModelEntry], list[tuple[AdapterEntry, int, int]]] | None = None,
         parent: QWidget | None = None,
     ) -> None:
-        super().__init__(parent)
-        self.setObjectName("panel")
+        super().__init__(make_menu, WIDTH, parent)
         self._loadout = loadout
         self._model_settings = model_settings
         self._machine = machine
-        self._make_menu = make_menu
         self._show_advanced = show_advanced
-        self.entry: ModelEntry | None = None
         self._spec: Spec | None = None
         self._forms: dict[str, OptionsForm] = {}
         self.form: OptionsForm | None = None
-        self._background = Background(self)
-        self._background.done.connect(self._facts_read)
-        self._adapters = adapters
-        self._adapters_of = ""
-        self._fitting = Background(self)
-        self._fitting.done.connect(self._adapters_read)
+        self._lacking = ""  # why a load with what the form says does not fit
         self._save_later = QTimer(self)
         self._save_later.setSingleShot(True)
         self._save_later.setInterval(SAVE_MS)
         self._save_later.timeout.connect(self.save)
-        self._build()
+        self._build(adapters)
         loadout.changed.connect(self._show_actions)
 
     # Building ---------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
-        self._title = title("")
-        self._title.setWordWrap(True)
-        self._path = ElidedLabel(mode=Qt.TextElideMode.ElideMiddle)
-        self._path.setProperty("tone", "muted")
-        copy = icon_button("copy", "Copy path", self._copy_path)
-        self._more = icon_button("more", "More actions", self._open_menu)
-        close = icon_button("close", "Hide details", self.closed.emit, shortcut="Ctrl+B")
-        top = row(self._title, self._more, close, spacing=4)
-        top.setStretch(0, 1)
-        top.setAlignment(self._more, Qt.AlignmentFlag.AlignTop)
-        top.setAlignment(close, Qt.AlignmentFlag.AlignTop)
-        place = row(self._path, copy, spacing=4)
-        self._chips = [Chip() for _ in range(3)]
-        chips = row(*self._chips, 1, spacing=4)
-        self._problem = Banner("negative")
+    def _build(self, adapters: Callable[[ModelEntry], list[tuple[AdapterEntry, int, int]]] | None) -> None:
+        self._estimate = Banner("info")
+        # Two lines, whatever they say: what is below stays where it is while options change.
+        self._estimate.text.setMinimumHeight(2 * self._estimate.text.fontMetrics().lineSpacing())
+        self._loader_help = label(tone="muted", wrap=True)
+        self._code = OwnCodeBanner(self._loadout)
+        self._code.code_wanted.connect(self.code_wanted)
+        self._form_place: QVBoxLayout = column(spacing=0)
+        self._adapters_fold = FittingAdapters(adapters)
+        self._adapters_fold.adapter_wanted.connect(self.adapter_wanted)
+        self._facts = FactsForm()
+        self._file_folds = FileFolds()
+        self._add(self._actions(), self._estimate, self._loader_row(), self._loader_help, self._code)
+        self._add(self._saved_row(), self._form_place)
+        self._add(self._adapters_fold, Fold("About this model", self._facts), self._file_folds)
+        self._body.addStretch(1)
+
+    def _actions(self) -> QHBoxLayout:
         self._load = button("Load", self.load, kind="primary", icon_name="load")
         self._unload = button("Unload", self._loadout.unload, icon_name="eject")
         self._cancel = button("Cancel", self._loadout.cancel_load)
@@ -113,80 +108,25 @@ class ModelDetails(QFrame):
         self._phase.setProperty("tone", "muted")
         actions = row(self._load, self._unload, self._cancel, self._bar, self._phase)
         actions.setStretch(4, 1)
-        self._estimate = Banner("info")
-        # Two lines, whatever they say: what is below stays where it is while options change.
-        self._estimate.text.setMinimumHeight(2 * self._estimate.text.fontMetrics().lineSpacing())
+        return actions
+
+    def _loader_row(self) -> QHBoxLayout:
         self._loader = QuietCombo()
         self._loader.setAccessibleName("Loader")
         self._loader.currentIndexChanged.connect(self._loader_chosen)
-        self._loader_help = label(tone="muted", wrap=True)
-        self._code = Banner("warning")
-        self._code_button = button("Review…", self._review_code, kind="link")
-        self._code.add(self._code_button)
+        name = label("Loader")
+        name.setBuddy(self._loader)
+        made = row(name, self._loader, spacing=16)
+        made.setStretch(1, 1)
+        return made
+
+    def _saved_row(self) -> QHBoxLayout:
         self._saved = label(tone="muted")
         self._restore = button("Restore defaults", self.restore, kind="link")
         keep = self._restore.sizePolicy()
         keep.setRetainSizeWhenHidden(True)
         self._restore.setSizePolicy(keep)
-        saved = row(self._saved, 1, self._restore)
-        self._form_place: QVBoxLayout = column(spacing=0)
-        self._facts = QFormLayout()
-        self._facts.setContentsMargins(4, 0, 0, 0)
-        self._facts.setHorizontalSpacing(16)
-        self._facts.setVerticalSpacing(4)
-        self._facts.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        facts = QWidget()
-        facts.setLayout(self._facts)
-        self._facts_fold = Fold("About this model", facts)
-        self._header_box = text_box(name="The file's header")
-        self._header_box.setMinimumHeight(240)
-        self._header_fold = Fold("Everything the file says", self._header_box)
-        self._header_fold.toggled.connect(self._read_facts)
-        self._template_box = text_box(name="Chat template")
-        self._template_box.setMinimumHeight(200)
-        self._template_fold = Fold("Chat template", self._template_box)
-        self._template_fold.toggled.connect(self._read_facts)
-        self._adapter_rows = column(spacing=0)
-        listed = QWidget()
-        listed.setLayout(self._adapter_rows)
-        self._adapters_fold = Fold("Adapters that fit", listed)
-        self._adapters_fold.setVisible(self._adapters is not None)
-        self._adapters_fold.toggled.connect(self._read_adapters)
-        inside = QWidget()
-        body = column(spacing=12, margins=(16, 16, 16, 16), parent=inside)
-        for item in (
-            top,
-            place,
-            chips,
-            self._problem,
-            actions,
-            self._estimate,
-            self._loader_row(),
-            self._loader_help,
-            self._code,
-        ):
-            body.addWidget(item) if isinstance(item, QWidget) else body.addLayout(item)
-        body.addLayout(saved)
-        body.addLayout(self._form_place)
-        for fold in (self._adapters_fold, self._facts_fold, self._header_fold, self._template_fold):
-            body.addWidget(fold)
-        body.addStretch(1)
-        scroll = QScrollArea()
-        scroll.setWidgetResizable(True)
-        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        scroll.setWidget(inside)
-        scroll.setFocusPolicy(Qt.FocusPolicy.NoFocus)
-        self._scroll = scroll
-        column(scroll, spacing=0, parent=self)
-        self.setMinimumWidth(320)
-
-    def _loader_row(self) -> QWidget:
-        holder = QWidget()
-        name = label("Loader")
-        name.setBuddy(self._loader)
-        made = row(name, self._loader, spacing=16, parent=holder)
-        made.setStretch(1, 1)
-        return holder
+        return row(self._saved, 1, self._restore)
 
     # Showing ----------------------------------------------------------------------------------------
 
@@ -195,27 +135,13 @@ class ModelDetails(QFrame):
         if self._save_later.isActive():
             self._save_later.stop()
             self.save()
-        before, self.entry = self.entry, entry
-        if body := self._scroll.widget():
-            body.setVisible(entry is not None)
+        other = self._show_head(entry)
         if entry is None:
             return
-        if before is None or before.id != entry.id:
-            self._scroll.verticalScrollBar().setValue(0)
-            self._header_box.clear()
-            self._template_box.clear()
-            self._facts_of = ""
-            self._adapters_of = ""
-        self._title.setText(entry.name)
-        self._path.setText(entry.path)
-        self._problem.setVisible(bool(entry.problem))
-        self._problem.text.setText(entry.problem)
         self._show_loaders()
-        self._show_facts()
-        if self._adapters_fold.header.isChecked():
-            self._read_adapters(True)
-        if self._header_fold.header.isChecked() or self._template_fold.header.isChecked():
-            self._read_facts(True)
+        self._facts.show_lines(about(entry))
+        self._adapters_fold.show_entry(entry, other=other)
+        self._file_folds.show_entry(entry, other=other)
 
     def set_show_advanced(self, shown: bool) -> None:
         """Unfold or fold the advanced part of every form, those shown already and those to come."""
@@ -290,10 +216,10 @@ class ModelDetails(QFrame):
         else:
             self._loader_help.setText(spec.summary)
             self.form = self._form_of(spec)
-            self.form.suggest(_suggestions(entry, spec))
+            self.form.suggest(suggestions(entry, spec))
             self.form.set_values(self._loadout.planner.saved_options(entry, spec))
             self.form.show()
-        self._show_code()
+        self._code.show_entry(entry)
         self._show_estimate()
         self._show_saved()
         self._show_actions()
@@ -311,30 +237,6 @@ class ModelDetails(QFrame):
         kept = "Saved, but it does not fit" if self._lacking else "Saved for this model"
         self._saved.setText(kept if changed else "Default options")
         self._restore.setVisible(changed)
-
-    def _show_code(self) -> None:
-        entry = self.entry
-        needs = entry is not None and bool(entry.custom_code)
-        self._code.setVisible(needs)
-        if not needs or entry is None:
-            return
-        try:
-            count = len(self._loadout.planner.code(entry).files)
-        except WeftError as error:
-            self._code.set_tone("warning")
-            self._code.text.setText(f"{error.message} It does not run.")
-            self._code_button.hide()
-            return
-        self._code_button.show()
-        files = "1 Python file" if count == 1 else f"{count} Python files"
-        if self._loadout.planner.trusts_code(entry):
-            self._code.set_tone("info")
-            self._code.text.setText(f"This model may run its own code ({files}), as you allowed.")
-            self._code_button.setText("Withdraw")
-        else:
-            self._code.set_tone("warning")
-            self._code.text.setText(f"This model brings its own code ({files}). It does not run unless you allow it.")
-            self._code_button.setText("Review…")
 
     def _show_estimate(self) -> None:
         entry, spec = self.entry, self._spec
@@ -372,8 +274,6 @@ class ModelDetails(QFrame):
         self._estimate.setToolTip(breakdown(found.estimate, here))
         self._advise(lacking)
 
-    _lacking = ""
-
     def _advise(self, lacking: str) -> None:
         """Say at the field what its value will bring, before anything is loaded.
 
@@ -382,23 +282,9 @@ class ModelDetails(QFrame):
         """
         entry, form = self.entry, self.form
         self._lacking = lacking
-        if entry is None or form is None:
-            return
-        values, trained = form.values(), entry.shape.context
-        advice: dict[str, str] = {}
-        stretched = any("rope" in name or name in ("alpha_value", "compress_pos_emb") for name in values)
-        for name in _context_fields(form.fields.values()):
-            value = values.get(name)
-            if trained and not stretched and isinstance(value, int) and value > trained:
-                advice[name] = (
-                    f"The model was trained for {trained:,} tokens. Beyond that its answers lose their sense, "
-                    "and the memory is taken all the same."
-                )
-            if lacking and value is not None:
-                advice[name] = f"{lacking} {advice.get(name, '')}".strip()
-        if lacking and form.last_changed in values and form.last_changed not in advice:
-            advice[form.last_changed] = lacking
-        form.advise(advice)
+        if entry is not None and form is not None:
+            fields = form.fields.values()
+            form.advise(advice(entry, fields, form.values(), lacking=lacking, last_changed=form.last_changed))
 
     @Slot()
     def _show_actions(self) -> None:
@@ -430,96 +316,6 @@ class ModelDetails(QFrame):
             return False
         other = now.loader is not None and self._spec is not None and now.loader.id != self._spec.id
         return other or self.form.values() != now.options
-
-    def _show_facts(self) -> None:
-        entry = self.entry
-        assert entry is not None
-        while self._facts.rowCount():
-            self._facts.removeRow(0)
-        shape = entry.shape
-        experts = f", {shape.experts} experts" if shape.experts else ""
-        lines = [
-            ("Architecture", entry.architecture or entry.model_type),
-            ("Parameters", f"{entry.parameters:,}" if entry.parameters else ""),
-            (
-                "Size",
-                f"{readable_bytes(entry.bytes)} in {len(entry.files)} file{'s' if len(entry.files) != 1 else ''}"
-                if entry.files
-                else "",
-            ),
-            ("Context", f"{readable_tokens(shape.context)} tokens" if shape.context else ""),
-            ("Layers", f"{shape.layers}, {shape.hidden:,} wide{experts}" if shape.layers else ""),
-            (
-                "Attention",
-                f"{shape.heads} heads, {shape.kv_heads or shape.heads} for keys and values" if shape.heads else "",
-            ),
-            ("Vocabulary", f"{shape.vocabulary:,} tokens" if shape.vocabulary else ""),
-            ("Chat template", "yes" if entry.has_chat_template else "none: a plain one is used"),
-            ("Vision", "yes" if entry.vision else ""),
-            ("Projector", entry.mmproj),
-            ("Root", entry.root),
-            ("Changed", readable_when(entry.modified)),
-            ("Last used", readable_when(entry.last_used)),
-            ("Read-only", "yes, it belongs to another program" if entry.read_only else ""),
-        ]
-        for name, value in lines:
-            if value:
-                self._facts.addRow(label(name, tone="muted"), label(value, wrap=True, selectable=True))
-
-    _facts_of = ""
-
-    def _read_facts(self, opened: bool) -> None:
-        if opened and self.entry is not None and self._facts_of != self.entry.id:
-            entry = self.entry
-            self._facts_of = entry.id
-            self._background.skip_waiting()
-            self._background.run(entry.id, lambda: read_facts(entry))
-
-    @Slot(object, object, object)
-    def _facts_read(self, key: object, result: object, error: object) -> None:
-        if self.entry is None or key != self.entry.id:
-            return
-        facts = result if isinstance(result, ModelFacts) else ModelFacts(problem=str(error))
-        lines = [facts.problem] if facts.problem else [f"{name} = {value}" for name, value in facts.facts]
-        self._header_box.setPlainText("\n".join(lines))
-        self._template_box.setPlainText(
-            facts.template or "The model has no chat template. A plain one (ChatML) is used."
-        )
-
-    @Slot(bool)
-    def _read_adapters(self, opened: bool) -> None:
-        entry, read = self.entry, self._adapters
-        if not opened or entry is None or read is None or self._adapters_of == entry.id:
-            return
-        self._adapters_of = entry.id
-        self._show_adapters("Looking…", [])
-        self._fitting.skip_waiting()
-        self._fitting.run(entry.id, lambda: read(entry))
-
-    @Slot(object, object, object)
-    def _adapters_read(self, key: object, result: object, error: object) -> None:
-        if self.entry is None or key != self.entry.id:
-            return
-        found = result if isinstance(result, list) else []
-        self._show_adapters(str(error) if error is not None else "No adapter of the library fits.", found)
-
-    def _show_adapters(self, otherwise: str, found: list[tuple[AdapterEntry, int, int]]) -> None:
-        while (item := self._adapter_rows.takeAt(0)) is not None:
-            if (old := item.widget()) is not None:
-                old.hide()
-                old.deleteLater()
-        for adapter, matched, total in found[:MOST_ADAPTERS]:
-            holder = QWidget()
-            name = ElidedLabel(adapter.name, mode=Qt.TextElideMode.ElideMiddle)
-            chip = Chip(f"{matched:,} of {total:,}", "positive" if matched == total else "warning")
-            chip.setToolTip(f"{matched:,} of its {total:,} modules match")
-            show = button("Show", lambda _=False, adapter=adapter: self.adapter_wanted.emit(adapter), kind="link")
-            show.setAccessibleName(f"Show {adapter.name} on the LoRAs page")
-            row(name, chip, show, parent=holder).setStretch(0, 1)
-            self._adapter_rows.addWidget(holder)
-        rest = len(found) - MOST_ADAPTERS
-        if rest > 0 or not found:
-            self._adapter_rows.addWidget(label(f"… and {rest:,} more" if found else otherwise, tone="muted", wrap=True))
 
     # Doing ------------------------------------------------------------------------------------------
 
@@ -564,49 +360,17 @@ class ModelDetails(QFrame):
         except WeftError as error:
             self._saved.setText(f"Not saved: {error.message}")
 
-    def _review_code(self) -> None:
-        if self.entry is None:
-            return
-        if self._loadout.planner.trusts_code(self.entry):
-            self._loadout.planner.allow_code(self.entry, "")
-            self._show_code()
-        else:
-            self.code_wanted.emit(self.entry)
-
     def code_decided(self) -> None:
         """The user answered the question about the model's own code."""
-        if self.entry is not None:
-            self._show_code()
-
-    def _copy_path(self) -> None:
-        if self.entry is not None:
-            QGuiApplication.clipboard().setText(self.entry.path)
-
-    def _open_menu(self) -> None:
-        if self.entry is not None:
-            self._make_menu(self.entry, self).popup(self._more.mapToGlobal(self._more.rect().bottomLeft()))
+        self._code.show_entry(self.entry)
 
     def shutdown(self) -> None:
-        """Save what waits to be saved, and end the reading thread."""
+        """Save what waits to be saved, and end the reading threads."""
         if self._save_later.isActive():
             self._save_later.stop()
             self.save()
-        self._background.close()
-        self._fitting.close()
-
-
-def _suggestions(entry: ModelEntry, spec: Spec) -> dict[str, OptionValue]:
-    """Context lengths begin at what the model was trained for, up to a size that most machines hold."""
-    trained = min(entry.shape.context or 4096, 8192)
-    fields = describe(spec.options)
-    return dict.fromkeys(_context_fields(fields), trained)
-
-
-def _context_fields(fields: Iterable[OptionField]) -> list[str]:
-    """Names of the options that set how long the context is."""
-    return [
-        field.name for field in fields if field.optional and field.unit == "tokens" and "context" in field.title.lower()
-    ]
+        self._adapters_fold.close_reading()
+        self._file_folds.close_reading()
 
 
 def _widest(made: QWidget, text: str) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PySide6.QtCore import Qt, Signal, Slot
-from PySide6.QtWidgets import QFileDialog, QWidget
+from PySide6.QtWidgets import QWidget
 
 from app.core.errors import WeftError
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.units import short_path
+from app.views.dialogs import choose_paths
 from app.views.widgets import ElidedLabel, button, label, row
 
 
@@ -53,12 +54,7 @@ class DownloadFolder(QWidget):
     @Slot()
     def _choose(self) -> None:
         start = self._roots.downloads()
-        dialog = QFileDialog(self.window(), "Where downloads go", str(start if start.is_dir() else Path.home()))
-        dialog.setFileMode(QFileDialog.FileMode.Directory)
-        dialog.setOption(QFileDialog.Option.ShowDirsOnly)
-        dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        dialog.filesSelected.connect(self._chosen)
-        dialog.open()
+        choose_paths(self, "Where downloads go", self._chosen, start=start if start.is_dir() else None)
 
     @Slot(list)
     def _chosen(self, names: Sequence[str]) -> None:
