@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 _MADE = {
     "merge": "is merged",
     "export_gguf": "is exported",
+    "quantize": "is quantized",
     "train": "is trained",
     "certify": "is compared with what it was made of",
     "push_hub": "is on the hub",
 }
-_INTO_LIBRARY = ("merge", "export_gguf", "train")
+_INTO_LIBRARY = ("merge", "export_gguf", "quantize", "train")
 
 
 class ExportHouse(QObject):

@@ -47,6 +47,8 @@ class Ggml:
         self._quantize.restype = ctypes.c_size_t
         self._requires: Any = library.ggml_quantize_requires_imatrix
         self._requires.argtypes, self._requires.restype = [ctypes.c_int], ctypes.c_bool
+        self._valid: Any = library.ggml_validate_row_data
+        self._valid.argtypes, self._valid.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_bool
 
     def can_read(self, kind: int) -> bool:
         """Whether tensors of a type can be made float32."""
@@ -59,6 +61,17 @@ class Ggml:
         # The rest are whole numbers, types for computing only, and such as are made by training.
         known = (2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 18, 20, 21, 22, 23, 34, 35, 39)
         return kind in known and self._to_float(kind) is not None and not self._requires(kind)
+
+    def needs_importances(self, kind: int) -> bool:
+        """Whether the library can make a type with an importance matrix alone."""
+        return bool(self._requires(kind))
+
+    def valid(self, kind: int, data: bytes | memoryview) -> bool:
+        """Whether rows hold numbers only: llama.cpp's own check of what it reads and writes."""
+        import numpy
+
+        raw = numpy.frombuffer(data, numpy.uint8)
+        return bool(self._valid(kind, raw.ctypes.data, raw.size))
 
     def _to_float(self, kind: int) -> Any:
         block = TYPES.get(kind)
@@ -118,8 +131,21 @@ class Ggml:
                     "Lower the adapters' weights, or merge into a base of the type bf16 or f32.",
                 )
             return half.data.cast("B")
+        return self.quantize(kind, rows)
+
+    def quantize(self, kind: int, rows: numpy.ndarray, importances: numpy.ndarray | None = None) -> memoryview:
+        """float32 rows as a type, rounded as llama.cpp's quantizer does, without a look at what comes out.
+
+        Args:
+            importances: float32 of each column, by which it weighs its errors.
+        """
+        import numpy
+
+        rows = numpy.ascontiguousarray(rows, numpy.float32)
         made = numpy.empty(rows.size // TYPES[kind].block * TYPES[kind].bytes, numpy.uint8)
-        size = self._quantize(kind, rows.ctypes.data, made.ctypes.data, 0, rows.shape[0], rows.shape[1], None)
+        weights = None if importances is None else numpy.ascontiguousarray(importances, numpy.float32)
+        given = None if weights is None else weights.ctypes.data
+        size = self._quantize(kind, rows.ctypes.data, made.ctypes.data, 0, rows.shape[0], rows.shape[1], given)
         if size != made.size:
             raise WeftError(ErrorKind.INTERNAL, f"ggml wrote {size} bytes for {made.size}.", "Please report this.")
         return made.data

@@ -1,14 +1,15 @@
-"""Writing a converted model's tensors into its file: one at a time, resumable, cancellable. The header is gguf-py's."""
+"""Writing a GGUF file tensor by tensor: cancellable, and after a kill gone on with from the last complete one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
+from app.adapters.gguf_head import padded
 from app.adapters.merge_staging import boot_id
 from app.core.errors import ErrorKind, WeftError
 
@@ -30,55 +31,113 @@ class Note(msgspec.Struct):
     boot: str
 
 
+class Part(NamedTuple):
+    """A tensor that is to be written.
+
+    Attributes:
+        bytes: that it takes.
+        write: puts them into a file; tells how many more there are as it goes.
+    """
+
+    bytes: int
+    write: Callable[[BinaryIO, Callable[[int], None]], None]
+
+
 def write_model(
     model: Any, file: Path, made_of: str, progress: Callable[[int, int], None], cancelled: Callable[[], bool]
 ) -> tuple[int, int]:
-    """Write a model of the converter's. Returns (bytes, of these: found from an earlier run).
+    """Write a model of the converter's, under the header that gguf-py makes. See `write_parts`.
 
     Args:
-        model: a `conversion` ModelBase instance. file: what it is written to, with `<file>.note` beside it.
-        made_of: a fingerprint of everything that goes in; a part of another is begun anew.
-        progress: told (bytes done, bytes in all).
+        model: a `conversion` ModelBase instance.
+    """
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
+    head = _header(model.gguf_writer, file.with_suffix(".head"))
+    parts = [_converted(info) for shard in model.gguf_writer.tensors for info in shard.values()]
+    return write_parts(file, head, parts, model.gguf_writer.data_alignment, made_of, progress, cancelled)
+
+
+def write_parts(
+    file: Path,
+    head: bytes,
+    parts: Iterable[Part],
+    alignment: int,
+    made_of: str,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> tuple[int, int]:
+    """Write a file. Returns (its bytes, of these: found from an earlier run).
+
+    Args:
+        file: what is written, with `<file>.note` beside it where it can be gone on with.
+        made_of: a fingerprint of everything that goes in; a part of another is begun anew. "" for a file that is
+            never gone on with.
+        progress: told (bytes done, bytes in all). cancelled: asked as it goes.
 
     Raises:
         WeftError: CANCELLED; what is complete stays, for the next run.
     """
-    model.prepare_tensors()
-    model.prepare_metadata(vocab_only=False)
-    header = _header(model.gguf_writer, file.with_suffix(".head"))
-    tensors = [(name, info) for shard in model.gguf_writer.tensors for name, info in shard.items()]
-    alignment: int = model.gguf_writer.data_alignment
-    total = len(header) + sum(_padded(info.nbytes, alignment) for _, info in tensors)
-    found = _usable(file, header, made_of)
+    parts = list(parts)
+    total = len(head) + sum(padded(part.bytes, alignment) for part in parts)
+    found = _usable(file, head, made_of)
     note = file.with_suffix(".note")
+    done = max(found, len(head))
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+        if cancelled():
+            raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
+
     with file.open("r+b" if found else "wb") as out:
         out.truncate(found)
         out.seek(found)
         if not found:
-            out.write(header)
-        place, synced, boot = len(header), found, boot_id()
-        for _, info in tensors:
-            end = place + _padded(info.nbytes, alignment)
+            out.write(head)
+        place, synced, boot = len(head), found, boot_id()
+        advance(0)
+        for part in parts:
+            end = place + padded(part.bytes, alignment)
             if end > found:
-                if cancelled():
-                    raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
-                info.tensor.tofile(out)
-                out.write(bytes(end - place - info.nbytes))
+                part.write(out, advance)
+                out.write(bytes(end - place - part.bytes))
                 if out.tell() != end:
                     raise WeftError(
                         ErrorKind.INTERNAL, "A tensor has another size than its header says.", "Please report this."
                     )
-                out.flush()
-                if end - synced >= _SYNC:
-                    os.fsync(out.fileno())
-                    synced = end
-                _remember(note, Note(made_of, end, synced, boot))
-            info.tensor = None
+                if made_of:
+                    out.flush()
+                    if end - synced >= _SYNC:
+                        os.fsync(out.fileno())
+                        synced = end
+                    _remember(note, Note(made_of, end, synced, boot))
+                done = end
             place = end
-            progress(place, total)
+        out.flush()
         os.fsync(out.fileno())
-    note.unlink(missing_ok=True)
+    if made_of:
+        _remember(note, Note(made_of, place, place, boot))
+    progress(total, total)
     return place, found
+
+
+def remove(file: Path) -> None:
+    """Take a file that was begun away, with its note."""
+    for path in (file, file.with_suffix(".note")):
+        path.unlink(missing_ok=True)
+
+
+def _converted(info: Any) -> Part:
+    """A tensor of gguf-py's writer: made when it is written, and given back right after."""
+
+    def write(out: BinaryIO, advance: Callable[[int], None]) -> None:
+        tensor, info.tensor = info.tensor, None
+        tensor.tofile(out)
+        advance(info.nbytes)
+
+    return Part(info.nbytes, write)
 
 
 def _header(writer: Any, path: Path) -> bytes:
@@ -97,6 +156,8 @@ def _header(writer: Any, path: Path) -> bytes:
 
 def _usable(file: Path, header: bytes, made_of: str) -> int:
     """How many bytes of an earlier run can be kept."""
+    if not made_of:
+        return 0
     try:
         note = msgspec.json.decode(file.with_suffix(".note").read_bytes(), type=Note)
         with file.open("rb") as part:
@@ -112,7 +173,3 @@ def _remember(note: Path, state: Note) -> None:
     beside = note.with_suffix(".note-part")
     beside.write_bytes(msgspec.json.encode(state))
     beside.replace(note)
-
-
-def _padded(size: int, alignment: int) -> int:
-    return (size + alignment - 1) // alignment * alignment

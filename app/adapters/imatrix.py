@@ -7,12 +7,16 @@ quantizing at once, so no file is written.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from app.adapters.merge_staging import write_atomically
 from app.core.errors import ErrorKind, WeftError
 
 CHUNK = 512  # tokens that are read together, as llama.cpp's tool does by default
@@ -195,6 +199,20 @@ def measure(
             ErrorKind.CORRUPT, "The model computes values that are no numbers.", "Check the model and its adapters."
         )
     return found
+
+
+def kept(file: Path, measured: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """A matrix that an earlier run has left in a file, else one that is measured and put there; and a hash of it."""
+    try:
+        data = file.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            return dict(stored), hashlib.sha256(data).hexdigest()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        found = measured()
+    out = io.BytesIO()
+    np.savez(out, **found)
+    write_atomically(file, out.getvalue())
+    return found, hashlib.sha256(out.getvalue()).hexdigest()
 
 
 def _tokens(llama_cpp: Any, vocabulary: Any, text: str) -> list[int]:

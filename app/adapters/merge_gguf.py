@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from app.adapters.ggml import F16, F32, FLOATS, Ggml, ggml, unreadable
 from app.adapters.gguf_edits import GgufBase, GgufEdit, GgufEdits, collect, open_base
-from app.adapters.merge_staging import require_space, sync_file, write_error
+from app.adapters.gguf_file_writer import Part, remove, write_parts
+from app.adapters.gguf_head import SPLIT, Placed, alignment_of, head_of, padded
+from app.adapters.merge_staging import require_space, write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.ggml import TYPES
 from app.core.gguf_header import os_error
@@ -35,7 +36,6 @@ VERSION = 1  # of what a merge's bytes depend on, beside base and stack
 _Q8_0 = 8
 _COPY = 8 * 1024 * 1024
 _MARGIN = 16 * 1024 * 1024
-_SPLIT = ("split.no", "split.count", "split.tensors.count")
 
 
 class Planned(NamedTuple):
@@ -83,9 +83,11 @@ class MergeIntoGguf:
         edits: GgufEdits = collect(self.base, stack)
         self.notes = list(edits.notes)
         self.tensors = self._plan(edits)
-        self._alignment = self._common_alignment()
-        self._head = self._header()
-        self.bytes = len(self._head) + sum(self._padded(t.bytes) for t in self.tensors)
+        first = self.base.headers[0]
+        self._alignment = alignment_of(first)
+        placed = [Placed(t.name, t.shape, t.type, t.bytes) for t in self.tensors]
+        self._head = head_of(first, placed, without=SPLIT if len(self.base.headers) > 1 else ())
+        self.bytes = len(self._head) + sum(padded(t.bytes, self._alignment) for t in self.tensors)
 
     # Planning ------------------------------------------------------------------------------------
 
@@ -162,79 +164,51 @@ class MergeIntoGguf:
             "what was rounded in the base stays rounded."
         )
 
-    def _common_alignment(self) -> int:
-        return self.base.headers[0].number("general.alignment") or 32
-
-    def _padded(self, size: int) -> int:
-        return -(-size // self._alignment) * self._alignment
-
-    def _header(self) -> bytes:
-        first = self.base.headers[0]
-        split = len(self.base.headers) > 1
-        keys = [span for key, span in first.spans.items() if not (split and key in _SPLIT)]
-        try:
-            with first.path.open("rb") as file:
-                raw = file.read(first.data_offset)
-        except OSError as error:
-            raise os_error(first.path, error) from error
-        head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(keys)))
-        for start, end in keys:
-            head += raw[start:end]
-        offset = 0
-        for tensor in self.tensors:
-            name = tensor.name.encode()
-            head += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(tensor.shape))
-            head += b"".join(struct.pack("<Q", size) for size in tensor.shape)
-            head += struct.pack("<IQ", tensor.type, offset)
-            offset += self._padded(tensor.bytes)
-        return bytes(head) + bytes(self._padded(len(head)) - len(head))
-
     # Writing -------------------------------------------------------------------------------------
 
-    def write(self, target: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:
-        """Write the new file. Whatever goes wrong leaves none behind.
+    def write(
+        self, target: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool], made_of: str = ""
+    ) -> int:
+        """Write the new file. Whatever goes wrong leaves none behind; with `made_of`, a death leaves what is complete.
 
         Args:
             progress: told (bytes written, bytes in all).
+            made_of: a fingerprint of base, stack and types: a later run with the same goes on from the last complete tensor.
+
+        Returns:
+            Bytes that an earlier run had written.
 
         Raises:
             WeftError: DISK_FULL before anything is written, or later; PERMISSION, CORRUPT, UNSUPPORTED, CANCELLED.
         """
-        require_space(target.parent, self.bytes + _MARGIN, "The merged GGUF file")
-        done = len(self._head)
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, self.bytes)
-            if cancelled():
-                raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
-
+        there = target.stat().st_size if made_of and target.is_file() else 0
+        require_space(target.parent, self.bytes + _MARGIN - there, "The merged GGUF file")
         try:
-            with target.open("wb") as out, contextlib.ExitStack() as opened:
+            with contextlib.ExitStack() as opened:
                 pool = opened.enter_context(ThreadPoolExecutor(threads()))
-                out.write(self._head)
                 files = {header.path: opened.enter_context(_read_only(header.path)) for header in self.base.headers}
-                for tensor in self.tensors:
-                    source = files.get(tensor.file) if tensor.file else None
-                    if tensor.edits:
-                        self._write_changed(out, tensor, source, advance, pool)
-                    else:
-                        assert source is not None
-                        _copy(source, tensor, out, advance)
-                    out.write(bytes(self._padded(tensor.bytes) - tensor.bytes))
-                if out.tell() != self.bytes:
-                    raise WeftError(
-                        ErrorKind.INTERNAL, "The file has another size than planned.", "Please report this."
-                    )
+                parts = [self._part(tensor, files, pool) for tensor in self.tensors]
+                _, found = write_parts(target, self._head, parts, self._alignment, made_of, progress, cancelled)
             self._check_new(target)
-            sync_file(target)
         except OSError as error:
-            target.unlink(missing_ok=True)
+            remove(target)
             raise write_error(target, error) from error
         except BaseException:
-            target.unlink(missing_ok=True)
+            remove(target)
             raise
+        return found
+
+    def _part(self, tensor: Planned, files: Mapping[Path, BinaryIO], pool: ThreadPoolExecutor) -> Part:
+        source = files.get(tensor.file) if tensor.file else None
+
+        def write(out: BinaryIO, advance: Callable[[int], None]) -> None:
+            if tensor.edits:
+                self._write_changed(out, tensor, source, advance, pool)
+            else:
+                assert source is not None
+                _copy(source, tensor, out, advance)
+
+        return Part(tensor.bytes, write)
 
     def _check_new(self, target: Path) -> None:
         """Have llama.cpp load a file with biases that the base had not: only it knows whether they have a place."""
@@ -274,7 +248,7 @@ class MergeIntoGguf:
                 return numpy.zeros((end - start, tensor.width), numpy.float32)
             row = _size((tensor.width,), tensor.old)
             with reading:
-                data = _read(source, tensor, start * row, (end - start) * row)
+                data = read_range(source, tensor.offset + start * row, (end - start) * row)
             return self._ggml.read(tensor.old, data, tensor.width)
 
         def made(piece: tuple[int, int]) -> Any:
@@ -310,11 +284,11 @@ def merge_into_gguf(
     return merge.notes
 
 
-def threads() -> int:
+def threads(most: int = 8) -> int:
     """How many pieces are worked on at once."""
     wanted = os.environ.get("WEFT_MERGE_THREADS", "")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(8, usable))
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(most, usable))
 
 
 def in_order(
@@ -348,8 +322,9 @@ def _read_only(path: Path) -> Generator[BinaryIO]:
         yield file
 
 
-def _read(source: BinaryIO, tensor: Planned, start: int, count: int) -> bytes:
-    source.seek(tensor.offset + start)
+def read_range(source: BinaryIO, start: int, count: int) -> bytes:
+    """Bytes of a file. Raises WeftError CORRUPT when it has become shorter."""
+    source.seek(start)
     data = source.read(count)
     if len(data) != count:
         raise WeftError(ErrorKind.CORRUPT, f"{source.name} became shorter while it was read.", "Get it again.")
@@ -358,6 +333,6 @@ def _read(source: BinaryIO, tensor: Planned, start: int, count: int) -> bytes:
 
 def _copy(source: BinaryIO, tensor: Planned, out: BinaryIO, advance: Callable[[int], None]) -> None:
     for start in range(0, tensor.bytes, _COPY):
-        data = _read(source, tensor, start, min(_COPY, tensor.bytes - start))
+        data = read_range(source, tensor.offset + start, min(_COPY, tensor.bytes - start))
         out.write(data)
         advance(len(data))

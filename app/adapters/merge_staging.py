@@ -78,6 +78,10 @@ class Staging:
         """Whether an earlier run was killed between giving its result the final name and tidying up."""
         return self._state()[0] == fingerprint and not self.folder.exists() and (self.target / "config.json").is_file()
 
+    def left_by(self, fingerprint: str) -> bool:
+        """Whether an earlier run of the same was killed here."""
+        return self._state()[0] == fingerprint
+
     def begin(self, fingerprint: str, job: bytes = b"") -> frozenset[int]:
         """Go on with what an earlier run has left, or start anew.
 
@@ -296,3 +300,9 @@ def write_error(path: Path, error: OSError) -> WeftError:
 def fingerprint(parts: Iterable[object]) -> str:
     """A hash that is the same exactly when a merge would make the same bytes."""
     return hashlib.sha256("\n".join(repr(part) for part in parts).encode()).hexdigest()
+
+
+def stamp(path: Path) -> tuple[object, ...]:
+    """What tells a file, or the files of a folder, from others: names, sizes and times."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())

@@ -48,7 +48,7 @@ class QuantizeResult(msgspec.Struct, frozen=True, kw_only=True):
     """What was made.
 
     Attributes:
-        folder: where it lies. bytes: of its weight files. matrices: how many were quantized.
+        folder: where it lies. bytes: of its weight files. matrices: how many were quantized. method, bits: see QuantizePlan.
         samples, tokens: of the text that it was calibrated on.
         notes: sentences worth showing. seconds: that it took.
     """
@@ -56,8 +56,10 @@ class QuantizeResult(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     bytes: int
     matrices: int
-    samples: int
-    tokens: int
+    method: str = ""
+    bits: int = 0
+    samples: int = 0
+    tokens: int = 0
     notes: list[str] = []
     seconds: float = 0.0
 

@@ -21,6 +21,7 @@ import msgspec
 from app.adapters.merge_staging import require_space, write_atomically, write_error
 from app.core.certify_plan import LARGEST_TEXT, Certificate, CertifyPlan, CertifySide, section
 from app.core.errors import ErrorKind, WeftError
+from app.engine.pausing import Pausing
 from app.engine.reporting import Report
 from app.generation.compare_logits import Comparison
 from app.generation.score_windows import ScoreWindow, score_windows
@@ -50,6 +51,7 @@ class _Certify:
         self.tokens: list[int] = []
         self.found = Comparison()
         self.window = plan.window
+        self._check = Pausing(report).check  # asked as it goes
 
     def run(self) -> Certificate:
         plan = self.plan
@@ -158,10 +160,6 @@ class _Certify:
             self.notes.append(
                 f"The two tokenizers split this text differently (first at token {place}): both models were given A's tokens."
             )
-
-    def _check(self) -> None:
-        if self.report.cancelled:
-            raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
 
     # Models ----------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 The converter is llama.cpp's own; the merge streams into it, so f32, f16, bf16 and q8_0 need no copy on the way. All other
 types are quantized from a 16-bit file beside the target, which is removed again. Killed at any moment it leaves nothing
-under the target's name and goes on from the last complete tensor.
+under the target's name and goes on from the last complete tensor of what it was writing.
 """
 
 from __future__ import annotations
@@ -11,25 +11,33 @@ import contextlib
 import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from app.adapters.merge_staging import Staging, fingerprint, job_of, require_space, sync_file, sync_folder, write_error
+from app.adapters.merge_staging import (
+    Staging,
+    fingerprint,
+    job_of,
+    require_space,
+    stamp,
+    sync_file,
+    sync_folder,
+    write_error,
+)
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
-from app.core.merge_plan import MergeAdjustment, MergePlan
+from app.core.merge_plan import MergePlan
 from app.core.stack import AdapterStack
+from app.engine.pausing import Pausing
 from app.engine.reporting import Report
 from app.generation.hf_files import Stage, stage_tokenizer
 
 Parameters = ExportPlan
 VERSION = 1  # of what an export's bytes depend on, beside its plan
 _MARGIN = 64 * 1024 * 1024
+_WHOLE = "converted"  # lies in the staging folder when what is quantized next is whole
 
 
 def run(parameters: ExportPlan, report: Report) -> ExportResult:
@@ -49,22 +57,7 @@ class _Export:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.resumed = 0
-        self.tensors = 0
-        self._paused = threading.Event()
-        report.on_adjust(self._adjust)
-
-    def _adjust(self, text: str) -> None:
-        # In the reader's thread.
-        if msgspec.json.decode(text, type=MergeAdjustment).paused:
-            self._paused.set()
-        else:
-            self._paused.clear()
-
-    def _stopped(self) -> bool:
-        """Asked between tensors: whether it is cancelled. Waits here while it is paused."""
-        while self._paused.is_set() and not self.report.cancelled:
-            time.sleep(0.05)
-        return self.report.cancelled
+        self._stopped = Pausing(report).stopped  # asked as it goes
 
     def run(self) -> ExportResult:
         check_plan(self.plan)
@@ -97,11 +90,10 @@ class _Export:
         import torch
 
         model = Path(self.plan.model)
-        files = sorted(model.iterdir()) if model.is_dir() else [model]
-        base = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-        stack = [(a.path, a.weight, *_stamp(Path(a.path))) for a in self.plan.stack.adapters if a.weight]
+        base = list(stamp(model))
+        stack = [(a.path, a.weight, *stamp(Path(a.path))) for a in self.plan.stack.adapters if a.weight]
         plan = self.plan
-        text = _stamp(Path(plan.imatrix)) if plan.imatrix else ()
+        text = stamp(Path(plan.imatrix)) if plan.imatrix else ()
         return fingerprint(
             [
                 VERSION,
@@ -121,9 +113,8 @@ class _Export:
 
     def _convert(self, staging: Staging, file: Path, kind: str) -> Path:
         """Write the merged model as a GGUF of one of the converter's own types. Finished files of an earlier run are kept."""
-        if file.is_file() and not file.with_suffix(".note").exists() and (staging.folder / "converted").exists():
+        if self._is_whole(staging, file):
             self.notes.append("The 16-bit file of an earlier run was used.")
-            self.resumed = file.stat().st_size
             return file
         from app.adapters.gguf_convert_torch import model_of, refusal
         from app.adapters.gguf_file_writer import write_model
@@ -142,7 +133,7 @@ class _Export:
                     name=self._name(),
                     pre_tokenizer=self.plan.pre_tokenizer,
                 )
-                done, self.resumed = write_model(model, file, self._mark(), self._progress("Converting"), self._stopped)
+                done, found = write_model(model, file, self._mark(), self._progress("Converting"), self._stopped)
             except Exception as error:
                 told = (
                     refusal(error)
@@ -152,11 +143,20 @@ class _Export:
                 if told is None:
                     raise
                 raise told from error
-            self.tensors = sum(len(shard) for shard in model.gguf_writer.tensors)
+            self.resumed += found
             self.notes += merge.notes
             assert done == file.stat().st_size and stage is not None
-        (staging.folder / "converted").touch()
+        self._is_made(staging)
         return file
+
+    def _is_whole(self, staging: Staging, file: Path) -> bool:
+        """Whether an earlier run had finished what is quantized next."""
+        whole = (staging.folder / _WHOLE).exists() and file.is_file()
+        self.resumed += file.stat().st_size if whole else 0
+        return whole
+
+    def _is_made(self, staging: Staging) -> None:
+        (staging.folder / _WHOLE).touch()
 
     @contextlib.contextmanager
     def _merge(self, staging: Staging) -> Generator[tuple[Any, Stage, Path]]:
@@ -219,8 +219,8 @@ class _Export:
 
         base = Path(self.plan.model)
         header = read_gguf_header(base)
-        self.tensors = len(header.tensors)
         if any(a.weight for a in self.plan.stack.adapters):
+            from app.adapters.merge_gguf import VERSION as MERGE_VERSION
             from app.adapters.merge_gguf import MergeIntoGguf
 
             own = self.type is OWN
@@ -232,12 +232,19 @@ class _Export:
                     "info",
                     f"A merged file of {merge.bytes / 1e9:.2f} GB is made on the way to {self.type.name}, and removed again.",
                 )
-            require_space(staging.root, merge.bytes + after + _MARGIN, "The GGUF file, with what is made on the way,")
-            merge.write(merged, self._progress("Merging"), self._stopped)
+            needed = merge.bytes + after + _MARGIN - staging.allocated()
+            require_space(staging.root, needed, "The GGUF file, with what is made on the way,")
             self.notes += merge.notes
+            if self._is_whole(staging, merged):
+                self.notes.append("The merged file of an earlier run was used.")
+            else:
+                made_of = f"{self._mark()} {MERGE_VERSION}"
+                self.resumed += merge.write(merged, self._progress("Merging"), self._stopped, made_of)
+                self._is_made(staging)
             return merged
         weights = sum(math.prod(t.shape) for t in header.tensors)
-        require_space(staging.root, int(weights * self.type.bits / 8) + _MARGIN, "The GGUF file")
+        needed = int(weights * self.type.bits / 8) + _MARGIN - staging.allocated()
+        require_space(staging.root, needed, "The GGUF file")
         self.notes.append("It was made from a GGUF: what was rounded there stays rounded.")
         return base
 
@@ -246,36 +253,39 @@ class _Export:
     def _quantize(self, source: Path, made: Path, *, requantize: bool) -> None:
         from app.adapters.gguf_quantize import quantize
 
-        matrix = self._imatrix(source) if self.plan.imatrix else None
+        matrix, weighed = self._imatrix(source, made.with_name("imatrix")) if self.plan.imatrix else (None, "")
         self.report.progress("Quantizing")
-        steps = self._progress("Quantizing", "tensors")
-        quantize(
+        self.resumed += quantize(
             source,
             made,
             self.type.name,
             imatrix=matrix,
             threads=self.plan.threads,
             requantize=requantize,
-            progress=steps,
-        )
-        if self.report.cancelled:
-            raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
-
-    def _imatrix(self, source: Path) -> dict[str, Any]:
-        from app.adapters.imatrix import measure
-
-        text = Path(self.plan.imatrix).read_text("utf-8", errors="replace")
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        found = measure(
-            source,
-            text,
-            self.plan.imatrix_chunks,
-            threads=self.plan.threads or usable,
-            progress=self._progress("Reading the text for the importance matrix", "chunks"),
+            progress=self._progress("Quantizing"),
             cancelled=self._stopped,
+            made_of=f"{self._mark()} {weighed}",
         )
+
+    def _imatrix(self, source: Path, file: Path) -> tuple[dict[str, Any], str]:
+        """What matters in each matrix, and a hash of it. It is kept in `file`: measured again it might round otherwise."""
+        from app.adapters.imatrix import kept, measure
+
         self.notes.append(f"Quantized with an importance matrix of {Path(self.plan.imatrix).name}.")
-        return found
+
+        def measured() -> dict[str, Any]:
+            text = Path(self.plan.imatrix).read_text("utf-8", errors="replace")
+            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+            return measure(
+                source,
+                text,
+                self.plan.imatrix_chunks,
+                threads=self.plan.threads or usable,
+                progress=self._progress("Reading the text for the importance matrix", "chunks"),
+                cancelled=self._stopped,
+            )
+
+        return kept(file, measured)
 
     # The end -------------------------------------------------------------------------------------
 
@@ -379,8 +389,3 @@ def check_plan(plan: ExportPlan) -> None:
             raise WeftError(
                 ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number."
             )
-
-
-def _stamp(path: Path) -> tuple[object, ...]:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())

@@ -12,29 +12,29 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from app.adapters.merge_staging import Staging, job_of, require_space, write_error
+import msgspec
+
+from app.adapters.merge_staging import Staging, fingerprint, job_of, require_space, stamp, write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import MergePlan
 from app.core.quantize_plan import ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
+from app.core.stack import AdapterStack
+from app.engine.pausing import Pausing
 from app.engine.reporting import Report
 from app.generation.hf_files import Stage, read_json
 
+if TYPE_CHECKING:
+    from app.adapters.quantize_shapes_torch import Shapes
+
 Parameters = QuantizePlan
+VERSION = 1  # of what the result's bytes depend on, beside the plan
+_GOES_ON = ("llama", "qwen3_moe")  # of which GPTQModel can keep what it has done
 _MARGIN = 64 * 1024 * 1024
 _LARGEST_TEXT = 64 * 1024 * 1024  # bytes of the calibration text that are read; far more than is ever used
-_INSIDE_A_LAYER = re.compile(r"\.\d+\.")
-
-
-class _Shapes(NamedTuple):
-    """Of the model, read from its config alone: (name, inputs, outputs) of each matrix in its layers, and all other weights."""
-
-    matrices: list[tuple[str, int, int]]
-    others: int
-    layers: int
 
 
 def run(parameters: QuantizePlan, report: Report) -> QuantizeResult:
@@ -58,73 +58,119 @@ class _Run:
         self.target = Path(plan.target)
         self.started = time.monotonic()
         self.notes: list[str] = []
+        self.pausing = Pausing(report)
 
     def run(self) -> QuantizeResult:
+        from app.adapters.quantize_shapes_torch import check_shapes, shapes_of
         from app.tasks.merge import check_target, stage_of
 
         plan = self.plan
         check_quantize(plan)
         check_target(self.target)
-        merged = any(adapter.weight for adapter in plan.stack.adapters)
         self.report.progress("Reading the model and the text")
-        with contextlib.closing(stage_of(Path(plan.model))) as stage:
-            shapes = shapes_of(stage)
+        with contextlib.closing(stage_of(Path(plan.model), packed=True)) as stage:
+            # What is packed already is unpacked by the merge, also where nothing is merged in.
+            merged = "quantization_config" in stage.original or any(adapter.weight for adapter in plan.stack.adapters)
+            shapes = shapes_of(stage.path, stage.config)
             check_shapes(plan, shapes)
             self._pieces(stage.path)  # a text that is too short is told now, not after the merge
             with Staging(self.target) as staging:
-                # A mark of its own each time: what a killed run has left is not gone on with.
-                staging.begin(f"quantize {time.time_ns()}", job_of("quantize", ENVIRONMENT, plan))
-                for left in ("aside", "merged"):
-                    shutil.rmtree(staging.root / left, ignore_errors=True)
+                self._begin(staging)
                 try:
                     self._require_space(staging, shapes, merged=merged)
                     source = self._merge(staging) if merged else Path(plan.model)
                     with contextlib.closing(Stage(source, "safetensors") if merged else stage) as ready:
                         pieces = self._pieces(ready.path)
-                        self._quantize(ready.path, staging, pieces, shapes.layers)
+                        self._quantize(self._linked(ready, staging), staging, pieces, shapes)
                         written = self._finish(ready, source, staging.folder, pieces)
-                    self._check()
+                    self.pausing.check()
                     self.report.progress("Waiting for the disk")
                     staging.publish()
                 except OSError as error:
                     raise write_error(staging.folder, error) from error
                 finally:
-                    staging.discard()  # nothing to go on from: a calibration is begun anew
+                    staging.discard()  # only a death leaves something to go on from
         return QuantizeResult(
             folder=plan.target,
             bytes=written[0],
             matrices=written[1],
+            method=plan.method,
+            bits=plan.bits,
             samples=len(pieces),
             tokens=sum(map(len, pieces)),
             notes=list(dict.fromkeys(self.notes)),
             seconds=time.monotonic() - self.started,
         )
 
-    def _check(self) -> None:
-        if self.report.cancelled:
-            raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
+    def _begin(self, staging: Staging) -> None:
+        """Keep what a killed run has completed: the merged model, and layers that are quantized."""
+        from gptqmodel import __version__ as version
 
-    def _require_space(self, staging: Staging, shapes: _Shapes, *, merged: bool) -> None:
-        weights = sum(rows * columns for _, columns, rows in shapes.matrices)
-        made = weights * (self.plan.bits + 32 / self.plan.group_size) / 8 + 2 * shapes.others
-        # Beside the result: what is set aside from memory meanwhile, and the merged model.
-        sixteen = 2 * (weights + shapes.others)
-        between = sixteen * (2 if merged else 1)
+        plan = self.plan
+        stack = [(a.path, a.weight, stamp(Path(a.path))) for a in plan.stack.adapters if a.weight]
+        known = msgspec.structs.replace(plan, stack=AdapterStack(), target="", base_name="")
+        mark = fingerprint([VERSION, version, known, stack, stamp(Path(plan.model)), stamp(Path(plan.calibration))])
+        gone = ["aside", "source"] if staging.left_by(mark) else ["aside", "source", "merged", "layers"]
+        if staging.left_by(mark) and (staging.root / "layers").is_dir():
+            self.notes.append("Layers that an earlier run had quantized were used.")
+        staging.begin(mark, job_of("quantize", ENVIRONMENT, plan))
+        for folder in (*(staging.root / name for name in gone), staging.folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        for attempt in (staging.root / "layers").glob("attempt-*"):
+            shutil.rmtree(attempt, ignore_errors=True)
+        staging.folder.mkdir()
+
+    def _require_space(self, staging: Staging, shapes: Shapes, *, merged: bool) -> None:
+        plan = self.plan
+        made = shapes.weights * (plan.bits + 32 / plan.group_size) / 8 + 2 * shapes.others
+        # Beside the result: what is set aside from memory meanwhile, the merged model, and the layers to go on from.
+        sixteen = 2 * (shapes.weights + shapes.others)
+        between = sixteen * (2 if merged else 1) + made
         if merged:
             self.report.log("info", f"A merged folder of {sixteen / 1e9:.2f} GB is made on the way, and removed again.")
-        require_space(staging.root, int(made + between) + _MARGIN, "The model, with what is made on the way,")
+        there = sum(p.stat().st_size for name in ("merged", "layers") for p in (staging.root / name).rglob("*"))
+        needed = int(made + between) + _MARGIN - there
+        require_space(staging.root, needed, "The model, with what is made on the way,")
 
     def _merge(self, staging: Staging) -> Path:
         """The 16-bit model with the stack merged in, in the staging folder."""
         from app.tasks.merge import run as merge
 
         target = staging.root / "merged"
+        if target.is_dir():
+            self.notes.append("The merged model of an earlier run was used.")
+            return target
         made = merge(
-            MergePlan(model=self.plan.model, stack=self.plan.stack, target=str(target), base_name=self.plan.base_name),
+            MergePlan(
+                model=self.plan.model,
+                stack=self.plan.stack,
+                target=str(target),
+                packed="16bit",
+                base_name=self.plan.base_name,
+            ),
             self.report,
         )
         self.notes += made.notes
         return target
+
+    def _linked(self, ready: Stage, staging: Staging) -> Path:
+        """The model as GPTQModel reads it: with weights of its own, where it can go on from a layer that it had made.
+
+        It trusts no link that leads out of the folder.
+        """
+        if ready.config.get("model_type") not in _GOES_ON or not list(ready.path.glob("*.safetensors")):
+            return ready.path
+        folder = staging.root / "source"
+        folder.mkdir()
+        for path in ready.path.iterdir():
+            try:
+                if path.suffix == ".safetensors":
+                    os.link(path.resolve(), folder / path.name)
+                else:
+                    shutil.copyfile(path, folder / path.name)
+            except OSError:  # another drive, or one without hard links
+                return ready.path
+        return folder
 
     def _pieces(self, folder: Path) -> list[list[int]]:
         """The calibration text as token ids: pieces of `length`, spread evenly over the whole text."""
@@ -156,23 +202,49 @@ class _Run:
             pieces = [pieces[i * len(pieces) // self.plan.samples] for i in range(self.plan.samples)]
         return pieces
 
-    def _quantize(self, model: Path, staging: Staging, pieces: list[list[int]], layers: int) -> None:
+    def _quantize(self, model: Path, staging: Staging, pieces: list[list[int]], shapes: Shapes) -> None:
         import torch
-        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+        from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.looper.module_looper import StopMainLoop
 
-        plan = self.plan
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
         aside = staging.root / "aside"
         aside.mkdir()
-        awq = plan.method == "awq"
+        tokens = sum(map(len, pieces))
+        if tokens < 50_000:
+            self.notes.append(
+                f"Calibrated on {tokens:,} tokens: a longer text, like what the model will read, loses less."
+            )
+        data = [{"input_ids": piece, "attention_mask": [1] * len(piece)} for piece in pieces]
+        heard = self._listener(shapes, StopMainLoop)
+        # The library writes a folder `logs` where it stands: let it stand in a folder that goes.
+        with self._in_words(StopMainLoop), contextlib.chdir(aside):
+            quantizer = GPTQModel.load(str(model), self._config(aside), trust_remote_code=False)
+            quantizer.layer_callback = heard
+            quantizer.subset_callback = heard
+            quantizer.quantize(
+                data,
+                batch_size=1,
+                calibration_data_min_length=1,
+                backend=BACKEND.AWQ_TORCH if self.plan.method == "awq" else BACKEND.AUTO,
+                **self._kept_layers(model, staging),
+            )
+            self.pausing.check()
+            self.report.progress("Writing")
+            quantizer.save(str(staging.folder))  # before any forward: the processor's kernels repack the weights in it
+
+    def _config(self, aside: Path) -> Any:
+        import torch
+        from gptqmodel import QuantizeConfig
+
+        plan = self.plan
         # AWQ's readers expect a zero point (sym=False); GPTQ's fast kernels are for grids without one.
         options: dict[str, Any] = (
-            {"format": "gemm", "sym": False} if awq else {"format": "gptq", "desc_act": plan.desc_act}
+            {"format": "gemm", "sym": False} if plan.method == "awq" else {"format": "gptq", "desc_act": plan.desc_act}
         )
         if plan.desc_act:
             options["act_group_aware"] = False  # the two are one another's alternative
-        config = QuantizeConfig(
+        return QuantizeConfig(
             quant_method=plan.method,
             bits=plan.bits,
             group_size=plan.group_size,
@@ -180,34 +252,29 @@ class _Run:
             offload_to_disk_path=str(aside),
             **options,
         )
-        tokens = sum(map(len, pieces))
-        if tokens < 50_000:
-            self.notes.append(
-                f"Calibrated on {tokens:,} tokens: a longer text, like what the model will read, loses less."
-            )
-        data = [{"input_ids": piece, "attention_mask": [1] * len(piece)} for piece in pieces]
-        phase = f"Quantizing by {plan.method.upper()}"
+
+    def _kept_layers(self, model: Path, staging: Staging) -> dict[str, Any]:
+        """What has GPTQModel keep each layer on the disk as it is done, and go on from there."""
+        if model != staging.root / "source":
+            return {}
+        from gptqmodel.looper.checkpoint_store import CheckpointConfig
+
+        return {"checkpoint": CheckpointConfig(path=staging.root / "layers", resume="auto")}
+
+    def _listener(self, shapes: Shapes, stopped: Any) -> Callable[..., Any]:
+        """What the library calls at each part of a layer, and after each layer."""
+        phase, total = f"Quantizing by {self.plan.method.upper()}", 2 * shapes.weights
+        furthest = 0.0
+        self.report.progress(phase, 0, total, "bytes")
 
         def heard(**event: Any) -> Any:
-            """Called by the library at each part of a layer, and after each layer."""
-            self.report.progress(phase, event.get("layer_idx", 0), layers, "layers")
-            return StopMainLoop if self.report.cancelled else None
+            nonlocal furthest
+            part = event.get("subset_index", 0) / max(1, event.get("subset_total", 1))
+            furthest = max(furthest, (event.get("layer_idx", 0) + part) / max(1, shapes.layers))
+            self.report.progress(phase, min(1.0, furthest) * total, total, "bytes")
+            return stopped if self.pausing.stopped() else None
 
-        # The library writes a folder `logs` where it stands: let it stand in a folder that goes.
-        with self._in_words(StopMainLoop), contextlib.chdir(aside):
-            quantizer = GPTQModel.load(str(model), config, trust_remote_code=False)
-            quantizer.layer_callback = heard
-            quantizer.subset_callback = heard
-            self.report.progress(phase, 0, layers, "layers")
-            quantizer.quantize(
-                data,
-                batch_size=1,
-                calibration_data_min_length=1,
-                backend=BACKEND.AWQ_TORCH if awq else BACKEND.AUTO,
-            )
-            self._check()
-            self.report.progress("Writing")
-            quantizer.save(str(staging.folder))  # before any forward: the processor's kernels repack the weights in it
+        return heard
 
     @contextlib.contextmanager
     def _in_words(self, stopped: type[BaseException]) -> Iterator[None]:
@@ -238,6 +305,7 @@ class _Run:
     def _finish(self, ready: Stage, source: Path, folder: Path, pieces: list[list[int]]) -> tuple[int, int]:
         """Check the weights, and put beside them what goes with them. Returns their bytes, and how many matrices there are."""
         from app.adapters.merge_folder import side_files
+        from app.adapters.quantize_shapes_torch import check_weights
 
         matrices = check_weights(folder)
         (folder / "quant_log.csv").unlink(missing_ok=True)
@@ -286,102 +354,6 @@ class _Run:
                 "",
             ]
         return "\n".join(lines)
-
-
-def shapes_of(stage: Stage) -> _Shapes:
-    """The model's matrices, from its config alone: no weight is read.
-
-    Raises:
-        WeftError: UNSUPPORTED for architectures that GPTQModel does not know, for models of more than text, and own code.
-    """
-    import torch
-    import transformers
-
-    kind = str(stage.config.get("model_type", ""))
-    hint = "Merge into safetensors, or export a GGUF with `weft export`."
-    if any(key in stage.config for key in ("vision_config", "audio_config")):
-        raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} reads more than text, and only text calibrates it here.", hint)
-    from gptqmodel.models.auto import SUPPORTED_MODELS
-
-    if kind.lower() not in SUPPORTED_MODELS:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED, f"GPTQModel does not know the architecture {kind or 'of this model'}.", hint
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(stage.path), local_files_only=True)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED, f"Transformers cannot build this model: {str(error)[:200]}", hint
-        ) from error
-    matrices: list[tuple[str, int, int]] = []
-    for name, module in model.named_modules():
-        if not _INSIDE_A_LAYER.search(f".{name}"):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            matrices.append((name, module.in_features, module.out_features))
-        elif type(module).__name__ == "Conv1D":
-            matrices.append((name, *module.weight.shape))
-    if not matrices:
-        raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} has no matrices in layers that could be quantized.", hint)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    return _Shapes(matrices, max(0, total - sum(i * o for _, i, o in matrices)), layers)
-
-
-def check_shapes(plan: QuantizePlan, shapes: _Shapes) -> None:
-    """Refuse groups that matrices cannot be divided into.
-
-    Raises:
-        WeftError: BAD_INPUT with the largest group that fits; UNSUPPORTED where none does.
-    """
-    from app.core.quantize_plan import GROUPS
-
-    step = 8 if plan.method == "awq" else 32  # outputs that are packed together
-    for name, inputs, outputs in shapes.matrices:
-        if outputs % step:
-            raise WeftError(
-                ErrorKind.UNSUPPORTED,
-                f"{name} has {outputs} outputs, and {plan.method.upper()} packs them by {step}.",
-                "Choose other bits, or export a GGUF with `weft export`.",
-            )
-        if inputs % plan.group_size:
-            fitting = [g for g in GROUPS[plan.method] if not any(i % g for _, i, _ in shapes.matrices)]
-            raise WeftError(
-                ErrorKind.BAD_INPUT if fitting else ErrorKind.UNSUPPORTED,
-                f"{name} has {inputs} inputs, which groups of {plan.group_size} do not divide.",
-                f"Choose a group size of {fitting[-1]}." if fitting else "Export a GGUF with `weft export`.",
-            )
-
-
-def check_weights(folder: Path) -> int:
-    """Refuse what nobody should load: files that cannot be read, and scales that are no numbers. Returns the packed matrices.
-
-    Raises:
-        WeftError: CORRUPT, UNSUPPORTED.
-    """
-    import safetensors
-    import torch
-
-    matrices = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(str(file), "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                matrices += name.endswith(".qweight")
-                if name.endswith(".scales") and not bool(torch.isfinite(opened.get_tensor(name)).all()):
-                    raise WeftError(
-                        ErrorKind.CORRUPT,
-                        f"{name.removesuffix('.scales')} came out with scales that are no numbers.",
-                        "Check that the model itself answers sensibly, and calibrate on another or a longer text.",
-                    )
-    if not matrices:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            "Nothing of this model was quantized.",
-            "Export a GGUF with `weft export` instead.",
-        )
-    return matrices
 
 
 def forget(value: Any, key: str) -> None:

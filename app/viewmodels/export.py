@@ -8,43 +8,26 @@ from pathlib import Path
 import msgspec
 from PySide6.QtCore import QObject, Signal, Slot
 
-from app.core.certify_plan import Certificate, CertifyPlan, CertifySide
+from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
-from app.core.export_plan import OWN, ExportPlan, ExportResult
+from app.core.export_plan import OWN
 from app.core.jobs import Job, JobState, Progress
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_needs import MergeNeeds, merge_needs
-from app.core.merge_plan import MergePlan, MergeResult
-from app.core.paths import resources
-from app.core.push_plan import PushPlan, PushResult
+from app.core.merge_plan import MergePlan
+from app.core.push_plan import PushResult
 from app.core.quantized_base import base_of
 from app.core.stack import AdapterStack
 from app.hub.push import check_repo
 from app.viewmodels import export_choices
 from app.viewmodels.background import Background
-from app.viewmodels.export_choices import FOLDERS, MARGIN, PACKINGS, SAFETENSORS, ExportChoice, ExportNeed
+from app.viewmodels.export_choices import FOLDERS, PACKINGS, SAFETENSORS, ExportChoice, ExportNeed, ExportOptions
+from app.viewmodels.export_plans import Chosen, Plan
 from app.viewmodels.jobs import JobCenter, Pace
 from app.viewmodels.tasks import Step, TaskQueue
+from app.viewmodels.units import readable_bytes
 
-_IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
-
-
-class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be said beside format, name and place. See MergePlan, ExportPlan and PushPlan.
-
-    Attributes:
-        certify: compare the result with what it was made of. text: a text file for that; "" for ours.
-        push: where the result goes on the hub, `user/name` or `name`; None for nowhere. private: see PushPlan.
-    """
-
-    imatrix: str = ""
-    modelfile: bool = False
-    shard_size: int = 0
-    dtype: str = ""
-    certify: bool = True
-    text: str = ""
-    push: str | None = None
-    private: bool = True
+__all__ = ["ExportDraft", "ExportOptions"]
 
 
 class ExportDraft(QObject):
@@ -56,7 +39,7 @@ class ExportDraft(QObject):
 
     Signals:
         changed: choices, needs or the running job's figures changed.
-        done(result): MergeResult or ExportResult. failed(WeftError).
+        done(result): MergeResult, ExportResult or QuantizeResult. failed(WeftError).
         certified(Certificate), pushed(PushResult): what followed has ended well. follow_failed(task, WeftError).
     """
 
@@ -96,6 +79,7 @@ class ExportDraft(QObject):
         self.base = ""  # the 16-bit model that a quantized one was made from, by its hub's name
         self.base_here: ModelEntry | None = None
         self._ours: set[int] = set()  # jobs of this draft
+        self._made = self.chosen  # what the job was given
         self._waits = False
         self._pace = Pace()
         self._find = find
@@ -171,32 +155,59 @@ class ExportDraft(QObject):
         return next((choice for choice in self.choices if choice.key == self.format), None)
 
     @property
+    def chosen(self) -> Chosen:
+        """All choices as they stand."""
+        return Chosen(
+            entry=self.entry,
+            stack=self.stack,
+            format=self.format,
+            name=self.name,
+            folder=self.folder,
+            options=self.options,
+        )
+
+    @property
+    def method(self) -> str:
+        """`gptq` or `awq`, where the format is one of them; else ""."""
+        return export_choices.method_of(self.format)
+
+    @property
     def makes_folder(self) -> bool:
         """Whether a model folder is made, and no GGUF file."""
-        return self.format in PACKINGS
+        return self.chosen.makes_folder
 
     @property
     def target(self) -> Path:
         """The folder, or the GGUF file in a folder of its own, that is made."""
-        if self.makes_folder:
-            return self.folder / self.name
-        kind = self.entry.quantization if self.format == OWN.name else self.format
-        return self.folder / self.name / f"{self.name}-{(kind or self.format).upper()}.gguf"
+        return self.chosen.target
 
     @property
     def environment(self) -> str:
         """Where the task runs."""
-        return "core" if self.makes_folder else "export"
+        return self.chosen.environment
+
+    @property
+    def takes_imatrix(self) -> bool:
+        """Whether an importance matrix makes a difference."""
+        return self.chosen.takes_imatrix
 
     @property
     def needs_installation(self) -> bool:
         """Whether the environment has to be installed first."""
         return bool(self.format) and not self._jobs.is_ready(self.environment)
 
+    @property
+    def installation(self) -> str:
+        """What is installed first, in a sentence; "" when nothing is."""
+        if not self.needs_installation:
+            return ""
+        what = "Quantizing by GPTQ and AWQ" if self.method else "Exporting GGUF files"
+        size = readable_bytes(self._jobs.expected_bytes(self.environment))
+        return f"{what} needs one more engine of about {size}: it is installed first, which takes some minutes."
+
     def need(self) -> ExportNeed:
         """What it takes. Asks the file system how much is free."""
-        result, between = export_choices.sizes(self.entry, self.format, self.options.dtype)
-        free = export_choices.free_at(self.folder)
+        free, memory_free = export_choices.free_at(self.folder), self._memory_free()
         told = self._needs.get((self.options.dtype, str(self.folder))) if self.format == SAFETENSORS else None
         if told is not None:
             return ExportNeed(
@@ -204,20 +215,10 @@ class ExportDraft(QObject):
                 result=told.disk,
                 memory=told.memory,
                 disk_free=free,
-                memory_free=self._memory_free(),
+                memory_free=memory_free,
                 drive=told.drive,
             )
-        largest = export_choices.largest(self.entry)
-        memory = _IMPORTS + (largest if self.makes_folder else 3 * largest)
-        if self.options.imatrix and not self.makes_folder:
-            memory += between or result
-        return ExportNeed(
-            disk=result + between + MARGIN,
-            result=result,
-            memory=memory,
-            disk_free=free,
-            memory_free=self._memory_free(),
-        )
+        return export_choices.estimate(self.entry, self.stack, self.format, self.options, free, memory_free)
 
     def problem(self) -> str:
         """Why it cannot start, in a sentence; "" when it can."""
@@ -274,68 +275,20 @@ class ExportDraft(QObject):
 
     def _submit(self) -> None:
         self._waits, self.paused, self.progress, self._pace = False, False, None, Pace()
-        title = f"Merge {self.name}" if self.makes_folder else f"Export {self.target.name}"
-        task = "merge" if self.makes_folder else "export_gguf"
-        self.job = self._queue.submit(task, title, self.plan(), environment=self.environment, then=self.steps())
+        made = self._made = self.chosen
+        self.job = self._queue.submit(
+            made.task, made.title, made.plan(), environment=made.environment, then=made.steps()
+        )
         self._ours = {self.job.id}
         self.changed.emit()
 
-    def plan(self) -> MergePlan | ExportPlan:
+    def plan(self) -> Plan:
         """What the task is given."""
-        options = self.options
-        if self.makes_folder:
-            return MergePlan(
-                model=self.entry.path,
-                stack=self.stack,
-                target=str(self.target),
-                dtype=options.dtype if self.format == SAFETENSORS else "",
-                shard_size=options.shard_size,
-                packed=PACKINGS[self.format],
-                base_name=self.entry.name,
-            )
-        return ExportPlan(
-            model=self.entry.path,
-            stack=self.stack,
-            target=str(self.target),
-            type=self.format,
-            name=self.name,
-            imatrix=options.imatrix if self.choice is not None and self.takes_imatrix else "",
-            modelfile=options.modelfile,
-        )
-
-    @property
-    def takes_imatrix(self) -> bool:
-        """Whether an importance matrix makes a difference: only where llama.cpp quantizes."""
-        return not self.makes_folder and self.format not in ("f32", "f16", "bf16", "q8_0", OWN.name)
+        return self.chosen.plan()
 
     def steps(self) -> list[Step]:
-        """What follows the export: the certificate first, so that it goes up with the rest."""
-        options, made, found = self.options, str(self.target), list[Step]()
-        if options.certify:
-            plan = CertifyPlan(
-                a=CertifySide(model=self.entry.path, stack=self.stack, name=self.entry.name),
-                b=CertifySide(model=made, name=self.target.name),
-                text=options.text or str(resources() / "certificate_text.txt"),
-                store=made,
-            )
-            found.append(
-                Step(task="certify", title=f"Certify {self.name}", parameters=plan, environment=self.environment)
-            )
-        if options.push is not None:
-            path = made if self.makes_folder else str(self.target.parent)
-            push = PushPlan(path=path, repo=check_repo(options.push), private=options.private)
-            title = f"Upload {self.name} to {options.push}"
-            found.append(
-                Step(
-                    task="push_hub",
-                    title=title,
-                    parameters=push,
-                    environment="",
-                    resource="network",
-                    always=bool(found),  # what could not be compared was made all the same
-                )
-            )
-        return found
+        """What follows the export."""
+        return self.chosen.steps()
 
     def cancel(self) -> None:
         """Stop; what was written goes. An installation goes on by itself."""
@@ -346,10 +299,11 @@ class ExportDraft(QObject):
             self._queue.cancel(self.job.id)
 
     def pause(self, paused: bool) -> None:
-        """Hold the job, or let it go on."""
-        if self.job is not None:
+        """Hold the job, or what follows it, or let it go on."""
+        job = self.following or self.job
+        if job is not None:
             self.paused = paused
-            self._queue.adjust(self.job.id, {"paused": paused})
+            self._queue.adjust(job.id, {"paused": paused})
             self.changed.emit()
 
     def cancel_following(self) -> None:
@@ -373,7 +327,7 @@ class ExportDraft(QObject):
     def _followed(self, before: int, job: Job) -> None:
         if before in self._ours:
             self._ours.add(job.id)
-            self.following, self.progress, self._pace = job, None, Pace()
+            self.following, self.progress, self._pace, self.paused = job, None, Pace(), False
             self.changed.emit()
 
     @Slot(object, object, object)
@@ -386,8 +340,7 @@ class ExportDraft(QObject):
         if error is not None or job.state is not JobState.DONE:
             self.failed.emit(error or WeftError(ErrorKind.CRASHED, job.message, job.hint))
         else:
-            kind = MergeResult if self.makes_folder else ExportResult
-            self.done.emit(msgspec.convert(result, kind))
+            self.done.emit(self._made.result(result))
         self.changed.emit()
 
     def _follow_ended(self, job: Job, result: object, error: WeftError | None) -> None:

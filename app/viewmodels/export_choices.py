@@ -11,6 +11,7 @@ import msgspec
 from app.core.export_plan import OWN, TYPES
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import Packing
+from app.core.quantize_plan import BITS, GROUPS, QuantizePlan
 from app.core.stack import AdapterStack
 from app.viewmodels.units import readable_bytes
 
@@ -19,15 +20,45 @@ SAFETENSORS = "safetensors"
 PACKINGS: dict[str, Packing] = {SAFETENSORS: "refuse", "safetensors-16bit": "16bit", "safetensors-again": "again"}
 FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
 MARGIN = 64 * 1024 * 1024
+_IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
+_CALIBRATING = 1_200_000_000  # and those that calibrate
+_QUANTIZED = {
+    "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
+    "awq": "A folder of packed safetensors in 4 bits that keeps exact what weighs most over a text: for graphics cards.",
+}
 
 
 class ExportChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. key: of PACKINGS or a GGUF type. title, help: as shown. imatrix: it needs an importance matrix."""
+    """One format. key: of PACKINGS, `gptq`, `awq`, or a GGUF type. title, help: as shown. imatrix: it needs an importance matrix."""
 
     key: str
     title: str
     help: str
     imatrix: bool = False
+
+
+class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be said beside format, name and place. See MergePlan, ExportPlan, QuantizePlan and PushPlan.
+
+    Attributes:
+        group_size: 0 for 128, or less where the model's matrices want it.
+        calibration: a text file for GPTQ and AWQ; "" for ours.
+        certify: compare the result with what it was made of. text: a text file for that; "" for ours.
+        push: where the result goes on the hub, `user/name` or `name`; None for nowhere. private: see PushPlan.
+    """
+
+    imatrix: str = ""
+    modelfile: bool = False
+    shard_size: int = 0
+    dtype: str = ""
+    bits: int = 4
+    group_size: int = 0
+    desc_act: bool = False
+    calibration: str = ""
+    certify: bool = True
+    text: str = ""
+    push: str | None = None
+    private: bool = True
 
 
 class ExportNeed(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +113,8 @@ def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
         ExportChoice(key=each.name, title=f"GGUF {each.name.upper()}", help=each.help, imatrix=each.imatrix)
         for each in TYPES.values()
     ]
+    if entry.format in FOLDERS and not entry.vision:
+        found += [ExportChoice(key=key, title=key.upper(), help=sentence) for key, sentence in _QUANTIZED.items()]
     if entry.format in FOLDERS and stack.adapters:
         sentence = "A model folder like the base's, in its own precision: exact, and every program reads it."
         found.insert(0, ExportChoice(key=SAFETENSORS, title="Safetensors", help=sentence))
@@ -89,6 +122,26 @@ def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
         sentence = "Every tensor keeps its type; what adapters change is quantized to that again."
         found.insert(0, ExportChoice(key=OWN.name, title=f"GGUF, as the base ({entry.quantization})", help=sentence))
     return found
+
+
+def method_of(key: str) -> str:
+    """`gptq` or `awq`, where a format is one of them; else ""."""
+    return key if key in BITS else ""
+
+
+def bits_of(key: str, options: ExportOptions) -> int:
+    """Bits of a weight that GPTQ or AWQ makes."""
+    allowed = BITS[key]
+    return options.bits if options.bits in allowed else allowed[-1]
+
+
+def group_of(key: str, options: ExportOptions, entry: ModelEntry) -> int:
+    """Weights that share a scale: as chosen, else 128, or the most under it that divide the model's rows."""
+    allowed, sizes = GROUPS[key], [size for size in (entry.shape.hidden, entry.shape.intermediate) if size]
+    if options.group_size in allowed:
+        return options.group_size
+    fitting = [group for group in allowed if group <= 128 and not any(size % group for size in sizes)]
+    return fitting[-1] if fitting else 128
 
 
 def refusal(entry: ModelEntry, base: str = "") -> str:
@@ -129,7 +182,7 @@ def weights_of(entry: ModelEntry) -> int:
 
 
 def sizes(entry: ModelEntry, key: str, dtype: str = "") -> tuple[int, int]:
-    """Bytes of the result, and of what lies on disk beside it while it is made."""
+    """Bytes of the result, and of what lies on disk beside it while it is made: of a merge or a GGUF file."""
     weights = weights_of(entry)
     if key in PACKINGS:
         own = entry.weight_bytes or entry.bytes
@@ -143,6 +196,40 @@ def sizes(entry: ModelEntry, key: str, dtype: str = "") -> tuple[int, int]:
         return 0, 0
     result = int(weights * kind.bits / 8)
     return result, 0 if kind.direct and entry.format is not ModelFormat.GGUF else weights * 2
+
+
+def estimate(
+    entry: ModelEntry, stack: AdapterStack, key: str, options: ExportOptions, disk_free: int, memory_free: int
+) -> ExportNeed:
+    """What an export takes, as far as the library's entry tells."""
+    if method_of(key):
+        result, between, memory = _quantized_sizes(entry, stack, key, options)
+    else:
+        result, between = sizes(entry, key, options.dtype)
+        memory = _IMPORTS + (largest(entry) if key in PACKINGS else 3 * largest(entry))
+        if options.imatrix and key not in PACKINGS:
+            memory += between or result
+    return ExportNeed(
+        disk=result + between + MARGIN,
+        result=result,
+        memory=memory,
+        disk_free=disk_free,
+        memory_free=memory_free,
+    )
+
+
+def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: ExportOptions) -> tuple[int, int, int]:
+    """Of GPTQ and AWQ: bytes of the result, of what lies beside it on the way, and of memory. See tasks/quantize.py."""
+    shape, weights = entry.shape, weights_of(entry)
+    kept = min(weights, 2 * shape.vocabulary * shape.hidden)  # embedding and head stay as they are
+    result = int((weights - kept) * (bits_of(key, options) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
+    sixteen = 2 * weights
+    between = (2 if stack.adapters else 1) * sixteen + result
+    layer = 4 * (weights - kept) // max(1, shape.layers)
+    read = QuantizePlan(model="", target="", calibration="")
+    text = 4 * read.samples * read.length * shape.hidden
+    squares = 4 * max(shape.hidden, shape.intermediate) ** 2
+    return result, between, _CALIBRATING + 2 * kept + layer + 2 * text + 3 * squares
 
 
 def largest(entry: ModelEntry) -> int:

@@ -137,6 +137,10 @@ class JobCenter(QObject):
     def title(self, name: str) -> str:
         return self._environments.spec(name).title
 
+    def expected_bytes(self, name: str) -> int:
+        """About what it takes on the disk when it is installed."""
+        return self._environments.expected_bytes(name)
+
     def is_installing(self, name: str) -> bool:
         """Whether it is being installed now, or waits for its turn."""
         return (self.running is not None and self.running.environment == name) or any(

@@ -84,7 +84,7 @@ class Leftovers(QObject):
             self.found.emit(made)
 
     def _adopt(self, left: Leftover) -> Job:
-        verb = "Merge" if left.task == "merge" else "Export"
+        verb = {"merge": "Merge", "quantize": "Quantize"}.get(left.task, "Export")
         title = f"{verb} {Path(left.target).name}"
         return self._queue.adopt(left.task, title, left.parameters, environment=left.environment, message=_MESSAGE)
 

@@ -18,7 +18,7 @@ from app.store.jobs import JobStore
 log = logging.getLogger("weft")
 CLOSE_MS = 6000
 # What lies on the disk of these goes on from any moment, but is cleared away by a cancel: the end of the window kills them.
-KILLED_AT_CLOSE = frozenset({"merge", "export_gguf"})
+KILLED_AT_CLOSE = frozenset({"merge", "export_gguf", "quantize"})
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,9 @@ class FakeReport:
     def on_cancel(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
 
+    def on_adjust(self, callback: Callable[[str], None]) -> None:
+        self.adjust = callback
+
     def cancel(self) -> None:
         self.cancelled_at = time.perf_counter()
         for callback in self._callbacks:

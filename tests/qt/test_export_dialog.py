@@ -16,9 +16,10 @@ from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult
 from app.core.jobs import Job, JobState, Progress
-from app.core.library import ModelFormat
+from app.core.library import ModelFormat, ModelShape
 from app.core.merge_plan import MergePlan, MergeResult
 from app.core.push_plan import PushResult
+from app.core.quantize_plan import QuantizePlan, QuantizeResult
 from app.core.stack import AdapterStack, StackedAdapter
 from app.viewmodels import export_choices as export_module
 from app.viewmodels.export import ExportDraft, ExportOptions
@@ -92,6 +93,9 @@ class Jobs(QObject):
 
     def is_ready(self, name: str) -> bool:
         return name in self.ready
+
+    def expected_bytes(self, name: str) -> int:
+        return {"gptq": 1_200_000_000}.get(name, 900_000_000)
 
     def install(self, name: str) -> None:
         self.installs.append(name)
@@ -174,6 +178,48 @@ def test_gguf_installs_what_it_needs_first_and_goes_on_by_itself(
     assert plan.target == str(tmp_path / "tiny-1B-pirate" / "tiny-1B-pirate-Q4_K_M.gguf")
     queue.end(ExportResult(file=plan.target, bytes=GB, type="q4_k_m", tensors=9, seconds=70))
     assert "Q4_K_M" in dialog.outcome.text() and "1 min" in dialog.outcome.text()
+
+
+def test_gptq_and_awq_are_calibrated_in_an_engine_of_their_own(
+    dialog: ExportDialog, queue: Queue, jobs: Jobs, tmp_path: Path
+) -> None:
+    form = dialog.form
+    form.format.setCurrentIndex(form.format.findData("awq"))
+    assert not form.calibrated.bits.isEnabled() and form.calibrated.bits.currentData() == 4, "AWQ has 4 bits alone"
+    assert form.more.header.isChecked() and form.calibrated.isVisible() and not form.calibrated.order.isVisible()
+    form.format.setCurrentIndex(form.format.findData("gptq"))
+    assert "one more engine of about 1.2 GB" in form.note.text.text() and "more while it is made" in form.need.text()
+    fields = form.calibrated
+    fields.bits.setCurrentIndex(fields.bits.findData(8))
+    fields.group.setCurrentIndex(fields.group.findData(64))
+    fields.order.setChecked(True)
+    assert "short one of ours" in fields.text.text() and not fields.clear.isVisible()
+    fields._set(calibration="/texts/mine.txt")
+    assert fields.text.text() == "mine.txt"
+    dialog.start.click()
+    assert jobs.installs == ["gptq"] and not queue.submitted
+    jobs.environment_ready.emit("gptq")
+    (task, title, plan, environment) = queue.submitted[0]
+    assert (task, environment) == ("quantize", "gptq") and isinstance(plan, QuantizePlan)
+    assert plan.target == str(tmp_path / "tiny-1B-pirate-GPTQ-8bit") and Path(plan.target).name in title
+    assert (plan.method, plan.bits, plan.group_size, plan.desc_act) == ("gptq", 8, 64, True)
+    assert plan.calibration == "/texts/mine.txt" and plan.stack.adapters
+    (step,) = queue.then
+    assert (step.task, step.environment, step.parameters.b.model) == ("certify", "gptq", plan.target)
+    queue.progressed.emit(7, Progress(phase="Quantizing by GPTQ", done=GB, total=4 * GB, unit="bytes"))
+    assert "1.0 GB of 4.0 GB" in dialog.figures.text() and dialog.pause.isVisible()
+    made = QuantizeResult(folder=plan.target, bytes=GB, matrices=14, method="gptq", bits=8, tokens=5000, seconds=70)
+    queue.end(made)
+    assert "8 bits by GPTQ" in dialog.outcome.text() and "14 matrices" in dialog.outcome.text()
+
+
+def test_groups_fit_the_models_matrices(queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path) -> None:
+    shape = ModelShape(layers=2, hidden=192, intermediate=512, vocabulary=1000)
+    dialog = made_dialog(folder_model(shape=shape), queue, jobs, tmp_path, qtbot)
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("gptq"))
+    assert dialog.form.calibrated.group.currentData() == 64
+    plan = dialog._draft.plan()
+    assert isinstance(plan, QuantizePlan) and plan.group_size == 64 and Path(plan.calibration).is_file()
 
 
 def test_a_failed_installation_and_a_failed_job_come_back_to_the_form(
@@ -264,6 +310,11 @@ def test_the_certificate_follows_is_shown_and_can_be_switched_off(dialog: Export
     queue.follow(7, 8, "certify")
     queue.progressed.emit(8, Progress(phase="Reading the text with A", done=512, total=2048, unit="tokens"))
     assert dialog.following.isVisible() and "512 of 2,048 tokens" in dialog.follow_figures.text()
+    dialog.hold.click()
+    assert queue.asked[-1] == (8, {"paused": True}) and dialog.hold.text() == "Go on"
+    assert "paused" in dialog.follow_phase.text()
+    dialog.hold.click()
+    assert queue.asked[-1] == (8, {"paused": False}) and "paused" not in dialog.follow_phase.text()
     dialog.skip.click()
     assert queue.asked[-1] == ("cancel", 8)
     queue.end_following(8, "certify", CERTIFICATE)

@@ -13,7 +13,9 @@ from app.core.export_plan import ExportResult
 from app.core.jobs import Progress
 from app.core.merge_plan import MergeResult
 from app.core.push_plan import PushResult
+from app.core.quantize_plan import QuantizeResult
 from app.viewmodels.export import ExportDraft
+from app.viewmodels.export_plans import Result
 from app.viewmodels.units import readable_bytes, readable_seconds
 from app.views.dialogs import reveal
 from app.views.export.certificate import CertificateView
@@ -127,10 +129,11 @@ class ExportDialog(QDialog):
         self.follow_bar.setTextVisible(False)
         self.follow_bar.setAccessibleName("Progress of what follows")
         self.follow_figures = label(tone="muted")
+        self.hold = button("Pause", self._pause)
         self.skip = button("Skip", self._draft.cancel_following)
         self.following = QWidget()
         whole = column(parent=self.following, spacing=4)
-        first = row(self.follow_phase, self.skip)
+        first = row(self.follow_phase, self.hold, self.skip)
         first.setStretch(0, 1)
         whole.addLayout(first)
         whole.addWidget(self.follow_bar)
@@ -206,8 +209,12 @@ class ExportDialog(QDialog):
             doing = (
                 "Comparing it with the base and its adapters" if job.task == "certify" else "Uploading it to the hub"
             )
-            self._text(self.follow_phase, f"{doing}: {progress.phase}" if progress is not None else doing)
+            said = "paused" if self._draft.paused else progress.phase if progress is not None else ""
+            self._text(self.follow_phase, f"{doing}: {said}" if said else doing)
             self.skip.setAccessibleName(f"Skip: {doing}")
+            self.hold.setText("Go on" if self._draft.paused else "Pause")
+            self.hold.setAccessibleName(f"{self.hold.text()}: {doing}")
+            self.hold.setEnabled(progress is not None)  # what waits for its turn cannot be held
             _advance(self.follow_bar, progress)
             self._text(self.follow_figures, self._figures(progress))
         if was != (job is not None):
@@ -250,8 +257,8 @@ class ExportDialog(QDialog):
         self._show()
 
     @Slot(object)
-    def _done(self, result: MergeResult | ExportResult) -> None:
-        self._path = result.folder if isinstance(result, MergeResult) else result.file
+    def _done(self, result: Result) -> None:
+        self._path = result.file if isinstance(result, ExportResult) else result.folder
         self.error.hide()
         self.outcome.setText(_outcome(result))
         self.place.setText(self._path)
@@ -301,7 +308,7 @@ def _advance(bar: QProgressBar, progress: Progress | None) -> None:
     bar.setValue(round(1000 * (fraction or 0)))
 
 
-def _outcome(result: MergeResult | ExportResult) -> str:
+def _outcome(result: Result) -> str:
     took = f"in {readable_seconds(result.seconds)}" if result.seconds >= 1 else "in under a second"
     if isinstance(result, MergeResult):
         how = (
@@ -311,4 +318,9 @@ def _outcome(result: MergeResult | ExportResult) -> str:
         )
         again = f", {readable_bytes(result.resumed)} of it by an earlier run" if result.resumed else ""
         return f"{how}: {readable_bytes(result.bytes)}{again}, {result.changed} of {result.tensors} tensors changed, {took}."
+    if isinstance(result, QuantizeResult):
+        return (
+            f"Quantized to {result.bits} bits by {result.method.upper()}: {readable_bytes(result.bytes)}, "
+            f"{result.matrices} matrices, calibrated on {result.tokens:,} tokens, {took}."
+        )
     return f"Exported as {result.type.upper()}: {readable_bytes(result.bytes)}, {result.tensors} tensors, {took}."

@@ -11,6 +11,7 @@ from PySide6.QtWidgets import QCheckBox, QFileDialog, QFormLayout, QLineEdit, QW
 
 from app.viewmodels.export import ExportDraft
 from app.viewmodels.export_choices import SAFETENSORS
+from app.views.export.calibration import CalibrationFields
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, ElidedLabel, Fold, button, column, label, row
 
@@ -153,8 +154,9 @@ class ExportForm(QWidget):
         form.setContentsMargins(0, 0, 0, 0)
         form.addRow(label("Weight files", tone="muted"), self.shards)
         form.addRow(label("Precision", tone="muted"), self.dtype)
+        self.calibrated = CalibrationFields(self._draft)
         holder = QWidget()
-        column(self._gguf, self._folder, parent=holder, margins=(24, 0, 0, 0))
+        column(self._gguf, self._folder, self.calibrated, parent=holder, margins=(24, 0, 0, 0))
         return holder
 
     def _combo(self, name: str, items: tuple[tuple[str, object], ...], changed: Callable[[int], object]) -> QuietCombo:
@@ -175,7 +177,9 @@ class ExportForm(QWidget):
         folder = draft.makes_folder
         self.help.setText(choice.help if choice is not None else "")
         self._gguf.setVisible(not folder)
-        self._folder.setVisible(folder)
+        self._folder.setVisible(folder and not draft.method)
+        self.calibrated.setVisible(bool(draft.method))
+        self.calibrated.show_state()
         if not draft.choices:  # nothing can be made of it: there is nothing to choose then
             for place in range(2, self._fields.rowCount()):
                 self._fields.setRowVisible(place, False)
@@ -192,9 +196,8 @@ class ExportForm(QWidget):
         self.place.setText(str(draft.folder))
         self.need.setText(draft.need().sentence if draft.choices else "–")
         problem = draft.problem()
-        installs = "Exporting GGUF files needs one more engine: it is installed first, which takes a minute or more."
         memory = draft.need().problem if draft.choices else ""
-        text = problem or memory or (installs if draft.needs_installation else "")
+        text = problem or memory or draft.installation
         self.note.setVisible(bool(text))
         if self.note.text.text() != text:
             self.note.text.setText(text)
@@ -227,7 +230,7 @@ class ExportForm(QWidget):
     def _format_chosen(self, _index: int) -> None:
         self._draft.choose(self.format.currentData())
         choice = self._draft.choice
-        if choice is not None and choice.imatrix:
+        if (choice is not None and choice.imatrix) or self._draft.method:
             self.more.header.setChecked(True)
 
     def _change_place(self) -> None:
