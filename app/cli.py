@@ -41,6 +41,7 @@ from app.cli_engine import (
     sampling_of,
 )
 from app.cli_library import find_stack
+from app.cli_parser import CommandParser
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "`environments` lists, installs, repairs and removes the engines, `--launcher` puts an icon into the desktop's menu.",
     )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     loaders = commands.add_parser("loaders", help="what each loader can do on this machine, with reasons")
     loaders.set_defaults(run=_loaders)

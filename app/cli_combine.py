@@ -9,9 +9,11 @@ from typing import get_args
 
 import msgspec
 
-from app.cli_library import find_stack
+from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.combine_plan import METHODS, Combined, CombinePlan, Dtype, Sign, uses_rank
+from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelFormat
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,6 +39,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "--rank", type=_rank, default=0, help="of the result, for svd methods; resizes a single adapter"
     )
+    command.add_argument(
+        "--base", default="", metavar="MODEL", help="for DoRAs, which only the svd methods take: the model that they were trained on"
+    )  # fmt: skip
     command.add_argument("--clamp", type=float, default=1.0, help="quantile beyond which svd's values are cut")
     command.add_argument("--seed", type=int, default=0, help="of what dare drops")
     command.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the saved matrices")
@@ -49,8 +54,22 @@ def _rank(text: str) -> int:
     return int(text)
 
 
+def _base(name: str) -> str:
+    """The folder of the model that DoRAs are taken against."""
+    if not name:
+        return ""
+    model = find_model(name, "transformers")
+    if model.format is ModelFormat.GGUF:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{model.name} is a GGUF file; the differences of a DoRA are taken from folders of safetensors.",
+            "Name the model that the GGUF was made from.",
+        )
+    return model.path
+
+
 def _run(parsed: argparse.Namespace) -> int:
-    method = parsed.method or ("svd" if parsed.rank else "cat")
+    method = parsed.method or ("svd" if parsed.rank or parsed.base else "cat")
     plan = CombinePlan(
         adapters=find_stack(parsed.adapter),
         to=str(parsed.to.expanduser().absolute()),
@@ -61,6 +80,7 @@ def _run(parsed: argparse.Namespace) -> int:
         clamp=parsed.clamp,
         seed=parsed.seed,
         dtype=parsed.dtype,
+        base=_base(parsed.base),
     )
     plan.check()
     made = msgspec.convert(run_task("core", "combine", plan), Combined)

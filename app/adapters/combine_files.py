@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.adapters.combine_torch import Pair, combine
+from app.adapters.combine_base_torch import BaseMatrices
+from app.adapters.combine_torch import Pair, Whole, combine, dora_difference
 from app.adapters.peft_writer import refuse_existing, write_peft
 from app.adapters.tensors_torch import OpenAdapter, open_adapter
 from app.core.adapter_file import PREFIX, AdaptedModule, LoraTensors
@@ -28,11 +29,16 @@ class _Slot:
 
     def __init__(self, name: str, embedding: bool) -> None:
         self.name, self.embedding = name, embedding
-        self.parts: list[tuple[OpenAdapter, LoraTensors, float]] = []
+        self.parts: list[tuple[OpenAdapter, AdaptedModule, LoraTensors, float]] = []
 
 
-def combine_adapters(plan: CombinePlan, progress: Callable[[int, int], None] = lambda *_: None) -> Combined:
+def combine_adapters(
+    plan: CombinePlan, progress: Callable[[int, int], None] = lambda *_: None, base: BaseMatrices | None = None
+) -> Combined:
     """Combine adapters, or resize one, into the folder `plan.to`.
+
+    Args:
+        base: what `plan.base` names, opened: DoRA's differences are taken from it.
 
     Raises:
         WeftError: BAD_INPUT (ranks, names, a place that is taken), UNSUPPORTED (kinds that are no low-rank pairs),
@@ -46,16 +52,17 @@ def combine_adapters(plan: CombinePlan, progress: Callable[[int, int], None] = l
     sources = [(open_adapter(Path(each.path)), each) for each in plan.adapters.adapters]
     for adapter, _ in sources:
         _refuse_others(adapter)
+        if _is_dora(adapter):
+            _require_base(adapter, plan)
     slots = _slots(sources)
-    rank = plan.rank or max(lora.rank for slot in slots.values() for _, lora, _ in slot.parts)
+    rank = plan.rank or max(lora.rank for slot in slots.values() for _, _, lora, _ in slot.parts)
     generator = torch.Generator().manual_seed(plan.seed)
     tensors: dict[str, tuple[str, Tensor, Tensor, Tensor | None]] = {}
     whole = lost = 0.0
     lowest, lowest_module = 1.0, ""
     for done, slot in enumerate(slots.values()):
         progress(done, len(slots))
-        pairs = [_pair(adapter, lora, weight) for adapter, lora, weight in slot.parts]
-        made = combine(pairs, plan, rank, generator)
+        made = combine([_part(*part, base) for part in slot.parts], plan, rank, generator)
         tensors[slot.name] = ("embedding" if slot.embedding else "linear", made.a, made.b, _bias(slot))
         whole, lost = whole + made.whole, lost + made.lost
         if made.whole and 1 - made.lost / made.whole < lowest:
@@ -89,9 +96,7 @@ def _refuse_gguf(path: Path) -> None:
 def _refuse_others(adapter: OpenAdapter) -> None:
     file = adapter.file
     what = ""
-    if any(lora.magnitude is not None for module in file.modules.values() for lora in module.loras):
-        what = "is a DoRA, whose difference is no low-rank pair"
-    elif any(module.saved for module in file.modules.values()):
+    if any(module.saved for module in file.modules.values()):
         what = "holds modules that were trained whole (modules_to_save)"
     elif any(module.tokens is not None for module in file.modules.values()):
         what = "holds trained tokens"
@@ -109,6 +114,22 @@ def _refuse_others(adapter: OpenAdapter) -> None:
         )
 
 
+def _is_dora(adapter: OpenAdapter) -> bool:
+    return any(lora.magnitude is not None for module in adapter.file.modules.values() for lora in module.loras)
+
+
+def _require_base(adapter: OpenAdapter, plan: CombinePlan) -> None:
+    """A DoRA's difference depends on the base, and is of full rank: it can only be brought near, by its largest values."""
+    if plan.base and uses_rank(plan.method):
+        return
+    raise WeftError(
+        ErrorKind.UNSUPPORTED,
+        f"{adapter.file.path.name} is a DoRA, whose difference is no low-rank pair: {plan.method} cannot combine it.",
+        "Say the base that it was trained on, and a method that cuts to a rank: `weft combine --method svd --base MODEL`. "
+        "Exact is the stack itself, or a merge into the base.",
+    )
+
+
 def _slots(sources: list[tuple[OpenAdapter, StackedAdapter]]) -> dict[Key, _Slot]:
     slots: dict[Key, _Slot] = {}
     for adapter, stacked in sources:
@@ -117,7 +138,7 @@ def _slots(sources: list[tuple[OpenAdapter, StackedAdapter]]) -> dict[Key, _Slot
                 key = (place_of(module.name), lora.depth)
                 slot = slots.setdefault(key, _Slot(_depth_name(module, lora), lora.embedding))
                 _refuse_shapes(slot, adapter, lora, module)
-                slot.parts.append((adapter, lora, stacked.weight))
+                slot.parts.append((adapter, module, lora, stacked.weight))
     return slots
 
 
@@ -126,7 +147,7 @@ def _depth_name(module: AdaptedModule, lora: LoraTensors) -> str:
 
 
 def _refuse_shapes(slot: _Slot, adapter: OpenAdapter, lora: LoraTensors, module: AdaptedModule) -> None:
-    for other, there, _ in slot.parts:
+    for other, _, there, _ in slot.parts:
         if (there.inputs, there.outputs) != (lora.inputs, lora.outputs) or there.embedding != lora.embedding:
             raise WeftError(
                 ErrorKind.BAD_INPUT,
@@ -136,18 +157,24 @@ def _refuse_shapes(slot: _Slot, adapter: OpenAdapter, lora: LoraTensors, module:
             )
 
 
-def _pair(adapter: OpenAdapter, lora: LoraTensors, weight: float) -> Pair:
+def _part(
+    adapter: OpenAdapter, module: AdaptedModule, lora: LoraTensors, weight: float, base: BaseMatrices | None
+) -> Pair | Whole:
     a, b = adapter.read(lora.a), adapter.read(lora.b)
     if lora.transposed:
         a, b = a.T.contiguous(), b.T.contiguous()
     assert lora.scale is not None  # open_adapter has seen to it
-    return Pair(a, b, lora.scale, weight)
+    pair = Pair(a, b, lora.scale, weight)
+    if lora.magnitude is None:
+        return pair
+    assert base is not None  # _require_base has seen to it
+    return Whole(dora_difference(base.matrix(module, lora), pair, adapter.read(lora.magnitude)), weight)
 
 
 def _bias(slot: _Slot) -> Tensor | None:
     """What `lora_bias` adds to the module's bias, at a scale of 1."""
     total: Tensor | None = None
-    for adapter, lora, weight in slot.parts:
+    for adapter, _, lora, weight in slot.parts:
         if lora.bias is not None:
             assert lora.scale is not None
             part = adapter.read(lora.bias).reshape(-1) * (lora.scale * weight)
@@ -228,6 +255,8 @@ def _card(plan: CombinePlan, sources: list[tuple[OpenAdapter, StackedAdapter]], 
     lines += ["| adapter | weight |", "| --- | --- |"]
     lines += [f"| {stacked.name or adapter.file.path.name} | {stacked.weight:g} |" for adapter, stacked in sources]
     lines += ["", f"- rank: {result.rank}"]
+    if plan.base:
+        lines.append(f"- differences of DoRA taken from: {Path(plan.base).name}")
     if uses_density(plan.method):
         lines.append(f"- density: {plan.density:g}")
     if uses_sign(plan.method):

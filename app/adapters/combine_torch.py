@@ -16,6 +16,9 @@ from torch import Tensor
 from app.core.combine_plan import CombinePlan, uses_sign
 from app.core.errors import ErrorKind, WeftError
 
+_EXACT = 1024  # rows or columns up to which a matrix is taken apart whole
+_SPARE, _ROUNDS = 32, 6  # of random projections: directions beyond the wanted ones, and rounds of refinement
+
 
 class Pair(NamedTuple):
     """One adapter's part of a module: weight·scale·B·A, with A (rank, in) and B (out, rank) in float32."""
@@ -29,6 +32,20 @@ class Pair(NamedTuple):
     def factor(self) -> float:
         return self.scale * self.weight
 
+    def difference(self) -> Tensor:
+        """s·B·A."""
+        return self.b @ self.a * self.scale
+
+
+class Whole(NamedTuple):
+    """One adapter's part of a module that is no low-rank pair (DoRA): its difference (out, in) in float32."""
+
+    value: Tensor
+    weight: float
+
+    def difference(self) -> Tensor:
+        return self.value
+
 
 class Result(NamedTuple):
     """A of (rank, in) and B of (out, rank), whose scale is 1; squared norms of the whole difference and of what was cut."""
@@ -39,25 +56,29 @@ class Result(NamedTuple):
     lost: float = 0.0
 
 
-def combine(pairs: Sequence[Pair], plan: CombinePlan, rank: int, generator: torch.Generator | None = None) -> Result:
+def combine(
+    parts: Sequence[Pair | Whole], plan: CombinePlan, rank: int, generator: torch.Generator | None = None
+) -> Result:
     """Make one pair of several of the same module.
 
     Args:
         rank: that svd methods cut to. generator: of what DARE drops; None takes torch's own.
 
     Raises:
-        WeftError: BAD_INPUT when a method needs equal ranks and they differ.
+        WeftError: BAD_INPUT when a method needs equal ranks and they differ; UNSUPPORTED for whole differences where the
+            method cuts to no rank.
     """
     method = plan.method
+    pairs = [part for part in parts if isinstance(part, Pair)]
+    if len(pairs) < len(parts):
+        return _of_whole(parts, plan, rank, generator)
     if method == "cat":
         return concatenate(pairs)
     if method == "svd":
         a, b, *_ = concatenate(pairs)
         return _cut(_factors(a, b), rank, plan.clamp)
     if method.endswith("_svd"):
-        whole = [pair.b @ pair.a * pair.scale for pair in pairs]
-        weights = [pair.weight for pair in pairs]
-        difference = mix(whole, weights, plan, generator)
+        difference = mix([pair.difference() for pair in pairs], [pair.weight for pair in pairs], plan, generator)
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
         return _cut((u, s, v), rank, plan.clamp)
     if len({pair.a.shape[0] for pair in pairs}) > 1:
@@ -73,6 +94,41 @@ def combine(pairs: Sequence[Pair], plan: CombinePlan, rank: int, generator: torc
     a = mix([pair.a for pair in pairs], signed, plan, generator)
     b = mix([pair.b for pair in pairs], roots, plan, generator)
     return Result(a, b)
+
+
+def dora_difference(base: Tensor, pair: Pair, magnitude: Tensor) -> Tensor:
+    """g·(W + s·B·A) − W with g = m/‖W + s·B·A‖, row by row, in float32. base: W as (out, in). magnitude: m, `out` numbers."""
+    after = base + pair.difference()
+    norm = after.double().norm(dim=1)
+    gain = torch.where(norm > 0, magnitude.reshape(-1).double() / norm, 1.0)  # a row of zeros has no direction
+    return after * gain.float()[:, None] - base
+
+
+def _of_whole(parts: Sequence[Pair | Whole], plan: CombinePlan, rank: int, generator: torch.Generator | None) -> Result:
+    if plan.method != "svd" and not plan.method.endswith("_svd"):
+        raise WeftError(ErrorKind.UNSUPPORTED, "A DoRA is no low-rank pair.", "Choose svd, or one of the svd forms.")
+    differences = [part.difference() for part in parts]
+    weights = [part.weight for part in parts]
+    if plan.method == "svd":
+        total = sum(value * weight for value, weight in zip(differences, weights, strict=True))
+        assert isinstance(total, Tensor)
+    else:
+        total = mix(differences, weights, plan, generator)
+    return _cut(_largest_values(total, rank, plan.seed), rank, plan.clamp, float((total.double() ** 2).sum()))
+
+
+def _largest_values(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of a matrix; of a large one only the largest values, by random projections (Halko et al., arXiv 0909.4061)."""
+    wanted = rank + _SPARE
+    if min(matrix.shape) <= max(_EXACT, 2 * wanted):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, v
+    generator = torch.Generator().manual_seed(seed)
+    span = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], wanted, generator=generator)).Q
+    for _ in range(_ROUNDS):
+        span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span).Q).Q
+    u, s, v = torch.linalg.svd(span.T @ matrix, full_matrices=False)
+    return span @ u, s, v
 
 
 def concatenate(pairs: Sequence[Pair]) -> Result:
@@ -127,11 +183,12 @@ def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, v @ right.T
 
 
-def _cut(factors: tuple[Tensor, Tensor, Tensor], rank: int, clamp: float) -> Result:
+def _cut(factors: tuple[Tensor, Tensor, Tensor], rank: int, clamp: float, squares: float | None = None) -> Result:
+    """The largest values of a matrix as a pair. squares: sum of all its values' squares, where `factors` lack the smallest."""
     u, s, v = factors
-    whole = float((s.double() ** 2).sum())
+    whole = float((s.double() ** 2).sum()) if squares is None else squares
     rank = min(rank, s.shape[0])
-    lost = float((s[rank:].double() ** 2).sum())
+    lost = max(0.0, whole - float((s[:rank].double() ** 2).sum()))
     b, a = u[:, :rank] * s[:rank], v[:rank]
     if clamp < 1:
         limit = float(_quantile(torch.cat([b.flatten(), a.flatten()]), clamp))

@@ -69,6 +69,8 @@ class CombinePlan(msgspec.Struct, frozen=True, kw_only=True):
         clamp: quantile beyond which values of the svd are cut, 0 to 1; 1 cuts none.
         seed: of what DARE drops.
         dtype: of the saved matrices.
+        base: folder of the model that DoRAs among them were trained on; "" where none is one. Only methods that cut to a
+            rank take DoRAs: their differences are of full rank, and depend on the base.
     """
 
     adapters: AdapterStack
@@ -80,6 +82,7 @@ class CombinePlan(msgspec.Struct, frozen=True, kw_only=True):
     clamp: float = 1.0
     seed: int = 0
     dtype: Dtype = "float32"
+    base: str = ""
 
     def check(self) -> None:
         """Raises WeftError BAD_INPUT for values out of range."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from app.core.combine_plan import Combined, CombinePlan
 from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
@@ -18,4 +20,15 @@ def run(parameters: CombinePlan, report: Report) -> Combined:
             raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
         report.progress("Combining", done, total, "modules")
 
-    return combine_adapters(parameters, progress)
+    if not parameters.base:
+        return combine_adapters(parameters, progress)
+    from app.adapters.combine_base_torch import BaseMatrices
+    from app.tasks.merge import stage_of
+
+    parameters.check()
+    stage = stage_of(Path(parameters.base))
+    try:
+        with BaseMatrices(stage.weights, stage.config, str(stage.path)) as base:
+            return combine_adapters(parameters, progress, base)
+    finally:
+        stage.close()

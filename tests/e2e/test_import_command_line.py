@@ -37,8 +37,10 @@ def test_alpha_is_asked_for_and_remembered(tmp_path: Path) -> None:
     lone.write_bytes(random_tensors(5))
     asked = weft("import", str(lone))
     assert asked.returncode == 1 and "does not say its alpha" in asked.stderr and "--alpha 4" in asked.stderr
-    (added,) = weft_json("import", str(lone), "--alpha", "10")
-    assert added["outcome"] == "added"
+    more = tmp_path / "more.safetensors"
+    more.write_bytes(random_tensors(6))
+    added, second = weft_json("import", str(lone), "--alpha", "10", str(more))  # options stand where they are typed
+    assert (added["outcome"], second["outcome"]) == ("added", "added")
     assert json.loads((Path(added["path"]) / "adapter_config.json").read_text())["lora_alpha"] == 10
     bad = weft("import", str(tmp_path / "nowhere"), str(lone))
     assert bad.returncode == 1 and "There is no" in bad.stderr and "same tensors as lone" in bad.stdout

@@ -20,7 +20,7 @@ from PySide6.QtWidgets import (
 
 from app.core.combine_plan import METHODS, CombinePlan, Dtype, Method, Sign, uses_density, uses_rank, uses_sign
 from app.core.errors import WeftError
-from app.core.library import AdapterEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.viewmodels.adapter_jobs import AdapterJobs, combined_name
 from app.viewmodels.adapter_table import AdapterTable
@@ -65,6 +65,7 @@ class CombineSheet(Sheet):
     Args:
         entries: adapters to begin with, each with its weight. resize: one adapter alone, cut or brought to another rank.
         table: a table of its own of the library's adapters, for adding more.
+        bases: models that DoRAs among them may have been trained on, the likeliest first.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CombineSheet(Sheet):
         table: AdapterTable | None,
         *,
         resize: bool = False,
+        bases: Sequence[ModelEntry] = (),
         parent: QWidget | None = None,
     ) -> None:
         heading = "Change the rank" if resize else "Combine into a new adapter"
@@ -83,7 +85,7 @@ class CombineSheet(Sheet):
             else "The new adapter does alone, at weight 1, what these do together with their weights."
         )
         super().__init__(parent, "loras", "accent", heading, [(text, "muted")])
-        self._jobs, self._table, self._resize = jobs, table, resize
+        self._jobs, self._table, self._resize, self._bases = jobs, table, resize, list(bases)
         self._named = False
         self.parts: list[_Part] = []
         self._inside = QWidget()
@@ -147,6 +149,11 @@ class CombineSheet(Sheet):
         self.sign.setAccessibleName("Sign election")
         for key, text in _SIGNS.items():
             self.sign.addItem(text, key)
+        self.base = QuietCombo()
+        self.base.setAccessibleName("Base")
+        self.base.setToolTip("What a DoRA changes depends on the model that it was trained on")
+        for model in self._bases:
+            self.base.addItem(model.name)
         self.rank = QSpinBox()
         self.rank.setRange(0, 65_536)
         self.rank.setSpecialValueText("As the largest")
@@ -176,6 +183,7 @@ class CombineSheet(Sheet):
         for text, widget in (
             ("Density", self.density),
             ("Sign", self.sign),
+            ("Base", self.base),
             ("Rank", self.rank),
             ("Clamp", self.clamp),
             ("Seed", self.seed),
@@ -225,7 +233,7 @@ class CombineSheet(Sheet):
         height = sum(part.sizeHint().height() + 4 for part in self.parts[:3])
         self._scroll.setFixedHeight(max(40, height))
         self._suggest()
-        self._look()
+        self._method_chosen()
 
     @Slot()
     def _suggest(self, *_: object) -> None:
@@ -276,6 +284,7 @@ class CombineSheet(Sheet):
         for widget, wanted in (
             (self.density, uses_density(method)),
             (self.sign, uses_sign(method)),
+            (self.base, uses_rank(method) and bool(self._dora())),
             (self.rank, uses_rank(method)),
             (self.clamp, uses_rank(method) and not self._resize),
             (self.seed, method.startswith("dare")),
@@ -302,15 +311,21 @@ class CombineSheet(Sheet):
 
     def _impossible(self) -> str:
         """Why what was chosen cannot be combined, as far as the library knows."""
+        if (dora := self._dora()) and not uses_rank(self.method.currentData()):
+            return (
+                f"{dora} is a DoRA, whose difference is no low-rank pair: choose svd or one of the svd forms, which come near "
+                "it. Exact is to use the adapters together as a stack, or to merge them into their base."
+            )
+        if dora and not self._bases:
+            return f"{dora} is a DoRA: what it changes depends on its base, and the library has no such model of safetensors."
         for part in self.parts:
-            if "DoRA" in part.entry.kind:
-                return (
-                    f"{part.entry.name} is a DoRA, whose difference is no low-rank pair: it cannot be combined into a plain "
-                    "adapter. Use the adapters together as a stack, or merge them into their base."
-                )
             if part.entry.needs_alpha:
                 return f"The alpha of {part.entry.name} is not recorded. Say it on the LoRAs page first."
         return ""
+
+    def _dora(self) -> str:
+        """The name of the first DoRA among the parts, "" when none is one."""
+        return next((part.entry.name for part in self.parts if "DoRA" in part.entry.kind), "")
 
     def plan(self) -> CombinePlan:
         """What the sheet says. Raises WeftError for what cannot be."""
@@ -330,6 +345,7 @@ class CombineSheet(Sheet):
             clamp=round(self.clamp.value(), 6) if uses_rank(method) else 1.0,
             seed=self.seed.value() if method.startswith("dare") else 0,
             dtype=cast("Dtype", self.dtype.currentData()),
+            base=self._bases[self.base.currentIndex()].path if self._dora() and self._bases else "",
         )
         plan.check()
         return _at(plan, str(self._jobs.place(self.field.text())))
