@@ -131,7 +131,8 @@ def open_base(path: Path) -> GgufBase:
 
 
 def collect(base: GgufBase, stack: AdapterStack) -> GgufEdits:
-    """Fit a stack to a GGUF model. Adapters of weight 0 are left out, unread.
+    """Fit a stack to a GGUF model (whose layers are repeated already, where the stack repeats some). Adapters of weight 0
+    are left out, unread.
 
     Raises:
         WeftError: BAD_INPUT, CORRUPT, NOT_FOUND; UNSUPPORTED when one does not fit at all, or brings what GGUF cannot hold.
@@ -170,12 +171,6 @@ def usable(path: Path, base: GgufBase) -> AdapterFile:
             ErrorKind.BAD_INPUT,
             f"{name} does not say its alpha.",
             "Put an adapter_config.json with lora_alpha beside it (often alpha is the rank, or twice the rank).",
-        )
-    if file.config.layer_replication:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{name} repeats layers of its base, which cannot be merged into a GGUF file.",
-            "Merge it into the safetensors model, and export that.",
         )
     if file.gguf and file.architecture != base.base.architecture:
         raise WeftError(

@@ -32,6 +32,7 @@ class LlamaStack:
         self._base: Base = base_of([read_gguf_header(part) for part in parts_of(path)[0]])
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, float] = {}
+        self._deep: dict[str, bool] = {}  # whether an adapter touches what comes before the output head
 
     def set(self, stack: AdapterStack, progress: Callable[[str, float, float], None]) -> tuple[bool, list[str]]:
         """Replace the whole stack. Adapters that stay are not read again; one whose file changed is.
@@ -58,18 +59,25 @@ class LlamaStack:
                 weights[key] = weights.get(key, 0.0) + adapter.weight
                 if key not in self._loaded:
                     progress(f"Reading {adapter.name or path.name}", number, len(stack.adapters))
-                    self._loaded[key], said = self._open(path)
+                    self._loaded[key], self._deep[key], said = self._open(path)
                     added.append(key)
                     notes += said
         except BaseException:
             for key in added:
                 self._library.llama_adapter_lora_free(self._loaded.pop(key))
+                del self._deep[key]
             raise
-        before, self._weights = self._weights, {key: weight for key, weight in weights.items() if weight}
+        before, self._weights = self._cached(), {key: weight for key, weight in weights.items() if weight}
+        stale = before != self._cached()
         self._apply()
         for key in [key for key in self._loaded if key not in weights]:
             self._library.llama_adapter_lora_free(self._loaded.pop(key))
-        return before != self._weights, notes
+            del self._deep[key]
+        return stale, notes
+
+    def _cached(self) -> dict[str, float]:
+        """The weights that what is in the KV cache was computed with: the output head comes after all of it."""
+        return {key: weight for key, weight in self._weights.items() if self._deep[key]}
 
     def _apply(self) -> None:
         library = self._library
@@ -94,7 +102,8 @@ class LlamaStack:
             return path, []
         return converted(path, self._base, cache_folder())
 
-    def _open(self, path: Path) -> tuple[Any, list[str]]:
+    def _open(self, path: Path) -> tuple[Any, bool, list[str]]:
+        """An adapter as the library has it, whether it is more than one of the output head, and notes."""
         file, notes = self._file(path)
         pointer = self._library.llama_adapter_lora_init(self._model, os.fsencode(file))
         if not pointer:
@@ -103,7 +112,8 @@ class LlamaStack:
                 f"llama.cpp cannot use {path.name} with this model: {self._reason() or 'it gave no reason'}.",
                 "Choose the model that the adapter was made for.",
             )
-        return pointer, notes
+        deep = any(not tensor.name.startswith("output.") for tensor in read_gguf_header(file).tensors)
+        return pointer, deep, notes
 
     def _check(self, path: Path) -> None:
         """Our own look at a GGUF adapter before the library sees it: bad ones abort it."""

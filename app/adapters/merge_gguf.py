@@ -20,6 +20,7 @@ from app.adapters.ggml import F16, F32, FLOATS, Ggml, ggml, unreadable
 from app.adapters.gguf_edits import GgufBase, GgufEdit, GgufEdits, collect, open_base
 from app.adapters.gguf_file_writer import Part, remove, write_parts
 from app.adapters.gguf_head import SPLIT, Placed, alignment_of, head_of, padded
+from app.adapters.gguf_repeat import repeated_layers, with_repeated_layers
 from app.adapters.merge_staging import require_space, write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.ggml import TYPES
@@ -77,16 +78,18 @@ class MergeIntoGguf:
     """
 
     def __init__(self, base: Path, stack: AdapterStack, types: Types = "open") -> None:
-        self.base: GgufBase = open_base(base)
+        longer = with_repeated_layers(open_base(base), repeated_layers(stack))
+        self.base: GgufBase = longer.base
         self._ggml: Ggml = ggml()
         self._types: Types = types
         edits: GgufEdits = collect(self.base, stack)
-        self.notes = list(edits.notes)
+        self.notes = [*longer.notes, *edits.notes]
         self.tensors = self._plan(edits)
         first = self.base.headers[0]
         self._alignment = alignment_of(first)
         placed = [Placed(t.name, t.shape, t.type, t.bytes) for t in self.tensors]
-        self._head = head_of(first, placed, without=SPLIT if len(self.base.headers) > 1 else ())
+        gone = [*(SPLIT if len(self.base.headers) > 1 else ()), *longer.keys]
+        self._head = head_of(first, placed, without=gone, added=list(longer.keys.values()))
         self.bytes = len(self._head) + sum(padded(t.bytes, self._alignment) for t in self.tensors)
 
     # Planning ------------------------------------------------------------------------------------
@@ -102,6 +105,8 @@ class MergeIntoGguf:
         if self.base.tied and embedding and "output.weight" not in new:
             new.append("output.weight")  # the head stays what it is: a copy of the embedding as it was
         planned += [self._added(name, by_tensor.get(name, [])) for name in new]
+        if biases := [name for name in new if name.endswith(".bias")]:
+            self.notes.append(_new_biases(biases))
         if self.base.tied and "output.weight" in new:
             self.notes.append(
                 "The output head was the embedding's matrix; the stack parts them, so it has one of its own."
@@ -138,7 +143,6 @@ class MergeIntoGguf:
         if not name.endswith(".bias") or owner is None or value is None:
             raise WeftError(ErrorKind.INTERNAL, f"The model has no {name[:80]}.", "Please report this.")
         rows = owner[1].shape[1]
-        self.notes.append(f"{name} is new: the base has none there.") if len(self.notes) < 8 else None
         return Planned(name, (rows,), F32, 4 * rows, None, 0, F32, edits)
 
     def _type(self, old: int, shape: tuple[int, ...]) -> int:
@@ -306,6 +310,13 @@ def in_order(
     finally:
         for waiting in begun:
             waiting.cancel()
+
+
+def _new_biases(names: list[str]) -> str:
+    """One sentence for biases that the base lacks: an adapter may bring hundreds."""
+    kinds = sorted({name.removesuffix(".bias").rpartition(".")[2] for name in names})
+    what = "1 bias is" if len(names) == 1 else f"{len(names):,} biases are"
+    return f"{what} new ({', '.join(kinds)}): the base has none there."
 
 
 def _size(shape: tuple[int, ...], kind: int) -> int:

@@ -21,6 +21,7 @@ import msgspec
 
 from app.adapters.conversion_cache import Cache
 from app.adapters.gguf_edits import GgufBase, open_base
+from app.adapters.gguf_repeat import repeated_layers
 from app.adapters.merge_folder import adapter_hash
 from app.adapters.merge_gguf import VERSION, MergeIntoGguf
 from app.adapters.merge_staging import write_error
@@ -89,6 +90,7 @@ class MergedCopies:
         Raises:
             WeftError: when an adapter cannot be used or merged, DISK_FULL, PERMISSION, CANCELLED; nothing is left then.
         """
+        repeated_layers(stack)  # adapters that disagree about the layers belong to different models
         merged, live, why = self._part(stack)
         if not merged.adapters:
             return Copy(self._path, live, [])
@@ -121,7 +123,7 @@ class MergedCopies:
 
     def _reasons(self, file: AdapterFile) -> list[str]:
         """What of an adapter llama.cpp cannot add live, in words."""
-        if file.problems or file.needs_alpha or file.config.layer_replication:
+        if file.problems or file.needs_alpha:
             return []  # refused as ever
         found = adapter_extras(file)
         roles = {name if file.gguf else role_of(place_of(name)) for name, m in file.modules.items() if m.loras}

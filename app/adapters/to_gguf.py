@@ -81,12 +81,10 @@ def converted(path: Path, base: Base, cache: Path, alpha: float | None = None) -
             f"{path.name} does not say its alpha.",
             "Put an adapter_config.json with lora_alpha beside it (often alpha is the rank, or twice the rank).",
         )
-    extras = adapter_extras(file)
-    if extras or file.config.layer_replication:
-        what = ", ".join(extras) or "repeated layers"
+    if extras := adapter_extras(file):
         raise WeftError(
             ErrorKind.UNSUPPORTED,
-            f"{path.name} has {what}, which llama.cpp cannot add to a model while it runs.",
+            f"{path.name} has {', '.join(extras)}, which llama.cpp cannot add to a model while it runs.",
             "Use it with Transformers on the safetensors model, or merge it into a copy of the model.",
         )
     places, notes = _places(file, base)

@@ -18,6 +18,7 @@ from app.core.module_names import (
     BY_HEAD,
     INTERLEAVED,
     PLAIN,
+    UNIFORM,
     Place,
     expected,
     gguf_architectures,
@@ -31,7 +32,6 @@ Shape = tuple[int, int]
 _KNOWN_ORDER = PLAIN | INTERLEAVED | BY_HEAD
 # Mixtures whose experts llama.cpp stacks by rows as they are: gate, up and down.
 MERGED_MIXTURES = frozenset({"llama", "qwen2moe", "qwen3moe", "olmoe"})
-REPEATED = "repeated layers"  # the one extra that no merged copy serves in llama.cpp
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  # their Conv1D keeps (in, out)
 _WEIGHT = re.compile(r"(?P<module>.+)\.(?P<kind>weight|qweight|q_weight|W_q|trellis)")
 
@@ -295,17 +295,22 @@ def _warnings(adapter: AdapterFile, model: ModelModules) -> list[str]:
             f"How llama.cpp orders the attention of the architecture {model.entry.architecture!r} is not known here: "
             "use it with Transformers, or convert it with llama.cpp's own script."
         )
-    if model.gguf and not adapter.gguf:
-        kinds = [kind for kind in adapter_extras(adapter) if kind != REPEATED]
-        if kinds and not adapter.config.layer_replication:
-            warnings.append(
-                f"llama.cpp takes low-rank matrices alone while it runs; this adapter also has {', '.join(kinds)}: "
-                "a merged copy of the model serves it, which takes disk space and some seconds for each change of weight."
-            )
+    kinds = adapter_extras(adapter) if model.gguf and not adapter.gguf else []
     if adapter.config.layer_replication:
+        apart = model.gguf and model.entry.architecture not in UNIFORM
         warnings.append(
-            "It repeats layers of the base (layer replication): it goes with adapters that repeat the same ones, on Transformers."
-            + (" llama.cpp cannot repeat layers." if model.gguf else "")
+            "It repeats layers of the base (layer replication): it goes with adapters that repeat the same ones."
+            + (
+                f" llama.cpp tells layers of the architecture {model.entry.architecture!r} apart by their numbers: use it with Transformers."
+                if apart
+                else ""
+            )
+        )
+        kinds = [] if apart else kinds
+    if kinds:
+        warnings.append(
+            f"llama.cpp takes low-rank matrices alone while it runs; this adapter also has {', '.join(kinds)}: "
+            "a merged copy of the model serves it, which takes disk space and some seconds for each change of weight."
         )
     return warnings
 
@@ -325,7 +330,7 @@ def adapter_extras(adapter: AdapterFile) -> list[str]:
         "trained biases": any(lora.bias is not None for m in modules for lora in m.loras),
         "trained tokens": any(m.tokens is not None for m in modules),
         "experts": any(is_expert(place_of(m.name)) for m in modules),
-        REPEATED: bool(adapter.config.layer_replication),
+        "repeated layers": bool(adapter.config.layer_replication),
     }
     return [name for name, there in found.items() if there]
 

@@ -139,6 +139,12 @@ PLAIN = frozenset(
 )
 # Those with query, key and value of each head together, where llama.cpp puts all queries first.
 BY_HEAD = frozenset({"bloom", "gptneox"})
+# GGUF architectures whose layers are all alike to llama.cpp: one can stand in the place of another. (Others alternate kinds of
+# attention by the layer's number.)
+UNIFORM = frozenset(
+    "llama qwen qwen2 qwen2moe qwen3 qwen3moe gemma phi2 phi3 command-r dbrx gpt2 bloom gptneox starcoder2 stablelm olmo olmoe "
+    "granite".split()
+)
 # What GGUF calls the architectures that transformers calls otherwise.
 _ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "mistral": ("llama", "mistral3"),

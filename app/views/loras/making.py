@@ -9,6 +9,7 @@ from pathlib import Path
 from PySide6.QtCore import QObject, Signal, Slot
 from PySide6.QtWidgets import QWidget
 
+from app.core.compatibility import same_base
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, AdapterFormat, ModelEntry, ModelFormat
 from app.store.database import Database
@@ -70,15 +71,23 @@ class Making(QObject):
             chosen = [(e, weights.get(e.path, w)) for e, w in chosen]
             chosen += [(entry, weights[entry.path]) for entry in stacked if entry.path not in known]
         table = AdapterTable(self._library, self._database)
-        sheet = CombineSheet(self._jobs, chosen, table, parent=self._window.window())
+        bases = self._bases([entry for entry, _ in chosen])
+        sheet = CombineSheet(self._jobs, chosen, table, bases=bases, parent=self._window.window())
         table.setParent(sheet)
         self.sheet_wanted.emit(sheet)
 
     def resize_rank(self, entry: AdapterEntry) -> None:
         """Bring an adapter to another rank."""
+        bases = self._bases([entry])
         self.sheet_wanted.emit(
-            CombineSheet(self._jobs, [(entry, 1.0)], None, resize=True, parent=self._window.window())
+            CombineSheet(self._jobs, [(entry, 1.0)], None, resize=True, bases=bases, parent=self._window.window())
         )
+
+    def _bases(self, entries: Sequence[AdapterEntry]) -> list[ModelEntry]:
+        """Models that differences can be taken from, those that the adapters record as their base first."""
+        plain = [m for m in self._library.models() if m.format in (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)]
+        plain.sort(key=lambda model: not any(same_base(entry.base, model) for entry in entries))
+        return plain[:CONVERTIBLE]
 
     def convert(self, entry: AdapterEntry, fitting: Sequence[ModelEntry]) -> None:
         """To GGUF, or from GGUF to PEFT. fitting: models that it fits, the best first."""
