@@ -20,7 +20,7 @@ def make(path: Path) -> None:
     from tests.engine import tiny_gguf
 
     shape = {"layers": 8, "hidden": 512, "intermediate": 1536, "heads": 8, "kv_heads": 8, "vocab": 16_000}
-    entry = tiny_gguf.write(path, **shape, context=4096, kind="Q8_0", endless=True)
+    entry = tiny_gguf.write(path, **shape, context=4096, kind="Q8_0")
     assert entry.parameters >= 40_000_000
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import warnings
 from collections.abc import Sequence
@@ -112,6 +113,11 @@ def random_adapter(folder: Path, family: str, model: Any, seed: int, **settings:
                     parameter.copy_(parameter * (1 + noise) if "magnitude" in name else parameter + noise)
         wrapped.save_pretrained(folder)
     return folder
+
+
+def any_weight(rng: random.Random, most: float = 1.5) -> float:
+    """A weight between -1 and `most` that is not so near to 0 that the adapter would hardly show."""
+    return round(rng.choice([rng.uniform(-1, -0.1), rng.uniform(0.1, most), rng.uniform(0.1, most)]), 3)
 
 
 def tokens(seed: int, rows: int = 2, length: int = 12) -> torch.Tensor:

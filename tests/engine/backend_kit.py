@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 from app.backends.base import Backend
 from app.core.conversation import Message
@@ -95,6 +96,71 @@ def ask(
     done = backend.generate(request, report)
     assert done.tokens == report.count
     return report.text, done
+
+
+class Said(NamedTuple):
+    """An answer under transformers, and how much of it does not hang on rounding.
+
+    Two ways to compute the same logits, such as with a cache and without, differ in their last bits. Where two tokens of
+    a random model are as good as equally likely, each way may take another one, and neither is wrong; after that
+    the texts have nothing to do with each other.
+
+    Attributes:
+        sure: the text before the first token that other last bits could have turned into another one.
+    """
+
+    text: str
+    done: Generated
+    sure: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether no token of it hangs on rounding."""
+        return self.sure == self.text
+
+    def same_as(self, text: str) -> bool:
+        """Whether a text is this answer, computed in another way."""
+        return text == self.text if self.whole else text.startswith(self.sure)
+
+
+ROUNDING = 1e-4  # of logits; ten times what ways to compute the same ones were found to differ by
+TRIES = 8
+
+
+def ask_surely(backend: Backend, text: str | tuple[Message, ...], **parameters: Any) -> Said:
+    """`ask`, and remember from where on rounding may have chosen."""
+    from app.generation.hf_answer import Answer
+
+    report, plain, ends = FakeReport(), Answer.choose, []
+
+    def choose(answer: Answer, logits: Any) -> int:
+        if not ends and _hangs_on_rounding(answer._sampler, logits):
+            ends.append(len(report.text))
+        return plain(answer, logits)
+
+    with mock.patch.object(Answer, "choose", choose):
+        found, done = ask(backend, text, report, **parameters)
+    return Said(found, done, found[: ends[0]] if ends else found)
+
+
+def _hangs_on_rounding(sampler: Any, logits: Any) -> bool:
+    """Whether the sampler, in the state in which it is, takes another token from logits that differ a little."""
+    import torch
+
+    state = sampler._generator.get_state()
+
+    def taken(scores: torch.Tensor) -> int:
+        sampler._generator.set_state(state)
+        return sampler.choose(scores)
+
+    scores = logits.detach().to("cpu", torch.float32)
+    token = taken(scores)
+    less = scores.clone()
+    less[token] -= 2 * ROUNDING
+    others = [less, *(scores + torch.empty_like(scores).uniform_(-ROUNDING, ROUNDING) for _ in range(TRIES))]
+    found = any(taken(other) != token for other in others)
+    sampler._generator.set_state(state)
+    return found
 
 
 def user(text: str) -> Message:

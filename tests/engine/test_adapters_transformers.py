@@ -19,7 +19,7 @@ from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import Load
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import differences, random_adapter
-from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, user
+from tests.engine.backend_kit import FakeReport, ask, ask_surely, assistant, loaded, user
 
 
 def stack(*pairs: tuple[Path, float]) -> AdapterStack:
@@ -81,30 +81,30 @@ def test_a_conversation_with_switches_says_what_merged_models_say(made: Any, tmp
         for number, (turn, pairs) in enumerate(zip(turns, stacks, strict=True)):
             backend.set_adapters(stack(*pairs), FakeReport())
             messages = (*messages, user(turn))
-            text, done = ask(backend, messages, max_tokens=12)
-            merged[number] = (messages, text, done.reused_tokens)
+            said = ask_surely(backend, messages, max_tokens=12)
+            merged[number] = (messages, said, said.done.reused_tokens)
             messages = (*messages, assistant("Yes, over and under."))  # random models write bytes that are no text
     assert merged[1][2] > 0, "the same stack keeps what was read"
     assert merged[2][2] == merged[3][2] == merged[4][2] == 0, "another stack may not use it"
-    for number, (asked, text, _) in merged.items():
+    for number, (asked, said, _) in merged.items():
         other = merge(entry, tmp_path / f"merged {number}", stacks[number])
         with loaded(Backend(), other) as (backend, _):
-            assert ask(backend, asked, max_tokens=12)[0] == text, number
+            assert said.same_as(ask(backend, asked, max_tokens=12)[0]), number
 
 
 def test_a_model_can_be_loaded_with_its_stack_and_weight_zero_is_the_base(made: Any) -> None:
     entry, (first, second, _), _ = made
     backend, report = Backend(), FakeReport()
     with loaded(Backend(), entry) as (plain, _):
-        base = ask(plain, "The warp", max_tokens=24)[0]
+        base = ask_surely(plain, "The warp", max_tokens=24)
     backend.load(Load(model=entry, adapters=stack((first, 1.0), (second, 1.0))), report)
     try:
         on = ask(backend, "The warp", max_tokens=24)[0]
         backend.set_adapters(stack((first, 0.0), (second, 0.0)), report)
         off = ask(backend, "The warp", max_tokens=24)[0]
         backend.set_adapters(AdapterStack(), report)
-        assert (off, ask(backend, "The warp", max_tokens=24)[0]) == (base, base)
-        assert on != base
+        assert base.same_as(off) and base.same_as(ask(backend, "The warp", max_tokens=24)[0])
+        assert on != base.text
     finally:
         backend.unload()
 
@@ -113,10 +113,10 @@ def test_half_a_weight_twice_is_the_whole(made: Any) -> None:
     entry, (first, _, _), _ = made
     with loaded(Backend(), entry) as (backend, _):
         backend.set_adapters(stack((first, 1.0)), FakeReport())
-        whole = ask(backend, "The warp", max_tokens=24)[0]
+        whole = ask_surely(backend, "The warp", max_tokens=24)
         backend.set_adapters(stack((first, 0.5), (first, 0.5)), FakeReport())
         text, done = ask(backend, "The warp", max_tokens=24)
-        assert text == whole and done.reused_tokens > 0, "it is the same stack"
+        assert whole.same_as(text) and done.reused_tokens > 0, "it is the same stack"
 
 
 def test_a_refused_adapter_leaves_the_stack_as_it_was(made: Any, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_refused_adapter_leaves_the_stack_as_it_was(made: Any, tmp_path: Path)
     save_file(tensors, broken / "adapter_model.safetensors")
     with loaded(Backend(), entry) as (backend, _):
         backend.set_adapters(stack((first, 1.0)), FakeReport())
-        before = ask(backend, "The warp")[0]
+        before = ask_surely(backend, "The warp")
         for bad, kind, words in (
             (stranger, ErrorKind.UNSUPPORTED, "0 of its"),
             (broken, ErrorKind.CORRUPT, "no numbers"),
@@ -142,7 +142,7 @@ def test_a_refused_adapter_leaves_the_stack_as_it_was(made: Any, tmp_path: Path)
             with pytest.raises(WeftError) as refused:
                 backend.set_adapters(stack((first, 0.2), (bad, 1.0)), FakeReport())
             assert refused.value.kind is kind and words in refused.value.message and refused.value.hint
-            assert ask(backend, "The warp")[0] == before
+            assert before.same_as(ask(backend, "The warp")[0])
 
 
 @pytest.mark.attack
@@ -168,9 +168,9 @@ def test_a_pickle_that_runs_code_is_refused(made: Any, tmp_path: Path) -> None:
             backend.set_adapters(stack((folder, 1.0)), FakeReport())
         assert refused.value.kind is ErrorKind.HOSTILE and not (tmp_path / "ran").exists()
         backend.set_adapters(stack((good, 1.0)), FakeReport())
-        pickled = ask(backend, "The warp")[0]
+        pickled = ask_surely(backend, "The warp")
         backend.set_adapters(stack((first, 1.0)), FakeReport())
-        assert ask(backend, "The warp")[0] == pickled
+        assert pickled.same_as(ask(backend, "The warp")[0])
 
 
 def test_part_of_an_adapter_is_used_and_said(made: Any, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_an_adapter_that_repeats_layers_comes_and_goes_between_two_answers(made:
     (folder / "adapter_model.safetensors").write_bytes((first / "adapter_model.safetensors").read_bytes())
     question = (user("Say something, then something else."),)
     with loaded(Backend(), entry) as (backend, _):
-        base = ask(backend, question, max_tokens=12)[0]
+        base = ask_surely(backend, question, max_tokens=12)
         backend.set_adapters(stack((folder, 1.0)), FakeReport())
         longer = ask(backend, question, max_tokens=12)[0]
         with pytest.raises(WeftError) as refused:
@@ -254,4 +254,4 @@ def test_an_adapter_that_repeats_layers_comes_and_goes_between_two_answers(made:
         assert refused.value.kind is ErrorKind.UNSUPPORTED and "repeat different layers" in refused.value.message
         backend.set_adapters(stack((folder, 0.0)), FakeReport())
         again = ask(backend, question, max_tokens=12)[0]
-    assert base == again and base != longer
+    assert base.same_as(again) and base.text != longer

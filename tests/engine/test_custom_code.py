@@ -86,31 +86,34 @@ def planner(tmp_path: Path) -> Iterator[LoadPlanner]:
     database.close()
 
 
-def load(folder: Path, command: Load) -> tuple[Loaded, Generated]:
-    """Load in an engine of its own, and have it answer. Raises what the engine says."""
-    engine = EngineClient(
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[EngineClient]:
+    client = EngineClient(
         python=Path(sys.executable),
         backend="transformers",
-        log_path=folder / "engine.log",
-        environment={"HF_MODULES_CACHE": str(folder / "modules")},
+        log_path=tmp_path / "engine.log",
+        environment={"HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
-    engine.start()
-    try:
-        found = next(event for event in list(engine.call(command)) if isinstance(event, Loaded))
-        asked = Generate(messages=(user("Hello"),), sampling=Sampling(temperature=0, max_tokens=4))
-        done = list(engine.call(asked))[-1]
-        assert isinstance(done, Done) and isinstance(done.result, Generated)
-        return found, done.result
-    finally:
-        engine.shutdown(timeout=10)
+    client.start()
+    yield client
+    client.shutdown(timeout=10)
+
+
+def load(engine: EngineClient, command: Load) -> Generated:
+    """Load, and have it answer. Raises what the engine says."""
+    assert any(isinstance(event, Loaded) for event in list(engine.call(command)))
+    asked = Generate(messages=(user("Hello"),), sampling=Sampling(temperature=0, max_tokens=4))
+    done = list(engine.call(asked))[-1]
+    assert isinstance(done, Done) and isinstance(done.result, Generated)
+    return done.result
 
 
 def test_own_code_runs_when_it_was_allowed_and_only_then(
-    planner: LoadPlanner, model: ModelEntry, ran: Path, tmp_path: Path
+    planner: LoadPlanner, model: ModelEntry, ran: Path, engine: EngineClient
 ) -> None:
     plan = planner.plan(model)
     with pytest.raises(WeftError) as refused:
-        load(tmp_path, planner.command(plan))
+        load(engine, planner.command(plan))
     assert refused.value.kind is ErrorKind.UNSUPPORTED
     assert planner.code_would_help(plan, refused.value)
     assert not ran.exists()
@@ -118,22 +121,21 @@ def test_own_code_runs_when_it_was_allowed_and_only_then(
     code = planner.code(model)
     assert code.files == ("configuration_own.py", "helper_own.py", "modeling_own.py")
     planner.allow_code(model, code.digest)
-    _, answer = load(tmp_path, planner.command(plan))
-    assert answer.tokens > 0
+    assert load(engine, planner.command(plan)).tokens > 0
     assert ran.exists()
 
     ran.unlink()
     with Path(model.path, "helper_own.py").open("a") as helper:
         helper.write("X = 1\n")
     with pytest.raises(WeftError) as again:
-        load(tmp_path, planner.command(plan))
+        load(engine, planner.command(plan))
     assert planner.code_would_help(plan, again.value)
     assert not ran.exists()
 
 
 def test_one_word_on_the_command_line_is_enough(
-    planner: LoadPlanner, model: ModelEntry, ran: Path, tmp_path: Path
+    planner: LoadPlanner, model: ModelEntry, ran: Path, engine: EngineClient
 ) -> None:
     plan = planner.plan(model, "", {"trust_remote_code": True})
-    load(tmp_path, planner.command(plan, allowed=True))
+    load(engine, planner.command(plan, allowed=True))
     assert ran.exists()

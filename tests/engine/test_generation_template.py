@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -169,11 +170,20 @@ ATTACKS = {
 }
 
 
+def held() -> int:
+    """Bytes of this process and its children: what others on the machine take is not the attack's doing."""
+    total = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            total += process.memory_info().rss
+    return total
+
+
 @pytest.mark.attack
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_ends_in_time_and_rendering_goes_on(name: str, tmp_path: Path) -> None:
     mark = tmp_path / "owned"
-    before = psutil.virtual_memory().used
+    before = held()
     with ChatTemplate(ATTACKS[name], bos_token=str(mark)) as template:
         template.warm()
         start = time.monotonic()
@@ -186,7 +196,7 @@ def test_attack_ends_in_time_and_rendering_goes_on(name: str, tmp_path: Path) ->
             assert "<class" not in text and "uid=" not in text and len(text) <= 16 * 1024 * 1024
         # The child's start is ours, not the attack's: on a busy machine it may take a second by itself.
         assert time.monotonic() - start < 15
-        assert psutil.virtual_memory().used - before < 2**31
+        assert held() - before < 2**31
     assert not mark.exists()
     assert render(DEFAULT_TEMPLATE, deadline=10).endswith("assistant\n")
 

@@ -167,7 +167,7 @@ def test_cancel_in_the_middle_of_a_prompt(larger):
         assert result.finish_reason == "cancelled" and result.tokens == 0
         assert cancelled_at[0], "the prompt was read before Cancel came"
         print(f"cancel took {1000 * (ended - cancelled_at[0]):.1f} ms")
-        assert ended - cancelled_at[0] < 0.5  # milliseconds on a quiet machine
+        assert ended - cancelled_at[0] < 2  # milliseconds on a quiet machine; the whole prompt takes many seconds
         # What is in the cache afterwards is right: the same prompt gives the same answer as in a fresh engine.
         short = "the sea is near " * 100
         text, _ = write_on(backend, short)

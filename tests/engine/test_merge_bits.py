@@ -11,7 +11,7 @@ import torch
 
 from app.adapters.merge_math_torch import STEP, pieces
 from app.adapters.merge_names_torch import PLAIN
-from tests.engine.adapter_kit import FAMILIES
+from tests.engine.adapter_kit import FAMILIES, any_weight
 from tests.engine.merge_kit import (
     DTYPES,
     assert_same_bits,
@@ -59,7 +59,7 @@ def stacks(made: list[str], rng: random.Random) -> list[list[tuple[str, float]]]
     plain = [name for name in ("lora", "rslora", "embedding", "experts") if name in made]
     found = [[(name, 1.0)] for name in made]
     for size in (1, 2, 3):
-        found.append([(name, round(rng.uniform(-1, 1.6), 3)) for name in rng.sample(plain, min(size, len(plain)))])
+        found.append([(name, any_weight(rng)) for name in rng.sample(plain, min(size, len(plain)))])
     return found
 
 

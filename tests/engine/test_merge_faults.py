@@ -216,12 +216,15 @@ def test_pause_stops_the_writing_and_cancel_reclaims_the_disk(
     thread.start()
     while seen[0] < 3:
         time.sleep(0.01)
-    time.sleep(0.3)
-    stood = seen[0]
+    stood = 0
+    while stood != seen[0]:  # other threads may have been about to begin another piece
+        stood = seen[0]
+        time.sleep(0.3)
+    assert thread.is_alive(), "it was not paused"
     time.sleep(0.3)
     assert seen[0] == stood and thread.is_alive()
     report.stop()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert [error.kind for error in caught] == [ErrorKind.CANCELLED]
     assert not (tmp_path / "out").exists()

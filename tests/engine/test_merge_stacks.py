@@ -16,7 +16,7 @@ from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
 from app.core.errors import ErrorKind, WeftError
 from app.tasks import merge as task
-from tests.engine.adapter_kit import FAMILIES, differences, logits, merged_logits, random_model, tokens
+from tests.engine.adapter_kit import FAMILIES, any_weight, differences, logits, merged_logits, random_model, tokens
 from tests.engine.merge_kit import (
     DTYPES,
     Report,
@@ -101,7 +101,7 @@ def test_a_merged_model_answers_as_the_live_stack(tmp_path: Path, family: str, t
     rng = random.Random(seed)
     model, folders = make(tmp_path, family, seed, tie_word_embeddings=tied)
     ids = tokens(seed)
-    stack = [(folder, round(rng.uniform(-1, 1.5), 3)) for folder in rng.sample(folders, rng.choice([1, 2, 3]))]
+    stack = [(folder, any_weight(rng)) for folder in rng.sample(folders, rng.choice([1, 2, 3]))]
     live = LiveStack(model)
     for folder, _ in stack:
         live.add(str(folder), open_adapter(folder))

@@ -52,15 +52,13 @@ def write(
     tied: bool = False,
     spoil: float | None = None,
     split: int = 0,
-    endless: bool = False,
 ) -> ModelEntry:
-    """Write a model and describe it.
+    """Write a model and describe it. Greedy answers never end by themselves.
 
     Args:
         kind: F32, F16, Q8_0, … of the matrices; K-quants as llama.cpp names files (Q4_K_M).
         spoil: a value to put into one weight (NaN, infinity).
         split: bytes after which another part begins; 0 writes one file.
-        endless: greedy answers never end by themselves.
     """
     if kind.startswith(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")):
         return _quantized(path, kind, **{k: v for k, v in locals().items() if k not in ("path", "kind")})
@@ -92,8 +90,8 @@ def write(
         values = (rng.standard_normal((rows, columns), dtype=np.float32) * (scale or columns**-0.5)).astype(np.float32)
         if spoil is not None and name == "blk.0.ffn_up.weight":
             values[0, 0] = spoil
-        if endless and name == "output.weight":
-            values[:3] = 0.0  # the logit of `</s>` is 0, and never the largest
+        if name == ("token_embd.weight" if tied else "output.weight"):
+            values[:3] *= 0.01  # the logits of `</s>` and the like are almost 0, and never the largest
         quantized = gguf.GGMLQuantizationType[kind]
         if quantized == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, values)

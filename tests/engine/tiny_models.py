@@ -1,7 +1,8 @@
 """Tiny random models of several architectures, with small tokenizers, for the engine tests.
 
 `make(folder, "llama")` writes a complete model folder in about half a second and returns its ModelEntry. The weights are
-random but wide, so that greedy answers vary. Nothing is downloaded.
+random but wide, so that greedy answers vary; the special tokens alone are never the likeliest, so that no answer ends by
+itself. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def make(
         form: `safetensors` or `bin`; shards: several files and an index.
 
     Returns:
-        What the library would say of it.
+        What the library would say of it. A greedy answer of this model lasts until `max_tokens` or a stop string.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = byte_tokenizer() if tokenizer == "byte" else sentencepiece_tokenizer()
@@ -164,6 +165,9 @@ def make(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and not name.endswith(("A_log", "D")):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+        # With a row of almost nothing their logits are almost 0, while the largest of hundreds of random ones is far above.
+        # The head's row and, where they are tied, the embedding's, whose direction is all that the first norm leaves of it.
+        model.get_output_embeddings().weight[made.convert_tokens_to_ids(SPECIAL)] *= 0.01
     model.generation_config.eos_token_id = [1, made.convert_tokens_to_ids("<|im_end|>")]
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
     if form == "bin":
