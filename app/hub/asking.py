@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from app.hub.listing import Hub, configure
+from app.hub.listing import Hub
+from app.hub.questions import configure
 
 
 class Reporting(Protocol):

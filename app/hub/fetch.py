@@ -14,6 +14,7 @@ import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import NOTE, DownloadNote, Verified, read_note, write_note
+from app.hub.board import Board, Entry
 from app.hub.checksum import checksum_name, is_file
 from app.hub.files import DownloadNews, DownloadResult, RemoteFile
 from app.hub.journal import PartHeader, beside
@@ -23,7 +24,7 @@ from app.hub.part import Locked, PartFile, arrived_bytes, move_away, remove_part
 from app.hub.places import local_path, refuse_collisions
 from app.hub.positional import folder_lock
 from app.hub.source import HttpSource
-from app.hub.transfer import SPARE, Progressing, Transfer
+from app.hub.transfer import SPARE, Transfer
 from app.hub.trouble import stopped
 
 SMALL = 8 * 1024 * 1024  # files up to this size are fetched several at once, over one connection each
@@ -66,7 +67,7 @@ class Fetch:
         self._cancelled = cancelled or threading.Event()
         self._lock = threading.Lock()
         self._transfers: set[Transfer] = set()
-        self._board = _Board(self._files)
+        self._board = Board(self._files)
         self._reused = 0
         self._foreign: set[str] = set()  # what has a file's name and is not ours to replace
         self._kept: list[str] = []
@@ -204,7 +205,7 @@ class Fetch:
                     self._kept += [str(transfer.old)] if transfer.old is not None else []
         self._complete(file, target)
 
-    def _reuse(self, file: RemoteFile, target: Path, board: _Entry) -> bool:
+    def _reuse(self, file: RemoteFile, target: Path, board: Entry) -> bool:
         """Take a copy from this machine if its content is right."""
         source = self._here.get(file.path)
         if source is None or arrived_bytes(target) > file.size // 2:
@@ -222,6 +223,11 @@ class Fetch:
         except Locked:
             return False  # another download fetches it now: wait for that
         try:
+            if is_file(target, file, self._cancelled, board.checking):
+                # Since we looked, another download has completed it: nothing is in its place that must be kept.
+                holder.discard()
+                board.kept(file.size)
+                return True
             copy = beside(target, ".copy.part")
             take_copy(Path(source), copy, self._cancelled)
             old = move_away(target) if file.path in self._foreign else None
@@ -285,89 +291,6 @@ class Fetch:
             self._news(self._board.news())
             if over:
                 return
-
-
-class _Entry(Progressing):
-    """One file's figures; called by its transfer's threads."""
-
-    def __init__(self, board: _Board, file: RemoteFile) -> None:
-        self._board, self.file = board, file
-        self.done = 0
-        self.is_complete = False
-
-    def begin(self) -> None:
-        self._board.current = self
-        self._board.phase = "Downloading"
-
-    def phase(self, words: str) -> None:
-        self._board.current = self
-        self._board.phase = words
-
-    def complete(self) -> None:
-        self.done, self.is_complete = self.file.size, True
-
-    def reset(self) -> None:
-        self.done = 0
-        self._board.phase = "Downloading"
-
-    def arrived(self, count: int) -> None:
-        with self._board.lock:
-            self.done += count
-            self._board.fetched += count
-
-    def kept(self, count: int) -> None:
-        self.done = count  # all that is there from before
-
-    def lost(self, count: int) -> None:
-        # `kept` says anew what of it remains.
-        with self._board.lock:
-            self.done = 0
-
-    def checking(self, done: int) -> None:
-        self.done = done
-
-    def hashing(self, behind: int) -> None:
-        self.phase("Comparing the checksum")
-
-    def waiting(self, seconds: float, why: str) -> None:
-        self._board.waiting = why
-        self._board.until = time.monotonic() + seconds if why and seconds else 0.0
-
-
-class _Board:
-    """Where all the figures come together."""
-
-    def __init__(self, files: Sequence[RemoteFile]) -> None:
-        self.lock = threading.Lock()
-        self._entries = {file.path: _Entry(self, file) for file in files}
-        self.total = sum(file.size for file in files)
-        self.fetched = 0
-        self.current: _Entry | None = None
-        self.phase = "Downloading"
-        self.waiting = ""
-        self.until = 0.0
-
-    def entry(self, file: RemoteFile) -> _Entry:
-        return self._entries[file.path]
-
-    def news(self) -> DownloadNews:
-        """The figures now."""
-        with self.lock:
-            entries = list(self._entries.values())
-            current = self.current
-            return DownloadNews(
-                done=min(self.total, sum(entry.done for entry in entries)),
-                total=self.total,
-                fetched=self.fetched,
-                file=current.file.path if current is not None else "",
-                file_done=current.done if current is not None else 0,
-                file_total=current.file.size if current is not None else 0,
-                files_done=sum(entry.is_complete for entry in entries),
-                files_total=len(entries),
-                phase=self.phase,
-                waiting=self.waiting,
-                waiting_seconds=max(0.0, self.until - time.monotonic()) if self.until else 0.0,
-            )
 
 
 def _drive(path: Path) -> int:

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import Listing, RemoteFile, SearchHit
 from app.hub.limits import retry_delay
+from app.hub.questions import Busy, Unreachable, busy_error, connection_error
 from app.hub.reference import HubReference, check_file_path, parse_reference
 from app.hub.selection import is_adapter
-from app.hub.source import MAX_REDIRECTS, proxy_for, tls_context
 from app.hub.trouble import gated_error
 
-TIMEOUT = 20.0  # seconds without an answer
 MAX_FILES = 100_000
 TRIES = 4  # of a question to a hub that is busy
 LONGEST = 120.0  # seconds that somebody waits for an answer; what the hub wants longer is said instead
@@ -32,101 +28,6 @@ LARGEST = 2**50  # bytes of a file; what claims more is no file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_OID = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
-
-
-def configure(endpoint: str = "", proxy: str = "", timeout: float = TIMEOUT) -> None:
-    """Set what huggingface_hub reads at import, and how it connects. Call once, before anything else here.
-
-    Args:
-        timeout: seconds without an answer.
-
-    Raises:
-        WeftError: BAD_INPUT for an endpoint that is no address.
-    """
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
-    os.environ.pop("HF_HUB_OFFLINE", None)  # whoever asks the hub something wants an answer
-    check_endpoint(endpoint or os.environ.get("HF_ENDPOINT", ""))
-    import httpx2
-    from huggingface_hub import constants, set_client_factory
-
-    address = endpoint or constants.ENDPOINT
-    chosen = proxy_for(address, proxy)
-    home = httpx2.URL(address)
-
-    def keep_token(request: httpx2.Request) -> None:
-        # Before every request, also after redirects and for the address of a list's next page, which the server names.
-        if (request.url.scheme, request.url.host, request.url.port) != (home.scheme, home.host, home.port):
-            request.headers.pop("Authorization", None)
-
-    def look(response: httpx2.Response) -> None:
-        here = response.request.url
-        there = here.join(response.headers["Location"]) if response.has_redirect_location else here
-        if here.scheme == "https" != there.scheme:
-            raise WeftError(
-                ErrorKind.HOSTILE,
-                f"The hub redirects from https to plain http ({there.host}).",
-                "Check the hub endpoint in Settings; nothing was fetched.",
-            )
-        # Uploads are huggingface_hub's own to repeat: it puts a file back to its beginning first, or to that of a part.
-        if (response.status_code == 429 or response.status_code >= 500) and response.request.method != "PUT":
-            # Before huggingface_hub does its own waiting, of which nobody would hear.
-            headers = response.headers
-            raise _Busy(response.status_code, headers.get("Retry-After", ""), headers.get("Date", ""))
-
-    class Client(httpx2.Client):
-        def send(self, request: httpx2.Request, **named: Any) -> httpx2.Response:
-            try:
-                return super().send(request, **named)
-            except httpx2.TransportError as error:
-                if request.method == "PUT":
-                    raise
-                # Under another name: huggingface_hub tries some of its questions again for half a minute, in silence.
-                raise _Unreachable(type(error).__name__) from error
-
-    def client() -> httpx2.Client:
-        return Client(
-            follow_redirects=True,
-            max_redirects=MAX_REDIRECTS,
-            timeout=timeout,
-            proxy=chosen or None,
-            trust_env=False,  # the proxy is chosen above, as for the files' bytes
-            verify=tls_context(),
-            event_hooks={"request": [keep_token], "response": [look]},
-        )
-
-    set_client_factory(client)
-
-
-def check_endpoint(endpoint: str) -> None:
-    """Refuse an endpoint that is no web address. "" is the public hub.
-
-    Raises:
-        WeftError: BAD_INPUT.
-    """
-    try:
-        url = urlsplit(endpoint)
-        sound = not endpoint or (url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0)
-    except ValueError:
-        sound = False
-    if not sound:
-        raise WeftError(
-            ErrorKind.BAD_INPUT,
-            f"The hub endpoint {endpoint[:200]!r} is not an address.",
-            "Write it as https://hub.example, in Settings or in HF_ENDPOINT; leave it empty for the public hub.",
-        )
-
-
-class _Busy(Exception):
-    """The hub wants to be asked later."""
-
-    def __init__(self, status: int, retry_after: str, date: str) -> None:
-        super().__init__(f"status {status}")
-        self.status, self.retry_after, self.date = status, retry_after, date
-
-
-class _Unreachable(Exception):
-    """The connection failed; its cause says how."""
 
 
 class Hub:
@@ -240,11 +141,11 @@ class Hub:
         while True:
             try:
                 return question()
-            except _Unreachable:
+            except Unreachable:
                 tries += 1
                 if tries > 1 or self._cancelled.wait(0.5):  # lines hiccup; what lasts is said
                     raise
-            except _Busy as busy:
+            except Busy as busy:
                 tries += 1
                 seconds = retry_delay(tries, busy.retry_after, busy.date)
                 if tries >= TRIES or seconds > LONGEST:
@@ -281,9 +182,9 @@ class Hub:
                 f"The hub refuses {name}: the token is not valid or may not read it.",
                 "Make a read token in your hub account and enter it in Settings (or set HF_TOKEN).",
             )
-        if isinstance(error, _Busy):
-            return _busy_error(error)
-        return _connection_error(error, self.endpoint)
+        if isinstance(error, Busy):
+            return busy_error(error)
+        return connection_error(error, self.endpoint)
 
     def _no_revision(self, reference: HubReference) -> WeftError:
         try:
@@ -340,43 +241,3 @@ def _remote_file(repo: str, commit: str, entry: Any) -> RemoteFile:
         sha256=sha256,
         git_oid=git_oid if _GIT_OID.fullmatch(git_oid) else "",
     )
-
-
-def _busy_error(busy: _Busy) -> WeftError:
-    if busy.status != 429:
-        return WeftError(
-            ErrorKind.NETWORK, f"The hub has trouble (it answered {busy.status}).", "Try again in a few minutes."
-        )
-    seconds = retry_delay(0, busy.retry_after, busy.date)
-    wait = f" It says to wait {math.ceil(seconds / 60)} minutes." if seconds > 60 else ""
-    return WeftError(
-        ErrorKind.NETWORK, f"The hub asks to slow down.{wait}", "Try again later; a token in Settings raises the limit."
-    )
-
-
-def _connection_error(error: Exception, endpoint: str) -> WeftError:
-    chain, cause = "", error
-    while cause is not None:
-        chain += f" {type(cause).__name__} {cause}"
-        cause = cause.__cause__ or cause.__context__
-    if "ssl" in chain.lower() or "certificate" in chain.lower():
-        return WeftError(
-            ErrorKind.NETWORK,
-            f"The secure connection to {endpoint} failed.",
-            "Check the date of this computer and the certificates of your proxy.",
-        )
-    if "proxy" in chain.lower():
-        return WeftError(
-            ErrorKind.NETWORK, "The proxy could not be reached or refused.", "Check the proxy in Settings."
-        )
-    if "toomanyredirects" in chain.lower():
-        return WeftError(
-            ErrorKind.NETWORK,
-            "The hub redirects in a circle.",
-            "Check the hub endpoint in Settings, and try again later.",
-        )
-    if "offline" in chain.lower():
-        return WeftError(
-            ErrorKind.NETWORK, "Weft is told to stay offline (HF_HUB_OFFLINE).", "Unset it to use the hub."
-        )
-    return WeftError(ErrorKind.NETWORK, f"{endpoint} cannot be reached.", "Check the connection, then try again.")

@@ -15,6 +15,7 @@ from app.hub.journal import ENDINGS, LONGEST_NAME, beside
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[<>:"|?*]')
+_SHORT = LONGEST_NAME - max(map(len, ENDINGS))  # bytes of a name that no ending makes too long
 _DEFAULT_BRANCHES = ("", "main")
 
 
@@ -58,15 +59,16 @@ def local_name(name: str, *, windows: bool = os.name == "nt") -> str:
 def refuse_collisions(files: Iterable[RemoteFile], *, windows: bool = os.name == "nt") -> None:
     """Refuse files whose names are one and the same on some systems, or that Weft uses itself beside them.
 
+    A repository may list a hundred thousand files: each costs microseconds here.
+
     Raises:
         WeftError: HOSTILE, naming both.
     """
-    seen: dict[str, str] = {}
-    listed = list(files)
-    for file in listed:
+    seen: dict[str, RemoteFile] = {}
+    for file in files:
         name = _folded(file.path, windows)
-        other = seen.setdefault(name, file.path)
-        if other != file.path:
+        other = seen.setdefault(name, file)
+        if other.path != file.path:
             raise _collision(file, other)
         if name == NOTE:
             raise WeftError(
@@ -74,28 +76,36 @@ def refuse_collisions(files: Iterable[RemoteFile], *, windows: bool = os.name ==
                 f"{file.repo} holds a file {file.path!r}, in which Weft notes what it has fetched.",
                 "Choose the files that you need one by one, without this one.",
             )
-    for file in listed:
-        name = _folded(file.path, windows)
-        # a file that another needs as a folder; what lies beside a file while it is fetched
-        above = [name[:at] for at, letter in enumerate(name) if letter == "/"]
-        folder, _, last = name.rpartition("/")
-        ours = [
-            f"{folder}/{beside(Path(last), ending)}" if folder else str(beside(Path(last), ending))
-            for ending in ENDINGS
-        ]
-        for taken in (*above, *ours):
-            if taken in seen:
-                raise _collision(file, seen[taken])
+    folders: set[str] = set()
+    for name, file in seen.items():
+        folder, slash, last = name.rpartition("/")
+        while slash and folder not in folders:  # a file that another needs as a folder
+            if folder in seen:
+                raise _collision(file, seen[folder])
+            folders.add(folder)
+            folder, slash, _ = folder.rpartition("/")
+        # What lies beside a file while it is fetched: looked for from its own side, and only long names can be cut.
+        for ending in ENDINGS:
+            if name.endswith(ending) and (other := seen.get(name.removesuffix(ending))) is not None:
+                raise _collision(other, file)
+        if len(os.fsencode(last)) > _SHORT:
+            start = name[: -len(last)]
+            for ending in ENDINGS:
+                if (other := seen.get(f"{start}{beside(Path(last), ending)}")) is not None:
+                    raise _collision(file, other)
 
 
 def _folded(path: str, windows: bool) -> str:
-    local = "/".join(local_name(piece, windows=windows) for piece in path.split("/"))
-    return unicodedata.normalize("NFC", local).casefold()
+    """The name that systems which do not tell cases or ways of writing accents apart would give it."""
+    plain = path.isascii()
+    if windows or not plain or len(path) > LONGEST_NAME:
+        path = "/".join(local_name(piece, windows=windows) for piece in path.split("/"))
+    return path.lower() if plain else unicodedata.normalize("NFC", path).casefold()
 
 
-def _collision(file: RemoteFile, other: str) -> WeftError:
+def _collision(file: RemoteFile, other: RemoteFile) -> WeftError:
     return WeftError(
         ErrorKind.HOSTILE,
-        f"{file.repo} holds both {other!r} and {file.path!r}, which are in each other's way on many systems.",
+        f"{file.repo} holds both {other.path!r} and {file.path!r}, which are in each other's way on many systems.",
         "Choose the files that you need one by one, without one of these.",
     )

@@ -16,7 +16,8 @@ from typing import Any
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.push_plan import PushPlan, PushResult
-from app.hub.listing import Hub, configure
+from app.hub.listing import Hub
+from app.hub.questions import configure
 
 TIMEOUT = 60.0  # seconds without an answer: file stores think about a large file when it has come
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

@@ -31,6 +31,7 @@ _LEFT_OUT = (
     "training_args.bin",
     "optimizer.",
 )
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,9 +102,12 @@ def repository_choice(files: Sequence[RemoteFile]) -> Choice:
 
 
 def is_adapter(files: Sequence[RemoteFile]) -> bool:
-    """Whether a repository holds an adapter rather than a model."""
+    """Whether a repository holds an adapter rather than a model: what some training programs put beside it does not count
+    (the base's config.json), weights of a whole model do. A GGUF may be either."""
     names = {file.path for file in files}
-    return "adapter_config.json" in names and "config.json" not in names
+    weights = {name for name in names if name.endswith(".safetensors") or _is_torch_weight(name)} - _NO_WEIGHTS
+    whole = any("/" not in name and not name.startswith("adapter_") for name in weights)
+    return "adapter_config.json" in names and not whole
 
 
 def missing_parts(choice: Choice) -> list[str]:

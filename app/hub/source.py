@@ -10,16 +10,18 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import urljoin, urlsplit
 
 import msgspec
 import urllib3
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import RemoteFile
+from app.hub.proxies import make_pool, proxy_for
 
 MAX_REDIRECTS = 5
+PROXY_LOGIN = 407  # what a proxy answers whoever has not said who he is
+PROXY_WORDS = "The proxy could not be reached or refused."
 REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 _NUMBER = re.compile(r"[0-9]{1,19}")
@@ -243,48 +245,6 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-def proxy_for(url: str, chosen: str = "") -> str:
-    """The proxy for an address: the one chosen in the settings, else the environment's or the system's; "" for none."""
-    host = urlsplit(url).hostname or ""
-    if host in ("localhost", "127.0.0.1", "::1"):
-        return ""
-    if chosen:
-        return chosen if "://" in chosen else f"http://{chosen}"
-    if proxy_bypass(host):
-        return ""
-    found = getproxies()
-    proxy = found.get(urlsplit(url).scheme) or found.get("all") or ""
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
-
-
-def make_pool(proxy: str, context: ssl.SSLContext, timeout: urllib3.Timeout) -> urllib3.PoolManager:
-    """Connections, through a proxy or straight.
-
-    Raises:
-        WeftError: UNSUPPORTED for a kind of proxy that Weft cannot speak to, BAD_INPUT for no address at all.
-    """
-    if not proxy:
-        return urllib3.PoolManager(ssl_context=context, maxsize=16, timeout=timeout)
-    parts = urlsplit(proxy)
-    if parts.scheme not in ("http", "https"):
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"Weft cannot use a {parts.scheme} proxy.",
-            "Enter the address of an http proxy in Settings, such as http://proxy:3128.",
-        )
-    headers = urllib3.make_headers(
-        proxy_basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
-    )
-    try:
-        return urllib3.ProxyManager(
-            proxy, proxy_headers=headers, ssl_context=context, maxsize=16, timeout=timeout, proxy_ssl_context=context
-        )
-    except (urllib3.exceptions.HTTPError, ValueError) as error:
-        raise WeftError(
-            ErrorKind.BAD_INPUT, "The proxy in Settings is not an address.", "Write it as http://proxy:3128."
-        ) from error
-
-
 def connection_trouble(error: Exception) -> HttpTrouble:
     """A failed connection in words that say which part failed."""
     chain: list[BaseException] = []
@@ -293,7 +253,8 @@ def connection_trouble(error: Exception) -> HttpTrouble:
         chain.append(cause)
         cause = getattr(cause, "original_error", None) or cause.__cause__ or cause.__context__
     if any(isinstance(link, urllib3.exceptions.ProxyError) for link in chain):
-        return HttpTrouble(0, "The proxy could not be reached or refused.", code="proxy", retry=True)
+        login = any(f" {PROXY_LOGIN} " in f"{link} " for link in chain)  # in words alone: the tunnel was not made
+        return HttpTrouble(PROXY_LOGIN if login else 0, PROXY_WORDS, code="proxy", retry=not login)
     for link in chain:
         if isinstance(link, ssl.SSLCertVerificationError):
             return HttpTrouble(0, f"The server's certificate is not valid: {link.verify_message}.", code="tls")
@@ -315,7 +276,7 @@ def _trouble(response: urllib3.BaseHTTPResponse) -> HttpTrouble:
     return HttpTrouble(
         status,
         f"{answer}: {said}" if said and status >= 500 else said or answer,
-        code=response.headers.get("X-Error-Code", ""),
+        code="proxy" if status == PROXY_LOGIN else response.headers.get("X-Error-Code", ""),
         retry_after=response.headers.get("Retry-After", ""),
         date=response.headers.get("Date", ""),
         retry=status in (408, 425, 429) or status >= 500,

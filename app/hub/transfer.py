@@ -7,9 +7,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import urllib3
 
@@ -17,8 +15,10 @@ from app.core.errors import ErrorKind, WeftError
 from app.hub.checksum import PIECE, Checksum, is_file
 from app.hub.files import RemoteFile
 from app.hub.journal import PartHeader
-from app.hub.limits import RateLimit, retry_delay
+from app.hub.limits import RateLimit
 from app.hub.part import Locked, PartFile
+from app.hub.patience import Patience
+from app.hub.progressing import Progressing
 from app.hub.source import HttpSource, HttpTrouble, Opened, connection_trouble
 from app.hub.trouble import stopped, trouble_error
 
@@ -29,32 +29,8 @@ SYNC = 64 * 1024 * 1024  # bytes after which the disk is made to follow, so that
 SYNC_SECONDS = 30.0  # also on a slow line: that much a power failure may cost
 SPARE = 64 * 1024 * 1024  # bytes that a disk keeps free
 LAG = 64 * 1024 * 1024  # bytes that the hash may be behind before a person is told that it is being checked
-TRIES = 8  # of one connection, without a byte in between on any
 CHANGES = 3  # times that a file may change on the hub while it is fetched
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_T = TypeVar("_T")
-
-
-class Progressing:
-    """What a transfer tells while it runs; called from its threads. The default says nothing."""
-
-    def arrived(self, count: int) -> None:
-        """`count` bytes came from the network."""
-
-    def kept(self, count: int) -> None:
-        """`count` bytes in all are there from before."""
-
-    def lost(self, count: int) -> None:
-        """All `count` bytes that were there must be fetched again; `kept` follows."""
-
-    def waiting(self, seconds: float, why: str) -> None:
-        """Nothing comes for a while, and why, in words; `why` is "" when it goes on."""
-
-    def checking(self, done: int) -> None:
-        """A file that lies there already is being read; `done` bytes so far."""
-
-    def hashing(self, behind: int) -> None:
-        """All bytes are there; so many must still be read to compare the checksum."""
 
 
 class _StartOver(Exception):
@@ -100,8 +76,12 @@ class Transfer:
         self._ranges = True
         self._restarts = 0  # from the first byte, because the server ignores ranges
         self._generation = 0  # rises with every stretch that arrived: patience begins anew
-        self._not_before = 0.0  # time.monotonic: the server asked to wait until then
-        self._waiting = 0
+        self._patience = Patience(
+            self._progress,
+            self._cancelled,
+            self._stopping,
+            lambda trouble: trouble_error(trouble, file, source.endpoint),
+        )
 
     def run(self) -> Path:
         """Fetch, verify, and give the file its name. Returns the target.
@@ -181,7 +161,7 @@ class Transfer:
             return part
 
     def _header(self) -> PartHeader:
-        located = self._with_tries(lambda: self._source.locate(self._file, again=True))
+        located = self._patience.tried(lambda: self._source.locate(self._file, again=True))
         if located.size >= 0 and located.size != self._file.size:
             raise WeftError(
                 ErrorKind.NETWORK,
@@ -276,7 +256,7 @@ class Transfer:
         """Fetch [start, end), going on after cuts from where they came."""
         tries, generation = 0, self._generation
         while start < end and not self._stopping():
-            self._sleep_until(self._not_before)
+            self._patience.wait_for_turn()
             if self._stopping():
                 return
             try:
@@ -297,10 +277,10 @@ class Transfer:
                     generation = self._generation
                 if start < end and not self._ranges and not self._stopping():
                     self._restarts += 1
-                    self._pause(trouble, self._restarts)
+                    self._patience.before_another_try(trouble, self._restarts)
                     raise _StartOver from trouble
                 if start < end and not self._stopping():
-                    self._pause(trouble, tries)
+                    self._patience.before_another_try(trouble, tries)
 
     def _same_version(self, opened: Opened) -> None:
         """Connections that open at once know no ETag yet: the first one's holds for all."""
@@ -352,46 +332,8 @@ class Transfer:
             self._generation += 1
             self._news.notify_all()
 
-    # Trouble ---------------------------------------------------------------------------------------
-
     def _stopping(self) -> bool:
         return self._failure is not None or self._cancelled.is_set()
-
-    def _with_tries(self, action: Callable[[], _T]) -> _T:
-        tries = 0
-        while True:
-            try:
-                return action()
-            except HttpTrouble as trouble:
-                tries += 1
-                self._pause(trouble, tries)
-
-    def _pause(self, trouble: HttpTrouble, tries: int) -> None:
-        """Wait before the next try; raises when there is to be none."""
-        if not trouble.retry or tries > TRIES:
-            raise trouble_error(trouble, self._file, self._source.endpoint) from trouble
-        until = time.monotonic() + retry_delay(tries, trouble.retry_after, trouble.date)
-        if trouble.retry_after:  # it is meant for all connections
-            with self._lock:
-                self._not_before = max(self._not_before, until)
-        self._sleep_until(until, "The hub asks to slow down." if trouble.status == 429 else trouble.words)
-
-    def _sleep_until(self, moment: float, why: str = "The hub asks to slow down.") -> None:
-        seconds = moment - time.monotonic()
-        if seconds <= 0:
-            return
-        with self._lock:
-            self._waiting += 1
-        self._progress.waiting(seconds, why)
-        while not self._stopping() and (rest := moment - time.monotonic()) > 0:
-            self._cancelled.wait(min(rest, 0.5))
-        with self._lock:
-            self._waiting -= 1
-            last = not self._waiting
-        if last:
-            self._progress.waiting(0, "")
-        if self._cancelled.is_set():
-            raise stopped()
 
     # Checking --------------------------------------------------------------------------------------
 

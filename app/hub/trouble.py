@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import RemoteFile
-from app.hub.source import HttpTrouble
+from app.hub.proxies import proxy_error
+from app.hub.source import PROXY_LOGIN, HttpTrouble
 
 
 def stopped() -> WeftError:
@@ -15,6 +16,8 @@ def stopped() -> WeftError:
 def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> WeftError:
     """The failure that a person is shown."""
     name, page = file.repo, f"{endpoint}/{file.repo}"
+    if trouble.code == "proxy":
+        return proxy_error(trouble.status == PROXY_LOGIN)
     if trouble.code == "GatedRepo":
         return gated_error(name, page, trouble.words, has_token=trouble.status != 401)
     if trouble.code == "RepoNotFound":
@@ -47,8 +50,6 @@ def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> Weft
         return WeftError(
             ErrorKind.NETWORK, trouble.words, "Check the date of this computer and the certificates of your proxy."
         )
-    if trouble.code == "proxy":
-        return WeftError(ErrorKind.NETWORK, trouble.words, "Check the proxy in Settings.")
     if trouble.code == "circle":
         return WeftError(ErrorKind.NETWORK, trouble.words, "Check the hub endpoint in Settings, and try again later.")
     return WeftError(

@@ -12,10 +12,8 @@ Small files are served by the hub itself, LFS files by a redirect to another hos
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import json
-import os
 import re
 import socket
 import threading
@@ -24,49 +22,15 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.fakes.hub_content import HubFile, HubRepo, make_file
+from tests.fakes.hub_faults import OF_QUESTIONS, Fault, Request
+from tests.fakes.hub_metadata import MetadataHandler
+from tests.fakes.hub_transfers import TransferHandler
 from tests.fakes.hub_upload import UploadHandler, Uploads
 
-
-@dataclasses.dataclass
-class Fault:
-    """One misbehaviour, applied to file transfers whose path matches, `times` times (then all is well again).
-
-    kinds: `cut` (close after `after` bytes of the body), `stall` (wait `seconds` after `after` bytes, then close),
-    `ignore_range` (answer 200 with the whole file), `corrupt` (same size, one byte flipped), `change` (the file is another one
-    from now on, with another ETag), `other_etag` (so for this one answer), `status` (answer `code`, with `retry_after`),
-    `loop` (redirect to itself), `portal` (answer 200 with a log-in page, as networks of hotels do), `api_status` (as `status`,
-    for questions: the path is the address's, such as `/api/models*`), `api_redirect` (to `url`), `next_page` (the list's next page lies at `url`).
-    """
-
-    kind: str
-    path: str = "*"
-    times: int = 1
-    after: int = 0
-    seconds: float = 30.0
-    code: int = 503
-    retry_after: str = ""
-    url: str = ""
-    skip: int = 0  # let this many matching requests pass first
-
-
-_OF_QUESTIONS = ("api_status", "api_redirect", "next_page")
-_OTHER = bytes(byte ^ 1 for byte in range(256))
-
-
-@dataclasses.dataclass
-class Request:
-    """One request as the server saw it."""
-
-    method: str
-    path: str
-    host: str
-    headers: dict[str, str]
-    query: dict[str, list[str]]
-    status: int = 0
-    sent: int = 0  # body bytes written
+__all__ = ["FakeHub", "Fault", "Request"]
 
 
 class FakeHub:
@@ -82,6 +46,10 @@ class FakeHub:
         self.rate = rate
         self.total_rate = total_rate
         self.page_size = 20
+        self.xet = (
+            False  # large files say that they lie in xet, whose bridge serves ranges, and wholes up to `whole` bytes
+        )
+        self.whole = 0
         self.ranges = True  # false: every file comes whole, whatever was asked for
         self.ended = threading.Event()
         self._faults: list[Fault] = []
@@ -91,6 +59,7 @@ class FakeHub:
         self.port = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.store_host = f"localhost:{self.port}"
+        self.store_scheme = "http"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake-hub", daemon=True)
 
     def __enter__(self) -> FakeHub:
@@ -134,7 +103,7 @@ class FakeHub:
         """The fault to apply to this transfer, if any; `kinds` to those of these kinds alone."""
         with self._lock:
             for fault in self._faults:
-                asked = fault.kind in kinds if kinds else fault.kind not in _OF_QUESTIONS
+                asked = fault.kind in kinds if kinds else fault.kind not in OF_QUESTIONS
                 if not asked or not fnmatch.fnmatch(path, fault.path):
                     continue
                 if fault.skip:
@@ -188,7 +157,7 @@ class _Server(ThreadingHTTPServer):
         """Clients that hang up are part of the tests."""
 
 
-class _Handler(UploadHandler, BaseHTTPRequestHandler):
+class _Handler(MetadataHandler, TransferHandler, UploadHandler, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
     wbufsize = 0
@@ -251,236 +220,6 @@ class _Handler(UploadHandler, BaseHTTPRequestHandler):
                 return handler(*(unquote(group) if group is not None else None for group in match.groups()))
         return self._error(404, "EntryNotFound", "No such page")
 
-    # Metadata ----------------------------------------------------------------------------------
-
-    def _token(self) -> str:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-
-    def _repo(self, name: str, files: bool = False) -> HubRepo | None:
-        repo, token = self.hub.repos.get(name), self._token()
-        if token and token not in self.hub.tokens:
-            self._error(401, "", "Invalid credentials in Authorization header")
-            return None
-        if repo is None or (repo.private and token not in repo.accepted_tokens):
-            # As the real hub does: without a token one cannot tell missing from private.
-            self._error(404 if token else 401, "RepoNotFound", "Repository not found")
-            return None
-        if files and repo.denied:
-            self._error(403, "GatedRepo", "Your request to access this model has been rejected by the repo's authors.")
-            return None
-        if files and repo.gated and token not in repo.accepted_tokens:
-            words = (
-                "Access is restricted and you are not in the authorized list."
-                if token
-                else "You must be authenticated to access it."
-            )
-            self._error(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted. {words}")
-            return None
-        return repo
-
-    def _whoami(self) -> None:
-        user = self.hub.tokens.get(self._token())
-        if user is None:
-            return self._error(401, "", "Invalid credentials in Authorization header")
-        return self._json(
-            {
-                "type": "user",
-                "id": "1",
-                "name": user,
-                "fullname": user,
-                "orgs": [],
-                "auth": {"accessToken": {"role": self.hub.roles.get(self._token(), "read")}},
-            }
-        )
-
-    def _search(self) -> None:
-        query = self.record.query
-        words = query.get("search", [""])[0].lower()
-        found = [r for r in self.hub.repos.values() if words in r.id.lower() and not r.private]
-        if author := query.get("author", [""])[0]:
-            found = [r for r in found if r.id.startswith(f"{author}/")]
-        for wanted in query.get("filter", []):
-            found = [r for r in found if wanted in r.tags]
-        key = query.get("sort", ["downloads"])[0]
-        found.sort(key=lambda r: r.modified if key == "lastModified" else getattr(r, key, 0), reverse=True)
-        size = min(int(query.get("limit", ["1000"])[0]), self.hub.page_size)
-        start = int(query.get("cursor", ["0"])[0])
-        headers = {}
-        if start + size < len(found):
-            rest = "&".join(f"{k}={quote(v)}" for k, vs in query.items() if k != "cursor" for v in vs)
-            headers["Link"] = f'<{self.hub.endpoint}/api/models?{rest}&cursor={start + size}>; rel="next"'
-        if fault := self.hub.take_fault("/api/models", "next_page"):
-            headers["Link"] = f'<{fault.url}>; rel="next"'
-        return self._json([r.info(next(iter(r.revisions), "main")) for r in found[start : start + size]], headers)
-
-    def _info(self, name: str, revision: str | None) -> None:
-        if repo := self._repo(name):
-            revision = revision or "main"
-            if repo.files(revision) is None:
-                return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return self._json(repo.info(revision))
-        return None
-
-    def _tree(self, name: str, revision: str, folder: str | None) -> None:
-        if not (repo := self._repo(name)):
-            return None
-        files = repo.files(revision)
-        if files is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        recursive = self.record.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        prefix = f"{folder.rstrip('/')}/" if folder else ""
-        entries: list[dict[str, object]] = []
-        folders: set[str] = set()
-        for path in sorted(p for p in files if p.startswith(prefix)):
-            head, slash, _ = path[len(prefix) :].partition("/")
-            if slash and prefix + head not in folders:
-                folders.add(prefix + head)
-                entries.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": prefix + head})
-            if not slash or recursive:
-                entries.append(files[path].tree_entry())
-        return self._json(entries)
-
-    def _refs(self, name: str) -> None:
-        if repo := self._repo(name):
-            branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": repo.commit(b)} for b in repo.revisions]
-            self._json({"branches": branches, "converts": [], "tags": []})
-
-    def _auth_check(self, name: str) -> None:
-        if self._repo(name, files=True):
-            self._json({})
-
-    def _paths_info(self, name: str, revision: str) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not (repo := self._repo(name)):
-            return None
-        files = repo.files(revision)
-        if files is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        try:
-            paths = json.loads(body)["paths"]
-        except (ValueError, KeyError):
-            paths = parse_qs(body.decode()).get("paths", [])
-        return self._json([files[p].tree_entry() for p in paths if p in files])
-
-    # Files -------------------------------------------------------------------------------------
-
-    def _resolve(self, name: str, revision: str, path: str) -> None:
-        if not (repo := self._repo(name, files=True)):
-            return None
-        files = repo.files(revision)
-        if files is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if path not in files:
-            return self._error(404, "EntryNotFound", f"Entry not found: {path}")
-        file, commit = files[path], repo.commit(revision) or ""
-        headers = {"X-Repo-Commit": commit}
-        fault = self.hub.take_fault(path, *(("loop",) if self.command == "HEAD" else ()))
-        if fault and fault.kind == "status":
-            return self._error(
-                fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            )
-        if fault and fault.kind == "loop":
-            return self._redirect(self.path, headers)
-        if fault:
-            self.hub.misbehave(dataclasses.replace(fault, times=1, skip=0))  # for the transfer itself
-        store = f"/blob-store/{quote(name, safe='')}/{commit}/{quote(path)}"
-        if not file.lfs:
-            return self._transfer(file, path, headers, files) if self.command == "GET" else self._head(file, headers)
-        headers |= {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.etag}"'}
-        return self._redirect(f"http://{self.hub.store_host}{store}", headers)
-
-    def _store(self, path: str) -> None:
-        _, _, name, commit, file_path = path.split("/", 4)
-        repo = self.hub.repos.get(unquote(name))
-        files = repo.files(commit) if repo else None
-        if files is None and repo:
-            files = next(iter(repo.revisions.values()))  # the file changed behind a signed URL
-        file = files.get(unquote(file_path)) if files else None
-        if file is None:
-            return self._error(404, "", "No such blob")
-        return self._transfer(file, unquote(file_path), {}, files) if self.command == "GET" else self._head(file, {})
-
-    def _transfer(
-        self, file: HubFile, path: str, headers: dict[str, str], files: dict[str, HubFile] | None = None
-    ) -> None:
-        fault = self.hub.take_fault(path)
-        if fault and fault.kind == "status":
-            return self._error(
-                fault.code, "", "as ordered", {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            )
-        if fault and fault.kind in ("change", "other_etag"):
-            file = make_file(path, _read(file).translate(_OTHER), file.lfs)
-            if fault.kind == "change" and files is not None:
-                files[path] = file
-        if fault and fault.kind == "portal":
-            page = b"<html>Please log in</html>"
-            self._start(200, {"Content-Type": "text/html", "Content-Length": str(len(page))})
-            self.wfile.write(page)
-            return None
-        start, stop, status = 0, file.size, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        unchanged = self.headers.get("If-Range", f'"{file.etag}"') == f'"{file.etag}"'
-        if wanted and unchanged and self.hub.ranges and not (fault and fault.kind == "ignore_range"):
-            start = int(wanted[1])
-            stop = min(file.size, int(wanted[2]) + 1) if wanted[2] else file.size
-            if start >= file.size:
-                return self._error(416, "", "Range Not Satisfiable", {"Content-Range": f"bytes */{file.size}"})
-            status = 206
-            headers = headers | {"Content-Range": f"bytes {start}-{stop - 1}/{file.size}"}
-        self._start(
-            status,
-            headers
-            | {
-                "ETag": f'"{file.etag}"',
-                "Content-Length": str(stop - start),
-                "Accept-Ranges": "bytes",
-                "Content-Type": "application/octet-stream",
-            },
-        )
-        self._send(file, start, stop, fault)
-        return None
-
-    def _send(self, file: HubFile, start: int, stop: int, fault: Fault | None) -> None:
-        began, position = time.monotonic(), start
-        limit = start + fault.after if fault and fault.kind in ("cut", "stall") else None
-        chunk_size = 1 << 20 if not (self.hub.rate or self.hub.total_rate) else 1 << 16
-        stream = file.source.open("rb") if isinstance(file.source, Path) else None
-        try:
-            while position < stop:
-                end = min(stop, position + chunk_size)
-                if limit is not None and end > limit:
-                    end = max(position, limit)
-                if end > position:
-                    self._send_piece(
-                        file, stream, position, end, bool(fault and fault.kind == "corrupt" and position == start)
-                    )
-                    self.record.sent += end - position
-                    position = end
-                    self.hub.pace(min(chunk_size, end - start), began, position - start)
-                if limit is not None and position >= limit:
-                    if fault and fault.kind == "stall":
-                        self.hub.ended.wait(fault.seconds)
-                    self.close_connection = True
-                    with contextlib.suppress(OSError):
-                        self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-        except OSError:
-            self.close_connection = True
-        finally:
-            if stream:
-                stream.close()
-
-    def _send_piece(self, file: HubFile, stream: Any, start: int, end: int, corrupt: bool) -> None:
-        if stream is not None and not corrupt:
-            offset = start
-            while offset < end:
-                offset += os.sendfile(self.connection.fileno(), stream.fileno(), offset, end - offset)
-            return
-        piece = _read(file, start, end)
-        if corrupt:
-            piece = bytes([piece[0] ^ 0xFF]) + piece[1:]
-        self.wfile.write(piece)
-
     # Answers -----------------------------------------------------------------------------------
 
     def _head(self, file: HubFile, headers: dict[str, str]) -> None:
@@ -512,11 +251,3 @@ class _Handler(UploadHandler, BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-
-
-def _read(file: HubFile, start: int = 0, end: int | None = None) -> bytes:
-    if isinstance(file.source, bytes):
-        return file.source[start:end]
-    with file.source.open("rb") as stream:
-        stream.seek(start)
-        return stream.read(-1 if end is None else end - start)

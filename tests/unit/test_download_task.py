@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import shutil
@@ -13,9 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 
@@ -26,6 +24,7 @@ from app.engine import protocol
 from app.hub.part import arrived_bytes
 from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import FILE, parameters, random_bytes, run_task, sha256, task_child
+from tests.fakes.proxy import FakeProxy
 
 MB = 1_000_000
 TWICE = 8 * 2**20  # bytes that a kill may cost
@@ -339,6 +338,8 @@ def test_two_processes_take_one_copy(hub: FakeHub, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.write_bytes(data)
     folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / FILE).write_bytes(b"my own model")
     results: list[int] = []
     threads = [
         threading.Thread(target=lambda: results.append(download(hub, folder, here={FILE: str(copy)})[0].fetched))
@@ -349,7 +350,44 @@ def test_two_processes_take_one_copy(hub: FakeHub, tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert results == [0, 0] and (folder / FILE).read_bytes() == data
-    assert not pending_files(folder) and sorted(path.name for path in folder.iterdir()) == [".weft-download.json", FILE]
+    assert not pending_files(folder) and sorted(path.name for path in folder.iterdir()) == [
+        ".weft-download.json",
+        FILE,
+        f"{FILE}.old",
+    ]
+    assert (folder / f"{FILE}.old").read_bytes() == b"my own model"
+
+
+def test_a_copy_that_another_download_took_meanwhile_is_not_moved_away(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends between this one's look at the folder and its turn with the file."""
+    from app.core.unfinished import DownloadNote
+    from app.hub import fetch as module
+    from app.hub.source import HttpSource
+    from tests.fakes.hub_kit import remote
+
+    data = random_bytes(MB)
+    hub.add("user/tiny", {FILE: data})
+    folder, copy = tmp_path / "tiny", tmp_path / "copy"
+    folder.mkdir()
+    (folder / FILE).write_bytes(b"my own model")
+    copy.write_bytes(data)
+    source = HttpSource(hub.endpoint)
+    make = lambda: module.Fetch(source, [remote(hub)], folder, note=DownloadNote(), here={FILE: str(copy)})  # noqa: E731
+    real, others = module.is_file, []
+
+    def look(path: Path, *rest: Any) -> bool:
+        if path == copy and not others:
+            others.append(None)
+            others[0] = make().run().kept
+        return real(path, *rest)
+
+    monkeypatch.setattr(module, "is_file", look)
+    assert make().run().kept == () and others == [(str(folder / f"{FILE}.old"),)]
+    source.close()
+    assert {path.name for path in folder.iterdir()} == {".weft-download.json", FILE, f"{FILE}.old"}
+    assert (folder / FILE).read_bytes() == data and (folder / f"{FILE}.old").read_bytes() == b"my own model"
 
 
 def test_a_file_that_was_damaged_on_disk_is_found_and_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
@@ -372,66 +410,28 @@ def test_names_from_the_hub_stay_in_the_folder(hub: FakeHub, tmp_path: Path) -> 
         assert tmp_path / "odd" in Path(place).parents
 
 
-class _Proxy(ThreadingHTTPServer):
-    """An http proxy that knows one host: the hub, whatever it is called."""
-
-    def __init__(self, hub: FakeHub) -> None:
-        self.seen: list[str] = []
-        self.hub = hub
-        super().__init__(("127.0.0.1", 0), _ProxyHandler)
-
-
-class _ProxyHandler(BaseHTTPRequestHandler):
-    server: _Proxy
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-    def _pass_on(self) -> None:
-        self.server.seen.append(f"{self.command} {self.path} {self.headers.get('Proxy-Authorization', '')}")
-        target = urlsplit(self.path)
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.hub.port, timeout=10)
-        headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
-        connection.request(
-            self.command, f"{target.path}?{target.query}" if target.query else target.path, headers=headers
-        )
-        answer = connection.getresponse()
-        body = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-        connection.close()
-
-    do_GET = do_HEAD = do_POST = _pass_on
-
-
-def test_the_proxy_of_the_settings_is_used_for_questions_and_for_bytes(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_proxy_reaches_the_children_that_ask_and_fetch(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings' for one, the environment's for the other; what goes through it: test_hub_proxy.py."""
     hub.add("user/tiny", {FILE: random_bytes(MB), "notes.txt": b"plain files come from the hub itself"})
-    hub.store_host = "store.example"  # reached through the proxy as well
-    with _Proxy(hub) as proxy:
-        serving = threading.Thread(target=proxy.serve_forever, args=(0.02,))
-        serving.start()
-        address = f"http://someone:secret@127.0.0.1:{proxy.server_address[1]}"
+    hub.store_host = "store.example"
+    with FakeProxy({"hub.example": hub.port, "store.example": hub.port}, "someone:secret") as proxy:
+        address = proxy.address.replace("//", "//someone:secret@")
+        monkeypatch.setenv("HTTP_PROXY", address)
         child = task_child(tmp_path / "child.log")
         child.start()
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        other = task_child(tmp_path / "other.log")
+        other.start()
         try:
-            asked = {"reference": {"repo": "user/tiny"}, "endpoint": "http://hub.example", "proxy": address}
+            asked = {"reference": {"repo": "user/tiny"}, "endpoint": "http://hub.example"}
             list(child.call(protocol.RunTask(task="hub_files", parameters=json.dumps(asked))))
             text = parameters(hub, tmp_path / "tiny", FILE, "notes.txt", proxy=address)
-            run_task(child, text.replace(hub.endpoint, "http://hub.example"))
+            run_task(other, text.replace(hub.endpoint, "http://hub.example"))
         finally:
             child.shutdown()
-            proxy.shutdown()
-            serving.join()
-    assert (tmp_path / "tiny" / "notes.txt").exists()
-    seen = "\n".join(proxy.seen)
-    for part in (
-        "http://hub.example/api/models/user/tiny",
-        "http://hub.example/user/tiny/resolve/",
-        "http://store.example/blob-store/",
-    ):
-        assert part in seen
-    assert all("Basic " in line for line in proxy.seen if line.startswith("GET http://store.example"))
-    assert "secret" not in (tmp_path / "child.log").read_text()
+            other.shutdown()
+    assert (tmp_path / "tiny" / "notes.txt").exists() and (tmp_path / "tiny" / FILE).exists()
+    assert len(proxy.seen) == len(hub.requests)
+    assert "secret" not in (tmp_path / "child.log").read_text() + (tmp_path / "other.log").read_text()

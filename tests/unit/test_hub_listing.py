@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub import listing
-from app.hub.listing import Hub, check_endpoint, configure
+from app.hub.listing import Hub
+from app.hub.questions import check_endpoint, configure
 from app.hub.reference import parse_reference
 from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import random_bytes
@@ -58,6 +60,47 @@ def test_a_listing_has_sizes_and_checksums(hub: FakeHub, waits: list[str]) -> No
     assert by_path["config.json"].git_oid == real["config.json"].git_oid and not by_path["config.json"].sha256
     assert found.commit == hub.repos["user/tiny"].commit("main")
     assert waits == []
+
+
+def test_the_real_client_takes_every_answer_of_the_fake_hub(hub: FakeHub) -> None:
+    """Also those that Weft does not ask for."""
+    from huggingface_hub import HfApi, errors, hf_hub_url
+
+    configure(hub.endpoint)
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    file = hub.repos["user/tiny"].revisions["main"]["model.safetensors"]
+    commit = hub.repos["user/tiny"].commit("main")
+    assert api.whoami()["name"] == "ada" and api.auth_check("user/tiny") is None
+    assert [(ref.name, ref.target_commit) for ref in api.list_repo_refs("user/tiny").branches] == [("main", commit)]
+    assert api.model_info("user/tiny").sha == commit == api.model_info("user/tiny", revision="main").sha
+    for found in (
+        list(api.list_repo_tree("user/tiny", recursive=True, expand=True)),
+        api.get_paths_info("user/tiny", ["config.json", "model.safetensors"]),
+    ):
+        lfs: Any = found[-1]
+        assert (lfs.path, lfs.size, lfs.lfs.sha256) == (file.path, 1000, file.sha256)
+
+    def metadata(repo: str, path: str, revision: str = "main", token: str = TOKEN) -> Any:
+        return api.get_hf_file_metadata(
+            url=hf_hub_url(repo, path, revision=revision, endpoint=hub.endpoint), token=token
+        )
+
+    known = metadata("user/tiny", "model.safetensors")
+    assert (known.etag, known.size, known.commit_hash) == (file.sha256, 1000, commit)
+    assert urlsplit(known.location).hostname != urlsplit(hub.endpoint).hostname
+    hub.add("user/gated", {"a.bin": b"a"}, gated=True)
+    for wrong, arguments in (
+        (errors.GatedRepoError, ("user/gated", "a.bin")),
+        (errors.RepositoryNotFoundError, ("user/none", "a.bin")),
+        (errors.RevisionNotFoundError, ("user/tiny", "config.json", "none")),
+        (errors.RemoteEntryNotFoundError, ("user/tiny", "none")),
+    ):
+        with pytest.raises(wrong) as caught:
+            metadata(*arguments)
+        assert type(caught.value) is wrong
+    hub.page_size = 1
+    hub.add("user/other", {"a": b"a"})
+    assert {model.id for model in api.list_models(search="user/")} == {"user/tiny", "user/gated", "user/other"}
 
 
 @pytest.mark.parametrize("path", ["/api/models/user/tiny", "/api/models/user/tiny/tree/*"])
@@ -131,6 +174,18 @@ def test_a_question_that_is_sent_from_https_to_http_ends(
             ask(secure, waits).search("tiny")
         assert caught.value.kind is ErrorKind.HOSTILE
         assert len(hub.requests) == asked
+
+
+def test_a_certificate_that_nobody_vouches_for_is_said(waits: list[str], tmp_path: Path) -> None:
+    from tests.fakes.hub_kit import behind_https
+
+    with behind_https(tmp_path) as (secure, _):
+        with pytest.raises(
+            WeftError, match=r"certificate of https://127\.0\.0\.1:\d+ is not valid: self.signed"
+        ) as caught:
+            ask(secure, waits).search("tiny")
+        assert caught.value.kind is ErrorKind.NETWORK and "date of this computer" in caught.value.hint
+        assert not secure.requests
 
 
 def test_a_hub_that_is_not_there_is_said_soon(waits: list[str]) -> None:

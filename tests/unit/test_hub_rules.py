@@ -12,14 +12,14 @@ import pytest
 from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import DownloadNote, pending_files, read_note, write_note
 from app.hub.files import Listing, RemoteFile
-from app.hub.journal import LONGEST_NAME, PartHeader, beside
+from app.hub.journal import ENDINGS, LONGEST_NAME, PartHeader, beside
 from app.hub.limits import RateLimit, retry_delay
 from app.hub.local_copies import find_copies, take_copy
 from app.hub.part import PartFile, arrived_bytes, remove_parts
 from app.hub.places import folder_for, local_name, local_path, refuse_collisions
 from app.hub.positional import PositionalFile
 from app.hub.reference import HubReference, check_file_path, parse_reference
-from app.hub.selection import gguf_choices, missing_parts, pick, quantization, repository_choice, usual
+from app.hub.selection import gguf_choices, is_adapter, missing_parts, pick, quantization, repository_choice, usual
 from app.viewmodels.transfer_rates import Speed, shares
 
 
@@ -188,6 +188,16 @@ def test_a_repository_is_fetched_without_what_it_has_twice() -> None:
         usual(files("README.md", "config.json"))
 
 
+def test_an_adapter_is_told_from_a_model() -> None:
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    assert is_adapter(files(*adapter)) and is_adapter(files("adapter_config.json", "adapter_model.bin"))
+    # What training programs leave there too.
+    assert is_adapter(files(*adapter, "config.json", "training_args.bin", "checkpoint-9/model.safetensors"))
+    assert not is_adapter(files(*adapter, "config.json", "model-00001-of-00002.safetensors"))
+    assert is_adapter(files(*adapter, "voice-f16.gguf")) and not is_adapter(files("config.json", "model.safetensors"))
+    assert not is_adapter(files("checkpoint-9/adapter_config.json", "model.safetensors"))
+
+
 def test_files_are_picked_by_path_name_pattern_and_quantization() -> None:
     listed = files("sub/m-Q4_K_M-00001-of-00002.gguf", "sub/m-Q4_K_M-00002-of-00002.gguf", "m-Q8_0.gguf", "config.json")
     assert len(pick(listed, ["m-Q4_K_M-00001-of-00002.gguf"])) == 2
@@ -235,7 +245,20 @@ def test_names_that_are_one_file_on_many_systems_are_refused_together() -> None:
             assert caught.value.kind is ErrorKind.HOSTILE
     with pytest.raises(WeftError, match="notes what it has fetched"):
         refuse_collisions(files(".weft-download.json"))
-    refuse_collisions(files("m.part", "m.gguf", "a/b", "ab"))
+    refuse_collisions(files("m.part", "m.gguf", "a/b", "ab", "a/.part", "x.old", "x"))
+    long = "n" * 240 + ".gguf"
+    for ending in ENDINGS:
+        with pytest.raises(WeftError):
+            refuse_collisions(files(f"d/{beside(Path(long), ending)}", f"d/{long}"))
+
+
+def test_the_names_of_a_hundred_thousand_files_are_looked_through_at_once() -> None:
+    many = files(*(f"part-{number % 300:03d}/shard-{number:06d}/weights.safetensors" for number in range(100_000)))
+    started = time.process_time()
+    refuse_collisions(many)
+    assert time.process_time() - started < 3  # 0.2 s; it took seconds when every name was made into paths
+    with pytest.raises(WeftError):
+        refuse_collisions([*many, *files("PART-007")])
 
 
 @pytest.mark.fault

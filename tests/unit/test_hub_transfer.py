@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import ErrorKind, WeftError
+from app.hub import transfer
 from app.hub.journal import PartHeader
 from app.hub.part import arrived_bytes
-from app.hub.source import HttpSource, HttpTrouble, Located, proxy_for
+from app.hub.source import HttpSource, HttpTrouble, Located
 from app.hub.transfer import Transfer
 from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import FILE, Told, behind_https, fetch, random_bytes, remote, sha256
@@ -33,11 +34,11 @@ def hub() -> Iterator[FakeHub]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backoff in hundredths of a second; a Retry-After counts as it is."""
-    from app.hub import transfer
+    from app.hub import patience
     from app.hub.limits import retry_delay
 
     monkeypatch.setattr(
-        transfer, "retry_delay", lambda tries, after, date: retry_delay(tries, after, date) if after else 0.02
+        patience, "retry_delay", lambda tries, after, date: retry_delay(tries, after, date) if after else 0.02
     )
 
 
@@ -345,6 +346,19 @@ def test_a_signed_address_that_expired_is_asked_for_again(hub: FakeHub, tmp_path
     source.close()
 
 
+def test_a_file_that_lies_in_xet_comes_over_the_bridge_in_ranges(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is too large for the bridge to send in one answer."""
+    monkeypatch.setattr(transfer, "STRETCH", 2**20)
+    hub.xet, hub.whole = True, 2 * MB
+    data = random_bytes(5 * MB)
+    hub.add("user/tiny", {FILE: data})
+    assert fetch(hub, tmp_path / FILE).read_bytes() == data
+    assert all("Range" in request.headers and request.status == 206 for request in hub.transfers())
+    assert hub.fetched() == len(data) and not any("xet-read-token" in request.path for request in hub.requests)
+
+
 def test_a_hub_that_is_not_there_is_said(tmp_path: Path) -> None:
     with FakeHub() as gone:
         gone.add("user/tiny", {FILE: b"abc"})
@@ -383,25 +397,6 @@ def test_https_serves_and_its_redirect_to_plain_http_ends_the_download(
         fetch(hub, tmp_path / FILE, timeout=3)
     assert caught.value.kind is ErrorKind.HOSTILE
     assert not hub.transfers() and not (tmp_path / FILE).exists()
-
-
-def test_a_proxy_that_is_not_there_is_said(tmp_path: Path, hub: FakeHub) -> None:
-    hub.add("user/tiny", {FILE: b"abc"})
-    source = HttpSource("http://hub.invalid", proxy="http://127.0.0.1:9", timeout=1)
-    with pytest.raises(WeftError, match="proxy") as caught:
-        Transfer(source, remote(hub), tmp_path / FILE).run()
-    assert "Settings" in caught.value.hint
-    with pytest.raises(WeftError, match="socks5"):
-        HttpSource("http://hub.invalid", proxy="socks5://127.0.0.1:9").locate(remote(hub))
-
-
-def test_proxies_come_from_the_settings_else_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://system:1")
-    monkeypatch.setenv("no_proxy", "inside.example")
-    assert proxy_for("https://hub.example/x") == "http://system:1"
-    assert proxy_for("https://inside.example/x") == ""
-    assert proxy_for("https://hub.example/x", "mine:2") == "http://mine:2"
-    assert proxy_for("http://127.0.0.1:5/x", "mine:2") == ""
 
 
 def test_a_clock_that_moves_a_year_changes_nothing(
