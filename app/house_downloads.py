@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -153,7 +154,7 @@ class DownloadsHouse(QObject):
         )
 
     def _endpoint(self) -> str:
-        return self._settings.now.hub_endpoint
+        return self._settings.now.hub_endpoint or os.environ.get("HF_ENDPOINT", "")
 
     def _copy_roots(self) -> list[str]:
         """Where copies of a hub's files may lie: the library, and the Hugging Face cache even if it is not indexed."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,7 +13,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import NOTE, read_note, write_note
 from app.hub.files import Listing, RemoteFile
 from app.hub.part import arrived_bytes, remove_parts
-from app.hub.places import local_path
+from app.hub.places import local_path, refuse_collisions
 from app.hub.positional import folder_lock
 from app.hub.selection import gguf_choices
 from app.store.downloads import Download
@@ -31,36 +32,39 @@ def title_of(listing: Listing, files: Sequence[RemoteFile]) -> str:
     return f"{name} {files[0].path}" if len(files) == 1 and len(listing.files) > 1 else name
 
 
-def check_space(
-    folder: Path, files: Sequence[RemoteFile], queued: Sequence[tuple[str, int]], here: dict[str, str]
-) -> None:
-    """Refuse what the drive cannot hold beside all that is queued for it. May wait for a slow drive.
+class Wanted(NamedTuple):
+    """Files that are to be in a folder, and where copies of them lie on this machine, by path."""
+
+    folder: Path
+    files: tuple[RemoteFile, ...]
+    here: Mapping[str, str]
+
+
+def check_wanted(wanted: Wanted, queued: Sequence[Wanted]) -> None:
+    """Refuse names that are in each other's way, and what the drive cannot hold beside all that is queued for it.
+
+    May wait for a slow drive, and takes a moment for repositories with many thousand files.
 
     Args:
-        queued: folder and bytes still to come of each download that runs or waits.
+        queued: all that runs or waits.
 
     Raises:
-        WeftError: DISK_FULL with the numbers; PERMISSION when the drive is not there.
+        WeftError: HOSTILE names; DISK_FULL with the numbers; PERMISSION when the drive is not there.
     """
-    place = _existing(folder)
+    refuse_collisions(wanted.files)
+    folder, place = wanted.folder, _existing(wanted.folder)
     try:
         drive, free = place.stat().st_dev, shutil.disk_usage(place).free
-        spoken = sum(rest for other, rest in queued if _existing(Path(other)).stat().st_dev == drive)
+        others = [other for other in queued if _existing(other.folder).stat().st_dev == drive]
     except OSError as error:
         raise WeftError(
             ErrorKind.PERMISSION,
             f"{folder} cannot be reached: {error.strerror}.",
             "Connect its drive, or choose another folder for downloads in Settings.",
         ) from error
-    needed = 0
-    for file in files:
-        target = local_path(folder, file.path)
-        try:
-            complete = target.stat().st_size == file.size
-        except OSError:
-            complete = False
-        if not complete and not _on_drive(here.get(file.path, ""), drive):
-            needed += file.size - arrived_bytes(target)
+    counted: set[Path] = set()
+    needed = _to_come(wanted, drive, counted)
+    spoken = sum(_to_come(other, drive, counted) for other in others)
     if needed and needed + spoken + SPARE > free:
         queue = f"; {readable_bytes(spoken)} of that is spoken for by the queue" if spoken else ""
         raise WeftError(
@@ -69,6 +73,23 @@ def check_space(
             f"{readable_bytes(SPARE)} must stay free.",
             "Free some space, choose fewer files, or choose another folder for downloads in Settings.",
         )
+
+
+def _to_come(wanted: Wanted, drive: int, counted: set[Path]) -> int:
+    """Bytes that a drive must still take; files that were `counted` (and now are) only once."""
+    needed = 0
+    for file in wanted.files:
+        target = local_path(wanted.folder, file.path)
+        if target in counted:
+            continue
+        counted.add(target)
+        try:
+            complete = target.stat().st_size == file.size
+        except OSError:
+            complete = False
+        if not complete and not _on_drive(wanted.here.get(file.path, ""), drive):
+            needed += file.size - arrived_bytes(target)
+    return needed
 
 
 def _on_drive(place: str, drive: int) -> bool:

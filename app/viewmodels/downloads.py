@@ -12,11 +12,12 @@ import msgspec
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
-from app.hub.files import DownloadNews, DownloadResult, Listing, RemoteFile
-from app.hub.places import folder_for, refuse_collisions
+from app.hub.files import DownloadResult, Listing, RemoteFile
+from app.hub.places import folder_for
 from app.store.downloads import Download, DownloadState, DownloadStore
 from app.viewmodels.background import Background
-from app.viewmodels.download_files import check_space, remove_leftovers, title_of
+from app.viewmodels.download_files import Wanted, check_wanted, remove_leftovers, title_of
+from app.viewmodels.download_row import Row
 from app.viewmodels.settings import SettingsView
 from app.viewmodels.transfer_rates import Speed, shares
 
@@ -27,47 +28,6 @@ TICK_MS = 500
 CLOSE_MS = 5000
 # Seconds until a download that the network ended is tried again, without anybody saying so; the last for ever.
 TRY_AGAIN = (15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-
-
-class Row:
-    """One download with what is known of it while the window lives."""
-
-    def __init__(self, download: Download) -> None:
-        self.download = download
-        self.worker: DownloadWorker | None = None
-        self.speed = Speed()
-        self.wanted: DownloadState | None = None  # what it becomes when its worker has stopped
-        self.forget: bool | None = None  # remove it then, with its parts or without
-        self.tries = 0
-        self.not_before = 0.0  # time.monotonic
-
-    @property
-    def news(self) -> DownloadNews | None:
-        return self.worker.latest if self.worker is not None else None
-
-    @property
-    def state(self) -> DownloadState:
-        return self.download.state
-
-    @property
-    def done(self) -> int:
-        news = self.news
-        return news.done if news is not None else self.download.done
-
-    @property
-    def fraction(self) -> float:
-        total = self.download.total
-        return 1.0 if self.state is DownloadState.DONE else min(1.0, self.done / total) if total else 0.0
-
-    @property
-    def left(self) -> float | None:
-        """Seconds, or None while unknown."""
-        return self.speed.left(self.download.total - self.done) if self.worker is not None else None
-
-    @property
-    def waits(self) -> float:
-        """Seconds until it is tried again; 0 when it does not wait for that."""
-        return max(0.0, self.not_before - time.monotonic()) if self.state is DownloadState.QUEUED else 0.0
 
 
 class Downloads(QObject):
@@ -114,6 +74,7 @@ class Downloads(QObject):
         self._tick.timeout.connect(self._on_tick)
         self._closing = False
         self._ending: list[DownloadWorker] = []  # have said how it ended; their threads are about to
+        self._adding: list[Wanted] = []  # are being checked, and not yet rows
         self.rows: list[Row] = []
         settings.changed.connect(self._setting_changed)
 
@@ -181,22 +142,27 @@ class Downloads(QObject):
         """
         chosen = tuple(files)
         folder = self.folder(listing)
-        try:
-            refuse_collisions(chosen)
-        except WeftError as error:
-            self.refused.emit(error)
+        if (row := self._same(folder, listing, chosen)) is not None:
+            self.resume([row.download.id])
+            self.added.emit(row.download)
             return
-        for row in self.rows:
-            same = row.download.folder == str(folder) and row.download.commit == listing.commit
-            if same and set(row.download.files) == set(chosen) and row.state is not DownloadState.DONE:
-                self.resume([row.download.id])
-                self.added.emit(row.download)
-                return
-        queued = [(row.download.folder, row.download.total - row.done) for row in self.active]
         own = f"{folder}{os.sep}"  # what lies there already is compared in its place
         here = {path: place for path, place in listing.here.items() if copies and not place.startswith(own)}
-        key = ("add", listing, chosen, folder, here)
-        self._work.run(key, lambda: check_space(folder, chosen, queued, here))
+        wanted = Wanted(folder, chosen, here)
+        if any(wanted == waiting for waiting in self._adding):
+            return  # pressed twice: the answer to the first time comes yet
+        queued = [Wanted(Path(row.download.folder), row.download.files, row.download.here) for row in self.active]
+        queued += self._adding
+        self._adding.append(wanted)
+        self._work.run(("add", listing, wanted), lambda: check_wanted(wanted, queued))
+
+    def _same(self, folder: Path, listing: Listing, chosen: tuple[RemoteFile, ...]) -> Row | None:
+        """The row that fetches just this already."""
+        for row in self.rows:
+            same = row.download.folder == str(folder) and row.download.commit == listing.commit
+            if same and row.state is not DownloadState.DONE and set(row.download.files) == set(chosen):
+                return row
+        return None
 
     @Slot(object, object, object)
     def _worked(self, key: object, _result: object, error: object) -> None:
@@ -205,12 +171,14 @@ class Downloads(QObject):
             if isinstance(error, WeftError):
                 self.refused.emit(error)
             return
-        _, listing, files, folder, here = key
+        _, listing, wanted = key
+        self._adding.remove(wanted)
         if isinstance(error, WeftError):
             self.refused.emit(error)
             return
         try:
-            download = self._store.add(listing, files, str(folder), title_of(listing, files), here=here)
+            title = title_of(listing, wanted.files)
+            download = self._store.add(listing, wanted.files, str(wanted.folder), title, here=wanted.here)
         except WeftError as full:
             self.refused.emit(full)
             return

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from PySide6.QtCore import Qt
 from pytestqt.qtbot import QtBot
@@ -215,6 +216,45 @@ def test_the_same_thing_twice_is_one_download(qtbot: QtBot, hub: FakeHub, here: 
     assert first == second
     until(qtbot, here, first, DownloadState.DONE)
     assert hub.fetched() == 4 * MB
+
+
+def test_a_button_pressed_twice_adds_one_and_what_is_being_added_counts_for_the_drive(
+    qtbot: QtBot, hub: FakeHub, here: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All before the first has been answered."""
+    hub.total_rate = MB
+    hub.add("user/tiny", {"model.gguf": random_bytes(4 * MB)})
+    hub.add("user/more", {"more.gguf": random_bytes(4 * MB)})
+    usage = type("Usage", (), {"free": download_files.SPARE + 6 * MB})()
+    monkeypatch.setattr(download_files.shutil, "disk_usage", lambda _: usage)
+    first, second = here.listing(), here.listing("user/more")
+    with qtbot.waitSignal(here.downloads.refused, timeout=WAIT) as got:
+        for listing in (first, first, second):
+            here.downloads.add(listing, listing.files)
+    assert got.args[0].kind is ErrorKind.DISK_FULL and "4.0 MB of that is spoken for" in got.args[0].message
+    assert [row.download.repo for row in here.downloads.rows] == ["user/tiny"]
+
+
+def test_what_is_there_already_does_not_count_for_the_drive(
+    qtbot: QtBot, hub: FakeHub, here: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a download that waits: a file in its place, and a copy that is linked."""
+    names = ("in-place.gguf", "copy.gguf", "rest.gguf")
+    hub.add("user/tiny", {name: random_bytes(4 * MB) for name in names})
+    hub.add("user/more", {"more.gguf": random_bytes(4 * MB)})
+    listing, folder = here.listing(), here.folder()
+    folder.mkdir(parents=True)
+    (folder / "in-place.gguf").write_bytes(bytes(4 * MB))
+    copy = here.paths.data / "copy.gguf"
+    copy.write_bytes(bytes(4 * MB))
+    monkeypatch.setattr(here.downloads, "_fill", lambda: None)  # everything waits
+    usage = type("Usage", (), {"free": download_files.SPARE + 9 * MB})()
+    monkeypatch.setattr(download_files.shutil, "disk_usage", lambda _: usage)
+    with qtbot.waitSignal(here.downloads.added, timeout=WAIT):
+        here.downloads.add(msgspec.structs.replace(listing, here={"copy.gguf": str(copy)}), listing.files)
+    more = here.listing("user/more")
+    with qtbot.waitSignal(here.downloads.added, timeout=WAIT):
+        here.downloads.add(more, more.files)
 
 
 def test_a_full_drive_is_said_before_anything_is_fetched(

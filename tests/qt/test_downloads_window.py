@@ -15,7 +15,7 @@ from app.engine import machine
 from app.house_downloads import DownloadsHouse
 from app.hub.files import Listing
 from app.store.downloads import DownloadState
-from app.viewmodels import hub_tables
+from app.viewmodels import download_table, hub_tables
 from app.viewmodels.hub_tables import FileTable
 from app.views.downloads import finder
 from app.views.downloads.window import MINIMUM, DownloadsWindow
@@ -175,6 +175,9 @@ def test_a_link_from_outside_asks_first(qtbot: QtBot, here: Manager, window: Dow
     assert window.dialog is not None and "user/tiny-GGUF" in window.dialog.accessibleName()
     qtbot.wait(100)
     assert len(hub.requests) == asked
+    # No wider than its sentences want, and no gaps between them.
+    sheet = window.dialog
+    assert sheet.width() < 520 and sheet.height() == sheet.layout().totalHeightForWidth(sheet.width())
     window.dialog.reject()
     qtbot.wait(50)
     assert len(hub.requests) == asked
@@ -202,6 +205,41 @@ def test_cancel_asks_whether_to_keep_what_came(
     window.dialog.yes.click()  # type: ignore[attr-defined]
     qtbot.waitUntil(lambda: not here.downloads.rows, timeout=WAIT)
     qtbot.waitUntil(lambda: not here.folder("user/big").exists(), timeout=WAIT)
+
+
+def test_the_queue_is_driven_and_read_in_the_window(
+    qtbot: QtBot, here: Manager, window: DownloadsWindow, hub: FakeHub
+) -> None:
+    """Speed, time left, Retry-After, order, pause and resume, by what a person sees and presses."""
+    for number in range(3):
+        hub.add(f"user/m{number}", {f"m{number}.gguf": random_bytes(4_000_000)})
+    hub.total_rate = 2_000_000
+    hub.misbehave(Fault("status", path="m0.gguf", code=429, retry_after="60"))
+    window.queue.at_once.setValue(1)
+    ids = [here.add(qtbot, f"user/m{number}") for number in range(3)]
+    queue, table = window.queue, window.queue.table
+    ended: list[int] = []
+    here.downloads.finished.connect(lambda download: ended.append(download.id))
+    cell = lambda row, column: str(table.data(table.index(row, column)) or "")  # noqa: E731
+    qtbot.waitUntil(lambda: "slow down. Goes on in" in cell(0, download_table.PROGRESS), timeout=WAIT)
+    queue.show_download(ids[2])
+    qtbot.keyClick(queue.view, Qt.Key.Key_Up, Qt.KeyboardModifier.AltModifier)
+    qtbot.waitUntil(lambda: [row.download.id for row in table.rows] == [ids[0], ids[2], ids[1]], timeout=WAIT)
+    assert [row.download.id for row in queue.selected] == [ids[2]]
+    queue.pause.click()
+    assert cell(1, download_table.PROGRESS).startswith("Paused") and queue.resume.isEnabled()
+    queue.resume.click()
+    assert cell(1, download_table.PROGRESS).startswith("Waiting")
+    queue.show_download(ids[0])
+    queue.pause.click()  # not for its minute: the next one's turn has come
+    qtbot.waitUntil(lambda: "/s" in cell(1, download_table.SPEED), timeout=WAIT)
+    assert "left" in queue._total.text() and "/s" in queue._total.text() and "2 to go" in queue._total.text()
+    assert cell(1, download_table.LEFT) != "–" and " of 4.0 MB" in cell(1, download_table.PROGRESS)
+    assert [cell(row, download_table.LEFT) for row in (0, 2)] == ["", ""]
+    queue.resume.click()
+    hub.total_rate = 0
+    qtbot.waitUntil(lambda: len(ended) == 3, timeout=WAIT)
+    assert ended == [ids[2], ids[0], ids[1]] and queue._total.text() == "3 done"
 
 
 def test_limits_set_in_the_window_hold_and_are_kept(qtbot: QtBot, here: Manager, window: DownloadsWindow) -> None:
