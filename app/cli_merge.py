@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.set_defaults(run=_run)
     command.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a folder of safetensors")
     command.add_argument(
-        "--adapter", action="append", required=True, metavar="A[=WEIGHT]", help="an adapter by path or library name (may be repeated)"
+        "--adapter", action="append", default=[], metavar="A[=WEIGHT]", help="an adapter by path or library name (may be repeated)"
     )  # fmt: skip
     command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the merged model")
     command.add_argument("--dtype", choices=DTYPES[1:], default="", help="of the result; the base's own by default")
@@ -40,7 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--packed",
         choices=get_args(Packing),
         default="refuse",
-        help="a base packed by bitsandbytes: refuse it (the 16-bit model is better), make 16 bits of it, or pack it again",
+        help="a base packed by GPTQ, AWQ, HQQ or bitsandbytes: refuse it (the 16-bit model is better), make 16 bits of it (also without "
+        "an adapter), or (bitsandbytes) pack it again",
     )
     add_certify_argument(command)
     command.add_argument("--license", default="", help="for the model card, where the base names none")

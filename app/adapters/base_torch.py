@@ -40,6 +40,8 @@ def sizes(module: torch.nn.Module) -> tuple[int, int] | None:
 
 def is_quantized(module: torch.nn.Module) -> bool:
     """Whether its weight is packed, so that only its product with something can be had directly."""
+    if hasattr(module, "packed_weights"):
+        return True
     weight: Any = getattr(module, "weight", None)
     return not isinstance(weight, torch.Tensor) or not weight.dtype.is_floating_point
 
@@ -47,7 +49,7 @@ def is_quantized(module: torch.nn.Module) -> bool:
 @contextmanager
 def present(module: torch.nn.Module) -> Iterator[None]:
     """Have a module's weights in memory for the block, also where accelerate keeps them elsewhere."""
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = None if hasattr(module, "packed_weights") else getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.is_meta:
         from accelerate.utils import align_module_device
 
@@ -64,12 +66,16 @@ def place_of_weight(module: torch.nn.Module) -> torch.device:
     device = getattr(hook, "execution_device", None)
     if device is not None:
         return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    if hasattr(module, "packed_weights"):
+        return module.device  # type: ignore[return-value]
     parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
     """The weight, (out, in), unpacked where it is quantized; a view where it is not. Call inside `present`."""
+    if hasattr(module, "packed_weights"):
+        return module.unpacked()  # type: ignore[operator]
     weight: Any = module.weight
     name = type(weight).__name__
     if name == "Params4bit" and getattr(weight, "quant_state", None) is not None:

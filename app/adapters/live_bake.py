@@ -20,10 +20,11 @@ _ROWS = 256  # of a weight that are summed in float32 at a time
 
 def can_bake(site: Site) -> bool:
     """Whether a module's weight is a plain matrix in memory that may be exchanged."""
+    if is_quantized(site.module):
+        return False
     weight: Any = getattr(site.module, "weight", None)
     return (
         isinstance(weight, torch.nn.Parameter)
-        and not is_quantized(site.module)
         and not weight.is_meta
         and not hasattr(site.module, "_hf_hook")  # accelerate may move the weight away after each pass
     )

@@ -45,6 +45,11 @@ class Target(NamedTuple):
     half: int = -1
 
 
+def _holds(module: torch.nn.Module) -> bool:
+    """Whether a module has weights of its own, packed or not."""
+    return hasattr(module, "packed_weights") or any(True for _ in module.parameters(recurse=False))
+
+
 class Names:
     """The modules of a model by their places."""
 
@@ -54,7 +59,7 @@ class Names:
         self._places: dict[Place, str] = {}
         self._roles: dict[tuple[int, str], str] = {}
         for name, module in self.modules.items():
-            if not name or not any(True for _ in module.parameters(recurse=False)):
+            if not name or not _holds(module):
                 continue
             place = place_of(name)
             self._places.setdefault(place, name)
@@ -65,7 +70,7 @@ class Names:
     def find(self, adapted: AdaptedModule) -> Target:
         """The module that an adapter's module names."""
         name = adapted.name
-        if name in self._exact and any(True for _ in self.modules[name].parameters(recurse=False)):
+        if name in self._exact and _holds(self.modules[name]):
             return Target(name)
         place = place_of(name)
         found = self._places.get(place)

@@ -293,6 +293,8 @@ class _Reader:
         self.sites[name] = (kind, size, self._dtype(owner), place_of_weight(owner), part)
 
     def _dtype(self, owner: Any) -> torch.dtype:
+        if hasattr(owner, "packed_weights"):
+            return owner.dtype
         weight: Any = getattr(owner, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype.is_floating_point:
             return weight.dtype

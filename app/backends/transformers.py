@@ -1,4 +1,4 @@
-"""Transformers: 16- and 32-bit models from safetensors or .bin files, on the processor or on GPUs, also bitsandbytes."""
+"""Transformers: models from safetensors or .bin files, on the processor or on GPUs; also such as bitsandbytes, GPTQ, AWQ and HQQ have packed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, GenerateBatch, Generated, GeneratedBatch, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import hf_files
-from app.generation.hf_options import Options, estimate
+from app.generation.hf_options import PACKED, Options, estimate
 from app.generation.hf_prompt import Prompts
 from app.generation.in_turn import answer_in_turn, request_of
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 SPEC = Spec(
     id="transformers",
     title="Transformers",
-    summary="Runs models from safetensors or .bin folders as they are, or quantized while loading.",
-    formats=frozenset({ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES}),
+    summary="Runs models from safetensors or .bin folders as they are, quantized while loading, or saved by GPTQ, AWQ, HQQ or bitsandbytes.",
+    formats=frozenset({ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES, *PACKED}),
     environment="core",
     capabilities=frozenset({Capability.LORA, Capability.MULTI_LORA, Capability.PERPLEXITY}),
     options=Options,
@@ -109,18 +109,21 @@ class Backend(base.Backend):
         form = "bin" if request.model.format is ModelFormat.TORCH_BIN else "safetensors"
         if request.model.format is ModelFormat.BITSANDBYTES and not (folder / hf_files.SINGLES[form]).exists():
             form = "safetensors" if (folder / hf_files.INDEXES[form]).exists() else "bin"
-        stage = self._stage = hf_files.Stage(folder, form)
+        packed = request.model.format in PACKED
+        lone = Path(request.model.files[0]) if packed and len(request.model.files) == 1 else None
+        stage = self._stage = hf_files.Stage(folder, form, lone)
         trust = self._trust(stage, request, options)
         seen = folder if trust else stage.path
         prompts = self._prompts = Prompts(options.chat_template)
         prompts.start(seen)
         config = hf_load.read_config(seen, trust)
-        plan = hf_load.Plan(folder=seen, weights=stage.weights, form=form, trust=trust)
+        plan = hf_load.Plan(folder=seen, weights=stage.weights, form=form, trust=trust, packed=packed)
         plan.notes += hf_load.set_rope(
             config, options.alpha_value, options.rope_freq_base or 0.0, options.compress_pos_emb
         )
         hf_plan.plan_precision(config, plan, options)
         hf_plan.plan_place(request.model, plan, options)
+        self._plan_packing(stage, folder, plan, options, report)
         free = hf_plan.free_memory(options)
         self._offload = plan.offload_folder if not options.offload_folder else ""
         self._model = hf_load.load_model(
@@ -135,6 +138,9 @@ class Backend(base.Backend):
         if plan.bitsandbytes is not None:
             hf_plan.check_quantized(self._model, plan)
             hf_load.unmap(self._model)
+        if plan.packing is not None:
+            plan.notes += plan.packing.notes
+            hf_load.unmap(self._model)
         _give_back()
         self._decoder = Decoder(self._model, device, slow)
         if request.adapters.adapters:
@@ -143,6 +149,29 @@ class Backend(base.Backend):
         if prompts.bare:
             plan.notes.append("The model brings no chat template; the plain ChatML template is used.")
         return plan.notes
+
+    def _plan_packing(self, stage: hf_files.Stage, folder: Path, plan: Any, options: Options, report: Report) -> None:
+        """What reads packed weights, or packs them."""
+        if not plan.packed and not plan.hqq:
+            return
+        from app.adapters.packed_load import PackedConfig, Stored, table_of
+
+        stored = None
+        if plan.packed:
+            if plan.form != "safetensors":
+                raise WeftError(
+                    ErrorKind.UNSUPPORTED,
+                    f"{folder.name} holds packed weights as pickled files, which are not read here.",
+                    "Get the model as safetensors.",
+                )
+            stored = Stored(plan.weights, table_of(stage.config, folder))
+        plan.packing = PackedConfig(
+            stored,
+            bits=plan.hqq,
+            group=options.hqq_group_size,
+            kernel=options.packed_kernel,
+            cancelled=lambda: report.cancelled,
+        )
 
     def _trust(self, stage: hf_files.Stage, request: Load, options: Options) -> bool:
         """Whether the folder's Python files may run: only if the user asked for it, twice, and they are the folder's own."""

@@ -24,8 +24,8 @@ class MergePlan(msgspec.Struct, frozen=True, kw_only=True):
         target: folder that is made; it must not exist, or be empty.
         dtype: of the result's matrices; "" keeps each tensor's own.
         shard_size: bytes of a weight file at most; 0 keeps the base's own division.
-        packed: what becomes of a base that bitsandbytes has packed: nothing (`refuse`, with the 16-bit model to fetch),
-            a model in 16 bits, or one that is packed `again`.
+        packed: what becomes of a base that bitsandbytes, GPTQ, AWQ or HQQ has packed: nothing (`refuse`, with the 16-bit model
+            to fetch), a model in 16 bits (then the stack may be empty), or one that is packed `again` (bitsandbytes only).
         base_name: how the model card calls the base; "" for the folder's name.
         license: for the card, where the base's own card names none.
     """

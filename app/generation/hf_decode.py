@@ -41,7 +41,8 @@ class Decoder:
         self._model: Any = model
         self.device = device
         whole = slow_weights or device.type != "cpu"
-        parameters = 0 if whole else sum(p.numel() for p in model.parameters())
+        packed = 0 if whole else sum(getattr(module, "packed_weights", 0) for module in model.modules())
+        parameters = 0 if whole else packed + sum(p.numel() for p in model.parameters())
         self.chunk = LARGEST_CHUNK if whole else prompt_chunk(parameters, LARGEST_CHUNK)
         self._cache: DynamicCache | None = None
         self._tokens: list[int] = []  # what the cache holds

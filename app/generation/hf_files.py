@@ -104,11 +104,11 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(part)
 
 
-def weight_files(folder: Path, form: str) -> list[Path]:
+def weight_files(folder: Path, form: str, lone: Path | None = None) -> list[Path]:
     """The weight files of a folder, checked to lie in it.
 
     Args:
-        form: `safetensors` or `bin`.
+        form: `safetensors` or `bin`. lone: the single file, where it has a name of its own and there is no other.
 
     Raises:
         WeftError: HOSTILE for an index that names files elsewhere, NOT_FOUND for missing files, CORRUPT for a bad index.
@@ -117,6 +117,8 @@ def weight_files(folder: Path, form: str) -> list[Path]:
     single = folder / SINGLES[form]
     if single.is_file():  # as transformers does, the single file comes first
         return [single]
+    if lone is not None and lone.parent == folder and lone.is_file() and not index.is_file():
+        return [lone]
     if not index.is_file():
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no {single.name} or {index.name} in {folder}.", _AGAIN)
     mapping = read_json(index).get("weight_map")
@@ -173,17 +175,17 @@ class Stage:
 
     Args:
         folder: the model's own.
-        form: `safetensors` or `bin`.
+        form: `safetensors` or `bin`. lone: see `weight_files`.
 
     Attributes:
         path: the staged folder. config: the cleaned config. weights: the model's own weight files.
     """
 
-    def __init__(self, folder: Path, form: str) -> None:
+    def __init__(self, folder: Path, form: str, lone: Path | None = None) -> None:
         self.original = read_json(folder / "config.json")
         self.config: dict[str, Any] = clean(self.original)
         check_config(folder / "config.json", self.config)
-        self.weights = weight_files(folder, form)
+        self.weights = weight_files(folder, form, lone)
         self.custom_code = custom_code(self.original)
         self._temporary = tempfile.TemporaryDirectory(prefix="weft-model-")
         self.path = Path(self._temporary.name)
@@ -195,9 +197,10 @@ class Stage:
 
     def _fill(self, folder: Path, form: str) -> None:
         _write(self.path / "config.json", self.config)
+        indexed = (folder / INDEXES[form]).is_file() and self.weights[0].name != SINGLES[form]
         for file in self.weights:
-            _link(file, self.path / file.name)
-        if self.weights[0].name != SINGLES[form]:
+            _link(file, self.path / (file.name if indexed else SINGLES[form]))
+        if indexed:
             _link(folder / INDEXES[form], self.path / INDEXES[form])
         found = stage_tokenizer(folder, self.path)
         self.custom_code += tuple(code for code in found if code not in self.custom_code)

@@ -38,6 +38,8 @@ class Plan(msgspec.Struct, kw_only=True):
         offload_folder: where weights go that fit nowhere else; "" for nowhere.
         attention: transformers' name, or "" for its own choice.
         bitsandbytes: arguments of BitsAndBytesConfig; None for no quantization.
+        packed: the files hold GPTQ's, AWQ's or HQQ's matrices. hqq: bits to pack the weights to while loading, 0 for not.
+        packing: the quantization_config that does either.
     """
 
     folder: Path
@@ -50,6 +52,9 @@ class Plan(msgspec.Struct, kw_only=True):
     offload_folder: str = ""
     attention: str = ""
     bitsandbytes: dict[str, Any] | None = None
+    packed: bool = False
+    hqq: int = 0
+    packing: Any = None
     notes: list[str] = []
 
 
@@ -152,7 +157,13 @@ def load_model(config: Any, plan: Plan, progress: Callable[[Progress], None], ca
         arguments["attn_implementation"] = plan.attention
     if plan.bitsandbytes is not None:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(**plan.bitsandbytes)
-    memory = _large_blocks_given_back() if plan.bitsandbytes is not None else contextlib.nullcontext()
+    elif plan.packing is not None:
+        arguments["quantization_config"] = plan.packing
+        for owner in (config, config.get_text_config(decoder=True)):
+            if getattr(owner, "quantization_config", None) is not None:
+                del owner.quantization_config  # ours reads what is there, whatever this says
+    packs = plan.bitsandbytes is not None or plan.packing is not None
+    memory = _large_blocks_given_back() if packs else contextlib.nullcontext()
     with _progress(progress, cancelled), memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to programmers; what matters to users is a note or an error of ours
         model, info = _from_pretrained(model_class, plan, arguments)

@@ -16,6 +16,8 @@ GIB = 1024**3
 PROCESS = 350 * 1024 * 1024  # bytes: an engine with torch and transformers at work, measured without a graphics card
 BITSANDBYTES = 45 * 1024 * 1024  # bytes: what its import adds, measured
 
+PACKED = frozenset({ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ})
+
 MEMORY, PRECISION, CONTEXT, BEHAVIOUR = "Memory", "Precision", "Context", "Behaviour"
 
 
@@ -92,6 +94,75 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "Quantize the 4-bit scales too: saves another 0.4 bits a weight.",
             group=PRECISION,
             aliases=("bnb_4bit_use_double_quant",),
+        ),
+    ] = False
+    load_in_hqq: Annotated[
+        Literal["off", "8-bit", "4-bit", "3-bit", "2-bit", "1-bit"],
+        option(
+            "Load in HQQ",
+            "Quantize the weights with HQQ while loading: 8, 4, 3, 2 or 1 bits. Takes no library beside PyTorch.",
+            group=PRECISION,
+            aliases=("quantize", "hqq_bits"),
+        ),
+    ] = "off"
+    hqq_group_size: Annotated[
+        int,
+        option(
+            "HQQ group size",
+            "How many weights share a scale: fewer lose less and take more memory.",
+            ge=8,
+            le=1024,
+            group=PRECISION,
+            advanced=True,
+        ),
+    ] = 64
+    packed_kernel: Annotated[
+        Literal["auto", "exact", "int4"],
+        option(
+            "Kernel for packed weights",
+            "GPTQ, AWQ and HQQ: exact unpacks in 32 bits at each pass; int4 is the processor's fast kernel, with 16-bit scales. "
+            "Auto takes int4 for 16-bit models where it works.",
+            group=BEHAVIOUR,
+            advanced=True,
+            aliases=("kernel",),
+        ),
+    ] = "auto"
+    wbits: (
+        Annotated[
+            int,
+            option(
+                "Bits (GPTQ)",
+                "The bits of a GPTQ model that does not say them.",
+                group=PRECISION,
+                automatic="read from the tensors",
+                advanced=True,
+                replaced="The shapes of the tensors tell the bits.",
+            ),
+        ]
+        | None
+    ) = None
+    groupsize: (
+        Annotated[
+            int,
+            option(
+                "Group size (GPTQ)",
+                "The group size of a GPTQ model that does not say it.",
+                group=PRECISION,
+                automatic="read from the tensors",
+                advanced=True,
+                replaced="The shapes of the tensors tell the groups.",
+            ),
+        ]
+        | None
+    ) = None
+    desc_act: Annotated[
+        bool,
+        option(
+            "Act-order (GPTQ)",
+            "A GPTQ model whose columns are ordered by importance, and that does not say so.",
+            group=PRECISION,
+            advanced=True,
+            replaced="The tensor g_idx tells the order of the columns.",
         ),
     ] = False
     cpu: Annotated[
@@ -259,7 +330,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "Do not use ExLlama's kernel for GPTQ models.",
             group=BEHAVIOUR,
             advanced=True,
-            replaced="Concerned GPTQ models only; gptqmodel, which reads those today, picks its kernel itself.",
+            replaced="ExLlama's first kernel is gone. What reads GPTQ models here lets LoRAs train.",
         ),
     ] = False
 
@@ -285,6 +356,8 @@ def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     passing = max(0, stored - cache - work) if abs(weights - stored) > stored // 8 else 0
     if options.load_in_4bit or options.load_in_8bit:
         passing += BITSANDBYTES + 12 * shape.hidden * shape.intermediate  # the library; one matrix at work
+    elif options.load_in_hqq != "off" or model.format in PACKED:
+        passing += 24 * shape.hidden * shape.intermediate  # one matrix at work
     return Estimate(
         weights=weights, cache=cache, overhead=PROCESS + work + passing, gpu=gpu, ram=ram + PROCESS + passing
     )
@@ -339,7 +412,7 @@ def _dtype_size(model: ModelEntry, options: Options, machine: Machine) -> float:
         return 2
     if options.dtype == "float32" or options.cpu:
         return 4
-    if model.format is ModelFormat.BITSANDBYTES or not model.parameters:
+    if model.format is ModelFormat.BITSANDBYTES or model.format in PACKED or not model.parameters:
         return 2
     return 4 if model.weight_bytes / model.parameters > 3 else 2
 
@@ -348,12 +421,16 @@ def weight_bytes(model: ModelEntry, options: Options, size: float) -> int:
     stored = model.weight_bytes or model.bytes
     if not model.parameters or model.format is ModelFormat.BITSANDBYTES:
         return stored
-    if not (options.load_in_4bit or options.load_in_8bit):
+    if model.format in PACKED:
+        return max(stored, model.parameters // 2)  # what is under 4 bits lies in 4
+    if options.load_in_hqq == "off" and not (options.load_in_4bit or options.load_in_8bit):
         return int(model.parameters * size)
     shape = model.shape
     # Embeddings and the output layer are not quantized; whether they are tied shows in the number of parameters only.
     kept = min(model.parameters, shape.vocabulary * shape.hidden * 2)
     bits = (4 + (0.127 if options.use_double_quant else 0.5)) if options.load_in_4bit else 8.0
+    if options.load_in_hqq != "off":
+        bits = (8 if options.load_in_hqq == "8-bit" else 4) + 32 / options.hqq_group_size
     return int((model.parameters - kept) * bits / 8 + kept * size)
 
 

@@ -32,14 +32,15 @@ def plan_precision(config: Any, plan: Plan, options: Options) -> None:
             else getattr(quantization, "quant_method", "")
         )
         method = str(getattr(method, "value", method))
-        if not method.startswith("bitsandbytes"):
+        if not method.startswith("bitsandbytes") and not plan.packed:
             raise WeftError(
                 ErrorKind.UNSUPPORTED,
                 f"This loader does not read {method or 'this'} quantization.",
                 "Choose the loader made for it.",
             )
-        if options.load_in_8bit or options.load_in_4bit:
-            plan.notes.append("The model is saved quantized; load_in_8bit and load_in_4bit have no effect.")
+    saved = quantization is not None or plan.packed
+    if saved and (options.load_in_8bit or options.load_in_4bit or options.load_in_hqq != "off"):
+        plan.notes.append("The model is saved quantized; load_in_8bit, load_in_4bit and load_in_hqq have no effect.")
     name = "bfloat16" if options.bf16 else options.dtype
     if name == "auto":
         plan.dtype = checkpoint_dtype(config, plan.weights, plan.form)
@@ -54,9 +55,15 @@ def plan_precision(config: Any, plan: Plan, options: Options) -> None:
         plan.notes.append(f"bf16 goes before dtype = {options.dtype}.")
     if options.load_in_8bit and options.load_in_4bit:
         raise WeftError(ErrorKind.BAD_INPUT, "load_in_8bit and load_in_4bit are both on.", "Switch one of them off.")
-    if quantization is None and (options.load_in_8bit or options.load_in_4bit):
+    if options.load_in_hqq != "off" and (options.load_in_8bit or options.load_in_4bit):
+        raise WeftError(
+            ErrorKind.BAD_INPUT, "load_in_hqq is on beside bitsandbytes' quantization.", "Switch one of them off."
+        )
+    if not saved and options.load_in_hqq != "off":
+        plan.hqq = int(options.load_in_hqq.partition("-")[0])
+    if not saved and (options.load_in_8bit or options.load_in_4bit):
         plan.bitsandbytes = _bitsandbytes(options, plan.dtype, cuda)
-    elif quantization is None and (options.use_double_quant or options.compute_dtype):
+    elif not saved and (options.use_double_quant or options.compute_dtype):
         plan.notes.append("use_double_quant and compute_dtype concern 4-bit loading only.")
     plan_attention(plan, options, cuda)
 
@@ -127,11 +134,11 @@ def _check_limits(model: ModelEntry, plan: Plan, options: Options) -> None:
     room = sum(plan.max_memory.values())
     size = plan.dtype.itemsize
     need = weight_bytes(model, options, size)
-    if options.disk and plan.bitsandbytes is not None and need > room:
+    if options.disk and need > room and (plan.bitsandbytes is not None or plan.packed or plan.hqq):
         raise WeftError(
             ErrorKind.BAD_INPUT,
-            "bitsandbytes cannot keep quantized weights on disk.",
-            "Raise the memory limits, or switch off load_in_4bit and load_in_8bit.",
+            "Quantized weights cannot be kept on disk.",
+            "Raise the memory limits, or switch off load_in_4bit, load_in_8bit and load_in_hqq.",
         )
     if need > room and not options.disk:
         raise WeftError(

@@ -18,11 +18,14 @@ from app.adapters.hf_stack import signature
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.core.merge_plan import MergeAdjustment, MergePlan, MergeResult
+from app.core.quantization import Quantization
 from app.engine.reporting import Report
 from app.generation.hf_files import INDEXES, SINGLES, Stage, read_json
+from app.generation.hf_options import PACKED
 
 Parameters = MergePlan
 VERSION = 1  # of what a merge's bytes depend on, beside its plan
+UNPACKABLE = PACKED | {ModelFormat.BITSANDBYTES}
 _MARGIN = 16 * 1024 * 1024  # bytes for headers, the index and the journal
 
 
@@ -58,6 +61,12 @@ class _Run:
             try:
                 return self._stream(stage)
             except NeedsPeft as reason:
+                if packing_of(Path(self.plan.model)) in PACKED:
+                    raise WeftError(
+                        ErrorKind.UNSUPPORTED,
+                        f"This stack cannot be merged into packed weights: {reason}.",
+                        "Unpack the model first, with --packed 16bit and no adapter, and merge into that.",
+                    ) from reason
                 return self._with_peft(stage, str(reason))
         finally:
             stage.close()
@@ -116,11 +125,7 @@ class _Run:
 
     def _unpacked(self, stage: Stage) -> Any:
         """The files of a packed base, unpacked; None for any other."""
-        if "quantization_config" not in stage.original:
-            return None
-        from app.adapters.merge_bnb_torch import UnpackedFiles
-
-        return UnpackedFiles(stage.weights, str(stage.original.get("dtype") or stage.original.get("torch_dtype")))
+        return unpacked_files(stage, Path(self.plan.model), self.plan.dtype)
 
     def _packing(self, merge: Any, unpacked: Any) -> list[Any]:
         """Have a packed base's tensors written as the plan wants them."""
@@ -128,8 +133,15 @@ class _Run:
             return []
         if self.plan.packed == "16bit":
             merge.config["quantization_config"] = None
-            merge.notes.append("The base was packed by bitsandbytes: what that had lost of it is lost here too.")
+            by = getattr(unpacked, "method", "").upper() or "bitsandbytes"
+            merge.notes.append(f"The base was packed by {by}: what that had lost of it is lost here too.")
             return []
+        if hasattr(unpacked, "method"):
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                f"Packing again by {unpacked.method.upper()} is not part of a merge.",
+                "Merge into 16 bits (--packed 16bit), then pack that with `weft quantize` or load_in_hqq.",
+            )
         from app.adapters.merge_bnb_torch import pack_again
 
         merge.tensors, repacked = pack_again(merge, unpacked)
@@ -223,11 +235,33 @@ def threads() -> int:
     return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, min(8, usable))
 
 
+def unpacked_files(stage: Stage, folder: Path, wanted: str = "") -> Any:
+    """The files of a packed folder, unpacked; None for 16 and 32 bits.
+
+    Args:
+        wanted: precision of the matrices, so that they are rounded once; "" for the model's own.
+    """
+    dtype = str(stage.original.get("dtype") or stage.original.get("torch_dtype"))
+    found = packing_of(folder)
+    if found in PACKED:
+        from app.adapters.merge_packed_torch import PackedFiles
+        from app.adapters.packed_load import table_of
+
+        return PackedFiles(
+            stage.weights, table_of(stage.config, folder), str(stage.config.get("model_type", "")), wanted or dtype
+        )
+    if found is not ModelFormat.BITSANDBYTES:
+        return None
+    from app.adapters.merge_bnb_torch import UnpackedFiles
+
+    return UnpackedFiles(stage.weights, dtype)
+
+
 def stage_of(folder: Path, *, packed: bool = False) -> Stage:
     """The base's folder, its files checked.
 
     Args:
-        packed: a base that bitsandbytes has packed will do.
+        packed: a base that bitsandbytes, GPTQ, AWQ or HQQ has packed will do.
 
     Raises:
         WeftError: NOT_FOUND, HOSTILE, CORRUPT; UNSUPPORTED for quantized bases, with the 16-bit base to fetch instead.
@@ -236,7 +270,8 @@ def stage_of(folder: Path, *, packed: bool = False) -> Stage:
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no model folder {folder}.", "Check the path; GGUF files take adapters through `weft export`.")  # fmt: skip
     form = "safetensors" if any((folder / t["safetensors"]).is_file() for t in (SINGLES, INDEXES)) else "bin"
     refuse_quantized(folder, packed=packed)
-    return Stage(folder, form)
+    lone = sorted(folder.glob("*.safetensors")) if packed and form == "bin" else []  # a file of a name of its own
+    return Stage(folder, "safetensors", lone[0]) if len(lone) == 1 else Stage(folder, form)
 
 
 def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
@@ -245,29 +280,46 @@ def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
     Raises:
         WeftError: UNSUPPORTED.
     """
-    from app.core.quantization import from_config
     from app.core.quantized_base import likely_base
 
-    config = read_json(folder / "config.json")
-    tables = [
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("quantize_config.json", "quant_config.json")
-    ]
-    found = from_config(config, *tables)
-    if found is None or (packed and found.format is ModelFormat.BITSANDBYTES):
+    found = quantization_of(folder)
+    if found is None or (packed and found.format in UNPACKABLE):
         return
-    base = likely_base(folder, config)
+    base = likely_base(folder, read_json(folder / "config.json"))
     hint = "Merge into the 16-bit model that it was made from"
     raise WeftError(
         ErrorKind.UNSUPPORTED,
         f"{folder.name} is quantized ({found.format.value} {found.label}): a merge into it would be rounded away.",
         (f"{hint}, {base}: get it with `weft download {base}`." if base else f"{hint}.")
         + (
-            " Or let it be unpacked first, with the loss that it has."
-            if found.format is ModelFormat.BITSANDBYTES
+            " Or let it be unpacked first (--packed 16bit), with the loss that it has."
+            if found.format in UNPACKABLE
             else ""
         ),
     )
+
+
+def quantization_of(folder: Path) -> Quantization | None:
+    """How a folder says, or its tensors show, that it is packed; None for 16 and 32 bits."""
+    from app.core.formats import read_safetensors_header
+    from app.core.quantization import from_config, from_tensors
+
+    tables = [
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("quantize_config.json", "quant_config.json")
+    ]
+    found = from_config(read_json(folder / "config.json"), *tables)
+    if found is None:
+        with contextlib.suppress(WeftError):  # a damaged file is named by who reads it
+            first = sorted(folder.glob("*.safetensors"))[:1]
+            found = from_tensors([t for path in first for t in read_safetensors_header(path).tensors])
+    return found
+
+
+def packing_of(folder: Path) -> ModelFormat | None:
+    """The format of a packed folder; None for 16 and 32 bits."""
+    found = quantization_of(folder)
+    return found.format if found is not None else None
 
 
 def check_plan(plan: MergePlan) -> None:
@@ -279,7 +331,8 @@ def check_plan(plan: MergePlan) -> None:
     for adapter in plan.stack.adapters:
         if not math.isfinite(adapter.weight):
             raise WeftError(ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number.")  # fmt: skip
-    if not any(a.weight for a in plan.stack.adapters):
+    unpacks = plan.packed == "16bit" and Path(plan.model).is_dir() and packing_of(Path(plan.model)) in UNPACKABLE
+    if not unpacks and not any(a.weight for a in plan.stack.adapters):
         raise WeftError(ErrorKind.BAD_INPUT, "No adapter is on: there is nothing to merge.", "Add one with a weight other than 0.")  # fmt: skip
     if plan.shard_size < 0:
         raise WeftError(ErrorKind.BAD_INPUT, "A negative shard size means nothing.", "Give a size in bytes, or 0.")

@@ -1,0 +1,326 @@
+"""GPTQ, AWQ and HQQ folders on the Transformers loader: the numbers that the files stand for, adapters on them, training, damage."""
+
+# ruff: noqa: E402 (imports that need torch come after the check that it is there)
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed in this interpreter")
+
+from safetensors.torch import load_file, save_file
+
+from app.adapters import hqq_quantize
+from app.adapters.base_torch import weight_of
+from app.adapters.packed_linear import PackedLinear
+from app.backends.transformers import Backend
+from app.core.errors import ErrorKind, WeftError
+from app.core.merge_plan import MergePlan
+from app.core.sampling import Sampling
+from app.core.stack import AdapterStack, StackedAdapter
+from app.engine.protocol import BatchRow, GenerateBatch, Score
+from app.tasks.merge import run as merge
+from tests.engine import packed_kit
+from tests.engine.adapter_kit import any_weight, merged_logits, random_adapter
+from tests.engine.backend_kit import FakeReport, ask, loaded
+from tests.engine.merge_kit import Report
+from tests.engine.packed_kit import Packed
+
+EXACT = 2e-5  # of the largest logit: float32 sums in another order, with adapters beside the base instead of in it
+FAST = 0.03  # of the spread of the logits, beyond three times what bfloat16 itself loses
+SEED = random.randrange(1 << 30)
+IDS = torch.arange(5, 29)[None]
+
+
+@pytest.fixture(autouse=True)
+def told() -> None:
+    print("seed", SEED)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_kit.make(tmp_path_factory.mktemp("packed") / "base", SEED)
+
+
+@pytest.fixture(scope="module", params=["gptq", "awq", "hqq"])
+def packed(request: pytest.FixtureRequest, base: Path) -> Packed:
+    """One folder of each, 4 bits."""
+    return packed_kit.pack(
+        base, base.parent / request.param, request.param, act_order=request.param == "gptq", seed=SEED
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> tuple[Path, Path]:
+    """A LoRA and a DoRA, whose gains are of the weights that it meets."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = random_adapter(base.parent / "lora", "llama", model, SEED, r=8)
+    return lora, random_adapter(base.parent / "dora", "llama", model, SEED + 1, use_dora=True)
+
+
+def logits(backend: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return backend._model(input_ids=IDS).logits.float()
+
+
+def modules(backend: Any) -> dict[str, PackedLinear]:
+    return {n: m for n, m in backend._model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference as a part of the largest number."""
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def spread(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).pow(2).mean().sqrt() / wanted.std())
+
+
+def stack(*pairs: tuple[Path, float]) -> AdapterStack:
+    return AdapterStack(adapters=tuple(StackedAdapter(path=str(path), weight=weight) for path, weight in pairs))
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    *[("gptq", {"bits": bits}) for bits in (2, 3, 4, 8)],
+    ("gptq", {"bits": 4, "act_order": True}),
+    ("gptq", {"bits": 3, "act_order": True}),
+    ("gptq", {"bits": 4, "group": -1}),
+    ("gptq", {"bits": 4, "version": 2}),
+    ("gptq", {"bits": 4, "group": 16, "biases": True}),
+    ("gptq", {"bits": 8, "metadata": False, "name": "llama-8bit-32g.safetensors"}),
+    ("awq", {}),
+    ("awq", {"group": -1}),
+    *[("hqq", {"bits": bits, "group": 64}) for bits in (8, 4, 3, 2, 1)],
+    ("hqq", {"bits": 4, "group": 64, "axis": 0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "how"), LAYOUTS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+)
+def test_every_layout_is_read_as_the_numbers_it_stands_for(
+    tmp_path: Path, base: Path, method: str, how: dict[str, Any]
+) -> None:
+    made = packed_kit.pack(base, tmp_path / "model", method, seed=SEED, **how)
+    assert made.entry.format.value == method
+    with loaded(Backend(), made.entry, dtype="float32") as (backend, event):
+        found = modules(backend)
+        assert set(found) == set(made.weights)
+        for name, wanted in made.weights.items():
+            assert torch.equal(weight_of(found[name]), wanted), name
+        with torch.inference_mode():
+            assert off(logits(backend), made.reference(input_ids=IDS).logits) < EXACT
+        assert event.notes == () or "template" in " ".join(event.notes)
+    with loaded(Backend(), made.entry, dtype="bfloat16") as (backend, _):  # what fits the fast kernel runs in it
+        group = how.get("group", 32)
+        fits = (group >= 32 and "axis" not in how) or group == -1
+        assert {m.layout for m in modules(backend).values()} <= ({"int4", "exact"} if fits else {"exact"})
+        with torch.inference_mode():
+            wanted = made.reference(input_ids=IDS).logits
+            noise = spread(made.reference.bfloat16()(input_ids=IDS).logits.float(), wanted)
+            assert spread(logits(backend), wanted) < 3 * noise + FAST
+
+
+def test_live_stacks_are_the_merged_model(packed: Packed, adapters: tuple[Path, Path]) -> None:
+    rng = random.Random(SEED)
+    lora, dora = adapters
+    with loaded(Backend(), packed.entry, dtype="float32") as (backend, _):
+        plain = logits(backend)
+        for pairs in (
+            [(lora, any_weight(rng))],
+            [(lora, any_weight(rng)), (dora, any_weight(rng))],
+            [(dora, 1.0), (lora, any_weight(rng))],
+        ):
+            backend.set_adapters(stack(*pairs), FakeReport())
+            wanted = merged_logits(packed.reference, pairs, IDS)
+            assert off(logits(backend), wanted) < EXACT
+            assert off(plain, wanted) > 50 * EXACT  # they do something
+        backend.set_adapters(AdapterStack(), FakeReport())
+        assert torch.equal(logits(backend), plain)
+        report = FakeReport()
+        backend.set_adapters(stack((lora, 1.0)), report, baked=True)  # there is nothing to write into
+        assert "quantized" in " ".join(report.logs)
+        assert off(logits(backend), merged_logits(packed.reference, [(lora, 1.0)], IDS)) < EXACT
+
+
+def test_the_fast_kernel_takes_adapters_before_and_after_answers(packed: Packed, adapters: tuple[Path, Path]) -> None:
+    lora, dora = adapters
+    with loaded(Backend(), packed.entry, dtype="bfloat16") as (backend, _):
+        before = {name: weight_of(module) for name, module in modules(backend).items()}
+        noise = spread(logits(backend), merged_logits(packed.reference, [], IDS).float())
+        for pairs in ([(lora, 0.5), (dora, 1.0)], [(dora, -0.5)]):
+            backend.set_adapters(stack(*pairs), FakeReport())
+            wanted = merged_logits(packed.reference, pairs, IDS).float()
+            assert spread(logits(backend), wanted) < 4 * noise + 0.03
+        for name, module in modules(backend).items():
+            assert torch.equal(weight_of(module), before[name])
+            wanted = packed.weights[name]
+            assert (before[name] - wanted).abs().max() < 0.01 * wanted.abs().max()  # scales in bfloat16
+
+
+def test_answers_batches_and_perplexity(packed: Packed, adapters: tuple[Path, Path]) -> None:
+    lora, dora = adapters
+    text = "The warp is held under tension while the weft is drawn through it. " * 3
+    with loaded(Backend(), packed.entry, dtype="float32") as (backend, _):
+        done = ask(backend, "Over and under", max_tokens=4)[1]
+        assert done.tokens or done.finish_reason
+        rows = tuple(BatchRow(prompt="Over", adapters=stack(*pairs)) for pairs in ([], [(lora, 1.0)], [(dora, 0.7)]))
+        together = backend.generate_batch(
+            GenerateBatch(rows=rows, sampling=Sampling(temperature=0, max_tokens=4)), FakeReport()
+        )
+        assert not together.reason if hasattr(together, "reason") else True
+        backend.set_adapters(stack((lora, 0.8)), FakeReport())
+        found = backend.score(Score(text=text), FakeReport())
+        tokens = torch.tensor([backend._prompts.encode(text, True)])
+        wanted = merged_logits(packed.reference, [(lora, 0.8)], tokens)[0, :-1].log_softmax(-1)
+        expected = -wanted.gather(1, tokens[0, 1:, None]).mean()
+        assert found.nll == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["exact", "int4"])
+def test_every_lora_parameter_gets_the_gradient_of_the_plain_model(base: Path, packed: Packed, kernel: str) -> None:
+    """What training on a packed base rests on, through PEFT's own modules."""
+    import peft
+
+    def gradients(model: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(SEED)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(model, settings)
+        wrapped(input_ids=IDS, labels=IDS).loss.backward()
+        found = {n: p.grad for n, p in wrapped.named_parameters() if "lora_" in n}
+        assert len(found) == 8 and all(g is not None and g.abs().max() > 0 for g in found.values())
+        wrapped.unload()
+        return {name: gradient.clone() for name, gradient in found.items()}
+
+    with loaded(
+        Backend(), packed.entry, dtype="float32" if kernel == "exact" else "bfloat16", packed_kernel=kernel
+    ) as (
+        backend,
+        _,
+    ):
+        found = gradients(backend._model)
+    packed.reference.requires_grad_(False)
+    for name, wanted in gradients(packed.reference).items():
+        assert spread(found[name].float(), wanted) < (1e-3 if kernel == "exact" else 0.2), name
+
+
+# HQQ while loading ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+def test_a_16_bit_model_is_packed_while_it_is_loaded(base: Path, bits: int) -> None:
+    entry = packed_kit.entry_of(base)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with loaded(Backend(), entry, load_in_hqq=f"{bits}-bit", dtype="float32") as (backend, _):
+        found = modules(backend)
+        assert len(found) == 14 and "lm_head" not in found
+        for name, module in found.items():
+            weight = plain.get_submodule(name).weight.detach()
+            values = weight.reshape(-1, 64)
+            low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+            step = (high - low) / (2**bits - 1)
+            nearest = (((values - low) / step).round() * step + low).reshape(weight.shape)
+            ours = (weight_of(module) - weight).abs().mean()
+            assert ours < 1.01 * (nearest - weight).abs().mean(), name  # the half-quadratic steps lose less
+        if bits == 8:
+            assert spread(logits(backend), plain(input_ids=IDS).logits.detach()) < FAST
+
+
+def test_hqq_finds_what_its_authors_program_finds() -> None:
+    quantizer = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed in this interpreter").Quantizer
+    torch.manual_seed(SEED)
+    weight = torch.randn(96, 128) * 0.1
+    for bits in (8, 4, 3, 2, 1):
+        packed, meta = quantizer.quantize(
+            weight, nbits=bits, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        theirs = quantizer.dequantize(packed, {**meta, "compute_dtype": torch.float32})
+        ours = hqq_quantize.quantize(weight, bits).weight()
+        lost, loses = (float((found - weight).abs().mean()) for found in (theirs, ours))
+        print(bits, "bits: lost", lost, loses)
+        assert loses < 1.01 * lost
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, change: Any) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+Q = "model.layers.1.mlp.down_proj."
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "said"),
+    [
+        ("gptq", lambda t: t[Q + "g_idx"].fill_(99), "g_idx"),
+        ("gptq", lambda t: t[Q + "g_idx"].fill_(-1), "g_idx"),
+        ("gptq", lambda t: t.update({Q + "qweight": t[Q + "qweight"][:-1].clone()}), "qweight"),
+        ("gptq", lambda t: t.update({Q + "qzeros": t[Q + "qzeros"][:-1].clone()}), "qzeros"),
+        ("gptq", lambda t: t.pop(Q + "scales"), "scales"),
+        ("gptq", lambda t: [t.pop(Q + k) for k in ("qweight", "qzeros", "scales", "g_idx")], "lack weights"),
+        ("awq", lambda t: t.update({Q + "qweight": t[Q + "qweight"].T.contiguous()}), "layout of AWQ"),
+        ("hqq", lambda t: t[Q + "nbits"].fill_(2), "W_q"),
+        ("hqq", lambda t: t.update({Q + "scale": t[Q + "scale"][:-1].clone()}), "scale"),
+        ("hqq", lambda t: t.update({Q + "W_q": t[Q + "W_q"][:-1].clone()}), "W_q"),
+    ],
+)
+@pytest.mark.fault
+def test_damage_is_named_and_never_answered_from(
+    tmp_path: Path, base: Path, method: str, change: Any, said: str
+) -> None:
+    made = packed_kit.pack(base, tmp_path / "m", method, seed=SEED)
+    damage(tmp_path / "m", change)
+    with pytest.raises(WeftError, match=said) as refused, loaded(Backend(), made.entry):
+        pass
+    assert refused.value.kind in (ErrorKind.CORRUPT, ErrorKind.UNSUPPORTED) and refused.value.hint
+
+
+# Merging ----------------------------------------------------------------------------------------
+
+
+def test_merging_unpacks_on_demand_only(tmp_path: Path, packed: Packed, adapters: tuple[Path, Path]) -> None:
+    lora, dora = adapters
+    pairs = [(lora, 0.7), (dora, -0.4)]
+    plan = MergePlan(model=packed.entry.path, stack=stack(*pairs), target=str(tmp_path / "out"), dtype="float32")
+    with pytest.raises(WeftError, match="quantized") as refused:
+        merge(plan, Report())
+    assert "16bit" in refused.value.hint and not (tmp_path / "out").exists()
+    changed = MergePlan(**{**{k: getattr(plan, k) for k in plan.__struct_fields__}, "packed": "16bit"})
+    made = merge(changed, Report())
+    assert any("what that had lost" in note for note in made.notes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert not config.get("quantization_config")
+    result, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.inference_mode():
+        assert off(result(input_ids=IDS).logits, merged_logits(packed.reference, pairs, IDS)) < 1e-3
+    # Without an adapter it unpacks.
+    merge(
+        MergePlan(model=packed.entry.path, stack=AdapterStack(), target=str(tmp_path / "plain"), packed="16bit"),
+        Report(),
+    )
+    for name, wanted in packed.weights.items():
+        (stored,) = [load_file(p)[f"{name}.weight"] for p in (tmp_path / "plain").glob("*.safetensors")]
+        assert stored.dtype is torch.float16 and torch.equal(stored, wanted.half())
+
+
+@pytest.fixture(autouse=True)
+def unchanged(base: Path) -> Iterator[None]:
+    """No test writes into the folders that all share."""
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in base.iterdir())
+    yield
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in base.iterdir()) == before
