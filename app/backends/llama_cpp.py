@@ -7,10 +7,8 @@ library, not this file.) No torch and no transformers: this loader runs in an en
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import llama_options
-from app.generation.llama_options import CACHE_BYTES, Options
+from app.generation.llama_options import Options
 from app.generation.llama_sampler import FIELDS
 
 # Architectures that llama.cpp loads, but that do not continue a text.
@@ -46,7 +44,7 @@ _NOT_GENERATING = {
 
 def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     """Bytes that a load through llama.cpp takes. See core.memory for the arithmetic."""
-    return memory.llama_estimate(model, machine, _demand(options))
+    return memory.llama_estimate(model, machine, llama_options.demand(options))
 
 
 def refuses(model: ModelEntry) -> str:
@@ -55,20 +53,6 @@ def refuses(model: ModelEntry) -> str:
     if reason := _NOT_GENERATING.get(name) or (_NOT_GENERATING["bert"] if name.endswith("-bert") else ""):
         return f"A model of the architecture {name} {reason}."
     return ""
-
-
-def _demand(options: Options) -> memory.LlamaDemand:
-    return memory.LlamaDemand(
-        context=options.n_ctx,
-        ubatch=options.ubatch,
-        key_bytes=CACHE_BYTES[options.cache_type_k],
-        value_bytes=CACHE_BYTES[options.cache_type_v],
-        gpu_layers=0 if options.cpu else options.n_gpu_layers,
-        cache_on_gpu=options.offload_kqv,
-        full_window=options.swa_full,
-        flash_attention=options.flash_attention != "off",
-        repack=options.repack and not (options.no_mmap or options.direct_io),
-    )
 
 
 SPEC = Spec(
@@ -86,15 +70,7 @@ SPEC = Spec(
 )
 
 
-class _Said(msgspec.Struct, frozen=True):
-    """A text that was read or written, and the tokens that spelt it then."""
-
-    text: str
-    tokens: list[int]
-
-
 _NOT_BAKED = "llama.cpp adds adapters while it computes: they stay live instead of being baked in."
-_REMEMBERED = 24  # texts; each answer adds its prompt, and itself once or twice
 
 
 class Backend(BaseBackend):
@@ -110,7 +86,7 @@ class Backend(BaseBackend):
         self._copies: Any = None
         self._request: Load | None = None
         self._options = Options()
-        self._said: list[_Said] = []
+        self._prompts: Any = None
         self._answers = 0
 
     def libraries(self) -> dict[str, str]:
@@ -121,21 +97,25 @@ class Backend(BaseBackend):
 
     def load(self, request: Load, report: Report) -> None:
         from app.adapters.merged_copies import MergedCopies
-        from app.generation import llama_machine
+        from app.generation import llama_machine, llama_open
+        from app.generation.llama_files import check_files
         from app.generation.llama_model import parts_of
+        from app.generation.llama_prompt import Prompts
 
         started = time.monotonic()
         self.unload()
         options = build(Options, request.options)
         llama_options.check(options)
         parts = parts_of(Path(request.model.path))
-        _check_files(parts)
-        path = parts[0]
-        self._prepare(options, report)
+        check_files(parts)
+        if self._library is None:
+            report.progress("Starting llama.cpp")
+            self._library, self._log = llama_open.open_library(options)
         before = llama_machine.resident_memory()
         self._options = options
+        self._prompts = Prompts()
         try:
-            self._copies = MergedCopies(path)
+            self._copies = MergedCopies(parts[0])
             copy = self._copy(request.adapters, report)
             notes, calibration = self._open(request, copy.file, report)
             self._template.wait_until_ready()
@@ -149,8 +129,8 @@ class Backend(BaseBackend):
         report.loaded(
             Loaded(
                 context=self._context.size,
-                device=self._device(),
-                memory=self._measured(before, llama_machine.resident_memory()),
+                device=llama_open.device(self._library, self._log, self._context),
+                memory=llama_open.measured_bytes(self._log, before, llama_machine.resident_memory()),
                 seconds=time.monotonic() - started,
                 has_template=bool(options.chat_template.strip() or self._model.template),
                 notes=tuple(notes),
@@ -158,104 +138,25 @@ class Backend(BaseBackend):
             )
         )
 
-    def _prepare(self, options: Options, report: Report) -> None:
-        """Import and initialise the library, once in this process."""
-        if self._library is not None:
-            return
-        from app.generation.llama_log import library_log
-
-        report.progress("Starting llama.cpp")
-        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would otherwise attach a debugger to itself
-        try:
-            import llama_cpp
-        except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
-            raise WeftError(
-                ErrorKind.ENVIRONMENT,
-                f"llama-cpp-python cannot be imported: {error}.",
-                "Repair the llama.cpp environment.",
-            ) from error
-        self._library = llama_cpp
-        self._log = library_log(self._library)
-        self._library.llama_backend_init()
-        if options.numa != "off":
-            self._library.llama_numa_init(getattr(self._library, f"GGML_NUMA_STRATEGY_{options.numa.upper()}"))
-
     def _open(self, request: Load, file: Path, report: Report) -> tuple[list[str], dict[str, int]]:
         """Load a file and make a context of it. Returns sentences worth showing, and what was measured."""
-        from app.generation import llama_machine
-        from app.generation.llama_model import LlamaModel
+        from app.generation import llama_machine, llama_open
 
-        entry = request.model
+        library, log, entry = self._library, self._log, request.model
         if file != Path(entry.path):  # a merged copy may be larger than its base
             entry = msgspec.structs.replace(entry, weight_bytes=max(entry.weight_bytes, file.stat().st_size))
-        options, vram = self._place(entry, self._options)
+        options, vram = llama_open.place(library, entry, self._options)
         free = llama_machine.free_memory()
-        self._model = LlamaModel(self._library, self._log, file, options, lambda done: _advance(report, done))
-        on_gpu = self._log.offloaded[0] > 0 and self._log.offloaded[0] == self._log.offloaded[1]
+        self._model = model = llama_open.open_model(library, log, file, options, report)
+        on_gpu = log.offloaded[0] > 0 and log.offloaded[0] == log.offloaded[1]
         template_notes = [] if self._template else self._open_template()  # its child starts while the context is made
-        notes, calibration = self._open_context(request, options, vram if on_gpu else free, report)
-        return notes + template_notes, calibration
-
-    def _place(self, entry: ModelEntry, options: Options) -> tuple[Options, int]:
-        """The options with the number of GPU layers settled, and bytes free on GPUs."""
-        from app.generation import llama_machine
-
-        if options.cpu or not self._library.llama_supports_gpu_offload():
-            return options, 0
-        vram = llama_machine.free_gpu_memory()
-        weights = entry.weight_bytes or entry.bytes
-        if options.n_gpu_layers is None and entry.shape.layers and weights:
-            layers = memory.gpu_layers_that_fit(entry.shape, weights, _demand(options), vram)
-            options = msgspec.structs.replace(options, n_gpu_layers=layers)
-        return options, vram
-
-    def _open_context(
-        self, request: Load, options: Options, free: int, report: Report
-    ) -> tuple[list[str], dict[str, int]]:
-        """Make room and warm up. Returns sentences worth showing, and what was measured."""
-        from app.generation import llama_machine
-        from app.generation.llama_context import LlamaContext
-        from app.generation.llama_params import context_params
-        from app.generation.llama_threads import fastest_threads
-
-        library, model = self._library, self._model
-        shape = model.shape
-        notes: list[str] = []
-        if not library.llama_supports_gpu_offload() and options.n_gpu_layers and not options.cpu:
-            notes.append("This llama.cpp was built without GPU support: all layers run on the CPU.")
-        wanted = options.n_ctx or memory.automatic_context(shape, _demand(options), free, model.bytes)
-        if options.n_ctx is None and shape.context and wanted < shape.context:
-            notes.append(
-                f"The model was trained for {shape.context:,} tokens; {wanted:,} of them were taken, since memory is short. "
-                "Set the context length to have more."
-            )
-        if options.n_ctx and shape.context and options.n_ctx > shape.context:
-            notes.append(f"The model was trained for {shape.context:,} tokens; beyond them it may lose the thread.")
+        size, notes = llama_open.size_of_context(library, model, options, vram if on_gpu else free)
         report.progress("Making room for the context")
-        cores = llama_machine.physical_cores()
-        params = context_params(library, model, options, context=wanted, cores=cores)
-        pointer = library.llama_init_from_model(model.pointer, params)
-        if not pointer:
-            raise _context_failure(self._log.reason(), wanted, params.n_ctx)
-        chunk = memory.prompt_chunk(
-            request.model.parameters or library.llama_model_n_params(model.pointer), options.n_batch
+        self._context = llama_open.open_context(
+            library, log, model, options, size=size, parameters=request.model.parameters
         )
-        self._context = LlamaContext(
-            library,
-            pointer,
-            chunk=options.n_batch if self._log.offloaded[0] else chunk,
-            rows=params.n_outputs_max,
-            sliding_window=0 if options.swa_full else shape.sliding_window,
-        )
-        report.on_cancel(self._context.abort.set)
-        report.progress("Warming up")
-        measured = fastest_threads(library, self._context, model, options, cores, request.calibration)
-        self._context.abort.clear()
-        self._context.clear()
-        if report.cancelled:
-            raise WeftError(ErrorKind.CANCELLED, "Loading was stopped.")
-        report.log("info", measured.text)
-        return notes, measured.calibration
+        measured = llama_open.warm_up(library, self._context, model, options, request.calibration, report)
+        return notes + template_notes, measured.calibration
 
     def _open_template(self) -> list[str]:
         from app.generation.template import DEFAULT_TEMPLATE, ChatTemplate
@@ -267,22 +168,6 @@ class Backend(BaseBackend):
         self._template = ChatTemplate(source or DEFAULT_TEMPLATE, bos, eos)
         self._template.warm()
         return [] if source else ["The file has no chat template; a plain one (ChatML) is used."]
-
-    def _device(self) -> str:
-        threads = self._library.llama_n_threads(self._context.pointer)
-        cpu = f"CPU, {threads} thread{'s' if threads != 1 else ''}"
-        layers, of = self._log.offloaded
-        if not layers:
-            return cpu
-        names = ", ".join(dict.fromkeys(self._log.devices.values())) or "GPU"
-        return f"{names}: {layers} of {of} layers" + ("" if layers == of else f"; {cpu}")
-
-    def _measured(self, before: int, after: int) -> int:
-        """What the load added: resident memory of this process (mapped pages of the file included), and GPU buffers."""
-        buffers = self._log.buffers
-        host = sum(size for (place, _), size in buffers.items() if _on_host(place))
-        device = sum(size for (place, _), size in buffers.items() if not _on_host(place))
-        return (max(0, after - before) if before and after else host) + device
 
     def set_adapters(self, adapters: AdapterStack, report: Report, *, baked: bool = False) -> None:
         self._require_model()
@@ -371,146 +256,35 @@ class Backend(BaseBackend):
         if self._model is not None:
             self._model.close()
             self._model = None
-        self._said.clear()
+        self._prompts = None
 
     # Generating ----------------------------------------------------------------------------
 
     def generate(self, request: Generate, report: Report) -> Generated:
-        from app.generation.llama_grammar import check_grammar, schema_grammar
-        from app.generation.llama_sampler import Sampler
+        from app.generation.llama_answer import answer, grammar_of
 
         self._require_model()
         if request.images:
             raise WeftError(ErrorKind.UNSUPPORTED, "llama.cpp takes no images in this version.", "Send the text alone.")
-        sampling = request.sampling
-        if sampling.grammar.strip() and sampling.json_schema.strip():
-            raise WeftError(
-                ErrorKind.BAD_INPUT,
-                "The answer cannot follow a grammar and a JSON schema at once.",
-                "Clear one of the two.",
-            )
-        grammar = schema_grammar(sampling.json_schema) if sampling.json_schema.strip() else sampling.grammar
-        if not grammar.strip():
-            grammar = ""
-        elif not sampling.json_schema.strip():
-            check_grammar(grammar)
-        seed = self._seed(sampling.seed)
+        grammar = grammar_of(request.sampling)
+        seed = self._seed(request.sampling.seed)
         context = self._context
         context.abort.clear()
         report.on_cancel(context.abort.set)
         if report.cancelled:
             context.abort.set()
-        prompt, text, dropped = self._prompt(request)
-        sampler = Sampler(
-            self._library, self._model.vocab, context=context.size, sampling=sampling, grammar=grammar, seed=seed
-        )
-        try:
-            return self._answer(request, report, sampler, prompt, text, dropped, seed)
-        finally:
-            sampler.close()
-
-    def _answer(
-        self, request: Generate, report: Report, sampler: Any, prompt: list[int], text: str, dropped: int, seed: int
-    ) -> Generated:
-        from app.generation.llama_loop import Loop
-
-        context = self._context
-        started = time.monotonic()
-        reused = context.reuse(prompt)
-        new = prompt[reused:]
-
-        def progress(done: int) -> None:
-            if len(new) > done:
-                report.progress("Reading the prompt", reused + done, len(prompt), "tokens")
-
-        whole = context.read(new, progress)
-        read = time.monotonic()
-        numbers = {
-            "prompt_tokens": len(prompt),
-            "reused_tokens": reused,
-            "prompt_seconds": read - started,
-            "dropped_messages": dropped,
-            "seed": seed,
-        }
-        if not whole:
-            return Generated(finish_reason="cancelled", tokens=0, **numbers)
-        self._check_logits()
-        sampler.accept_prompt(prompt)
-        plain = request.prompt is not None or request.continue_last
-        loop = Loop(
+        prompt = self._prompts.prompt(self._model, self._template, request, context.size)
+        return answer(
+            self._library,
             self._model,
             context,
-            sampler,
-            stop=request.sampling.stop_strings(),
-            most=min(request.sampling.max_tokens or context.size, context.size - len(prompt)),
-            strip=not plain and self._model.adds_space,
+            self._prompts,
+            prompt,
+            request,
+            report,
+            grammar=grammar,
+            seed=seed,
         )
-        reason = loop.run(report.tokens)
-        self._remember(text, prompt)
-        # Where a space was dropped before the answer, templates put it back or do not.
-        for answer in {loop.text, loop.stripped + loop.text}:
-            self._remember(text + answer, prompt + loop.tokens)
-        return Generated(finish_reason=reason, tokens=loop.count, seconds=time.monotonic() - read, **numbers)
-
-    def _check_logits(self) -> None:
-        import numpy
-
-        size = self._library.llama_vocab_n_tokens(self._model.vocab)
-        logits = numpy.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context.pointer, -1), shape=(size,))
-        # One pass that is cheap beside the prompt: the sum is NaN as soon as one of them is.
-        if numpy.isnan(logits.sum(dtype=numpy.float64)):
-            self._context.clear()
-            raise WeftError(
-                ErrorKind.CORRUPT,
-                f"{self._model.path.name} computes values that are no numbers (NaN).",
-                "Download the model again, or choose another quantization; with stretched context, undo the RoPE options.",
-            )
-
-    def _prompt(self, request: Generate) -> tuple[list[int], str, int]:
-        """Tokens of the prompt, the text that they spell, and how many messages were left out."""
-        from app.generation.fit import fit_messages, fit_text
-
-        context = self._context
-        longest = request.sampling.max_tokens
-        reserve = min(request.reserve, longest or request.reserve, context.size // 2)
-        limit = context.size - max(1, reserve)
-        if request.prompt is not None:
-            tokens = self._tokens(request.prompt)
-            if not tokens:
-                raise WeftError(ErrorKind.BAD_INPUT, "There is no text to continue.", "Write a text first.")
-            return fit_text(tokens, context.size - 1), request.prompt, 0
-        texts: dict[int, str] = {}
-
-        def tokenize(messages: Any) -> list[int]:
-            text = self._template.render(messages, continue_last=request.continue_last)
-            tokens = self._tokens(text)
-            texts[id(tokens)] = text
-            kept.append(tokens)
-            return tokens
-
-        kept: list[list[int]] = []  # keeps the lists alive, so that their ids stay theirs
-        tokens, dropped = fit_messages(request.messages, tokenize, limit)
-        return tokens, texts.get(id(tokens), ""), dropped
-
-    def _tokens(self, text: str) -> list[int]:
-        """Tokens of a text; where it begins with one that was read or written before, the tokens that spelt that.
-
-        An answer is not always tokenized the way that it was generated. Taking it as it was saves reading it again,
-        in the next turn, when an answer is made anew and when the last question is changed.
-        """
-        model = self._model
-        known = max((s for s in self._said if text.startswith(s.text)), key=lambda s: len(s.text), default=None)
-        if known is not None:
-            rest = model.tokenize(text[len(known.text) :])
-            # Words must not be cut in two: a special token has to stand at the seam.
-            if not rest or model.piece(rest[0]) == b"" or model.piece(known.tokens[-1]) == b"":
-                return known.tokens + rest
-        return model.with_bos(model.tokenize(text))
-
-    def _remember(self, text: str, tokens: list[int]) -> None:
-        self._said = [said for said in self._said if said.text != text][1 - _REMEMBERED :]
-        if text:
-            self._said.append(_Said(text, tokens))
 
     def _seed(self, wanted: int | None) -> int:
         if wanted is not None:
@@ -551,58 +325,3 @@ class _Steady:
 
     def on_cancel(self, callback: Any) -> None:
         """Nothing: see above."""
-
-
-def _advance(report: Report, done: float) -> bool:
-    report.progress("Reading the model", done, 1.0)
-    return not report.cancelled
-
-
-def _on_host(place: str) -> bool:
-    return place.startswith("CPU") or place.endswith("_Host")
-
-
-def _check_files(parts: Sequence[Path]) -> None:
-    """Our own bounded look at the header of every part, before the library sees one.
-
-    Raises:
-        WeftError: CORRUPT or HOSTILE.
-    """
-    from app.core.formats import read_gguf_header
-
-    for part in parts:
-        header = read_gguf_header(part)
-        if "tokenizer.ggml.tokens" in header.metadata:
-            _check_vocabulary(part, header.strings("tokenizer.ggml.tokens"))
-
-
-def _check_vocabulary(path: Path, tokens: list[str]) -> None:
-    """llama.cpp aborts its process on a vocabulary that holds a token twice."""
-    tokens = [token for token in tokens if "\ufffd" not in token]  # of raw bytes we cannot tell
-    if len(set(tokens)) == len(tokens):
-        return
-    twice = next(token for token, count in Counter(tokens).items() if count > 1)
-    raise WeftError(
-        ErrorKind.CORRUPT,
-        f"The vocabulary of {path.name} holds the token {twice[:40]!r} twice: the file is damaged, or was converted wrongly.",
-        "Download it again, or take another conversion of the model.",
-    )
-
-
-def _context_failure(reason: str, wanted: int, tokens: int) -> WeftError:
-    lower = reason.lower()
-    if "flash attention" in lower:
-        return WeftError(
-            ErrorKind.BAD_INPUT,
-            f"llama.cpp refused the options: {reason}.",
-            "Set both cache types to f16, or flash_attention to on.",
-        )
-    if "alloc" in lower or "memory" in lower or not reason:
-        return WeftError(
-            ErrorKind.OUT_OF_MEMORY,
-            f"There is not enough memory for a context of {wanted or tokens:,} tokens.",
-            "Choose a smaller context length, or q8_0 as cache type.",
-        )
-    return WeftError(
-        ErrorKind.UNSUPPORTED, f"llama.cpp refused the context: {reason}.", "Reset the options that you changed."
-    )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from app.core import memory
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelShape
 from app.core.options import option
@@ -458,6 +459,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def ubatch(self) -> int:
         """Tokens computed at a time."""
         return min(self.n_batch, self.n_ubatch or 512)
+
+
+def demand(options: Options) -> memory.LlamaDemand:
+    """What of the options decides how much memory a load takes."""
+    return memory.LlamaDemand(
+        context=options.n_ctx,
+        ubatch=options.ubatch,
+        key_bytes=CACHE_BYTES[options.cache_type_k],
+        value_bytes=CACHE_BYTES[options.cache_type_v],
+        gpu_layers=0 if options.cpu else options.n_gpu_layers,
+        cache_on_gpu=options.offload_kqv,
+        full_window=options.swa_full,
+        flash_attention=options.flash_attention != "off",
+        repack=options.repack and not (options.no_mmap or options.direct_io),
+    )
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True):

@@ -119,7 +119,7 @@ def test_a_prompt_that_grows_in_the_middle_of_a_word_is_tokenized_whole(tiny):
         for text in ("the r", "the rain", "the rain is", "the rain island"):
             write_on(backend, text, Sampling(temperature=0, max_tokens=1))
             expected = bare.tokenize(text)
-            assert backend._said[-1].tokens[: len(expected)] == expected
+            assert backend._prompts.said[-1].tokens[: len(expected)] == expected
 
 
 def test_continuing_an_answer_goes_on_where_it_stopped(tiny):

@@ -45,7 +45,7 @@ def answer(backend, **fields) -> str:
 
 def tokens(backend, **fields) -> list[int]:
     answer(backend, **fields)
-    return backend._said[-1].tokens[-48:]
+    return backend._prompts.said[-1].tokens[-48:]
 
 
 # Load options
@@ -219,19 +219,19 @@ def test_gpu_layers_without_a_gpu_are_said_to_have_no_effect(tiny):
 
 def test_the_gpu_takes_as_many_layers_as_fit(tiny, monkeypatch):
     """Without a GPU this shows the choice; that the library follows it needs one."""
-    from app.generation import llama_machine
+    from app.generation import llama_machine, llama_open
 
     assert llama_machine.free_gpu_memory() >= 0
     every = tiny.shape.layers + 1
-    with loaded(tiny, n_ctx=1024) as (backend, _):
+    with loaded(tiny, n_ctx=1024):
         monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
         chosen = []
         for free in (0, 10**6, 10**10):
             monkeypatch.setattr(llama_machine, "free_gpu_memory", lambda free=free: free)
-            chosen.append(backend._place(tiny, Options(n_ctx=1024))[0].n_gpu_layers)
+            chosen.append(llama_open.place(llama_cpp, tiny, Options(n_ctx=1024))[0].n_gpu_layers)
         assert chosen[0] == 0 and chosen[-1] == every and sorted(chosen) == chosen
-        assert backend._place(tiny, Options(n_gpu_layers=1))[0].n_gpu_layers == 1
-        assert backend._place(tiny, Options(cpu=True)) == (Options(cpu=True), 0)
+        assert llama_open.place(llama_cpp, tiny, Options(n_gpu_layers=1))[0].n_gpu_layers == 1
+        assert llama_open.place(llama_cpp, tiny, Options(cpu=True)) == (Options(cpu=True), 0)
 
 
 def test_threads_are_measured_where_they_are_left_open(tiny):
@@ -279,7 +279,7 @@ def test_each_cut_changes_what_is_drawn(backend, field):
 def test_penalties_change_repetition(backend):
     def repeats(**fields) -> int:
         answer(backend, temperature=0, max_tokens=300, **fields)
-        made = backend._said[-1].tokens[-300:]
+        made = backend._prompts.said[-1].tokens[-300:]
         return len(made) - len(set(made))
 
     plain = repeats()
