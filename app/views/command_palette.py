@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PySide6.QtCore import QAbstractListModel, QEvent, QModelIndex, QObject, QPersistentModelIndex, QRect, QSize, Qt
-from PySide6.QtGui import QKeyEvent, QPainter
-from PySide6.QtWidgets import (
-    QDialog,
-    QFrame,
-    QLineEdit,
-    QListView,
-    QStyle,
-    QStyledItemDelegate,
-    QStyleOptionViewItem,
-    QWidget,
+from PySide6.QtCore import (
+    QAbstractListModel,
+    QModelIndex,
+    QObject,
+    QPersistentModelIndex,
+    QPoint,
+    QRect,
+    QSize,
+    Qt,
+    Slot,
 )
+from PySide6.QtGui import QPainter
+from PySide6.QtWidgets import QLineEdit, QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
 
 from app.views.icons import icon
+from app.views.list_popup import ListPopup
 from app.views.page import PaletteCommand
 from app.views.theme import theme
-from app.views.widgets import column, cut_corners, label
 
+ROW = 36
 AT_MOST = 200
 
 
@@ -48,7 +50,7 @@ def match(query: str, title: str, group: str = "") -> int:
 
 
 class _Commands(QAbstractListModel):
-    def __init__(self, commands: Sequence[PaletteCommand], parent: QObject) -> None:
+    def __init__(self, commands: Sequence[PaletteCommand], parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._all = list(commands)
         self.rows = self._all[:AT_MOST]
@@ -80,7 +82,7 @@ class _Commands(QAbstractListModel):
 
 class _Delegate(QStyledItemDelegate):
     def sizeHint(self, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex) -> QSize:
-        return QSize(200, 36)
+        return QSize(200, ROW)
 
     def paint(
         self, painter: QPainter, option: QStyleOptionViewItem, index: QModelIndex | QPersistentModelIndex
@@ -109,54 +111,31 @@ class _Delegate(QStyledItemDelegate):
         painter.restore()
 
 
-class CommandPalette(QDialog):
-    """A field and a list over the window. Up and down choose, Enter runs, Esc closes."""
+class CommandPalette(ListPopup):
+    """A field and a list over the window."""
 
     def __init__(self, commands: Sequence[PaletteCommand], parent: QWidget) -> None:
-        super().__init__(parent, Qt.WindowType.Popup | Qt.WindowType.FramelessWindowHint)
-        self.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        self.setAttribute(Qt.WidgetAttribute.WA_TranslucentBackground)
-        self.setAccessibleName("Command palette")
-        card = QFrame()
-        card.setObjectName("popup")
-        self.field = QLineEdit()
-        self.field.setPlaceholderText("Type a command, a page, a model or a conversation")
-        self.field.setAccessibleName("Command")
-        self.field.installEventFilter(self)
-        self.model = _Commands(commands, self)
-        self.list = QListView()
-        self.list.setModel(self.model)
-        self.list.setItemDelegate(_Delegate(self.list))
-        self.list.setUniformItemSizes(True)
-        self.list.setFocusPolicy(Qt.FocusPolicy.NoFocus)
+        field = QLineEdit()
+        field.setPlaceholderText("Type a command, a page, a model or a conversation")
+        field.setAccessibleName("Command")
+        model = _Commands(commands)
+        super().__init__("Command palette", field, model, _Delegate(), ROW, parent)
+        model.setParent(self)
+        self.model = model
         self.list.setAccessibleName("Commands")
-        self.list.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.list.activated.connect(self._run)
-        self.list.clicked.connect(self._run)
-        self._none = label("Nothing has that name.", tone="muted")
-        self._none.setAlignment(Qt.AlignmentFlag.AlignCenter)
+        self.list.activated.connect(self._take)
+        self._none.setText("Nothing has that name.")
         self._none.setMinimumHeight(72)
-        column(self.field, self.list, self._none, margins=(8, 8, 8, 8), parent=card)
-        column(card, parent=self)
-        self.field.textChanged.connect(self._filter)
         self._filter("")
-        self._place(parent)
+        width, height = min(640, parent.width() - 64), min(440, parent.height() - 120)
+        left, top = (parent.width() - width) // 2, 72
+        self._open_at(parent.mapToGlobal(QPoint(left, top)), width, height)
         self.field.setFocus()
 
-    def _place(self, parent: QWidget) -> None:
-        width = min(640, parent.width() - 64)
-        height = min(440, parent.height() - 120)
-        self.setFixedSize(width, height)
-        cut_corners(self)
-        self.move(
-            parent.mapToGlobal(parent.rect().topLeft()).x() + (parent.width() - width) // 2,
-            parent.mapToGlobal(parent.rect().topLeft()).y() + 72,
-        )
-
+    @Slot(str)
     def _filter(self, text: str) -> None:
         self.model.filter(text)
-        self.list.setVisible(bool(self.model.rows))
-        self._none.setVisible(not self.model.rows)
+        self._show_list(bool(self.model.rows))
         self._move_to(0, 1)
 
     def _move_to(self, row: int, step: int) -> None:
@@ -168,25 +147,15 @@ class CommandPalette(QDialog):
                 return
             row += step
 
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
-        if watched is self.field and isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
-            row = self.list.currentIndex().row()
-            page = max(1, self.list.height() // 36 - 1)
-            steps = {Qt.Key.Key_Down: 1, Qt.Key.Key_Up: -1, Qt.Key.Key_PageDown: page, Qt.Key.Key_PageUp: -page}
-            key = Qt.Key(event.key())
-            if key in steps and self.model.rows:
-                step = steps[key]
-                target = row + step
-                if abs(step) > 1:
-                    target = max(0, min(len(self.model.rows) - 1, target))
-                self._move_to(target, 1 if step > 0 else -1)
-                return True
-            if key in (Qt.Key.Key_Return, Qt.Key.Key_Enter):
-                self._run(self.list.currentIndex())
-                return True
-        return False
+    def _step(self, step: int) -> None:
+        """One row on comes round at the end; a page stops there."""
+        target = self.list.currentIndex().row() + step
+        if abs(step) > 1:
+            target = max(0, min(len(self.model.rows) - 1, target))
+        self._move_to(target, 1 if step > 0 else -1)
 
-    def _run(self, index: QModelIndex) -> None:
+    @Slot(QModelIndex)
+    def _take(self, index: QModelIndex) -> None:
         if not index.isValid():
             return
         command: PaletteCommand = index.data(Qt.ItemDataRole.UserRole)

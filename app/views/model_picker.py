@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QEvent, QModelIndex, QObject, QPersistentModelIndex, QPoint, QRect, QSize, Qt, Signal
-from PySide6.QtGui import QKeyEvent, QPainter
-from PySide6.QtWidgets import (
-    QDialog,
-    QFrame,
-    QLineEdit,
-    QListView,
-    QPushButton,
-    QStyle,
-    QStyledItemDelegate,
-    QStyleOptionViewItem,
-    QWidget,
-)
+from PySide6.QtCore import QModelIndex, QPersistentModelIndex, QPoint, QRect, QSize, Qt, Signal, Slot
+from PySide6.QtGui import QPainter
+from PySide6.QtWidgets import QStyle, QStyledItemDelegate, QStyleOptionViewItem, QWidget
 
 from app.core.library import ModelEntry
 from app.viewmodels.library_table import EntryRole, FittingRole, MarkedRole
 from app.viewmodels.model_table import ModelTable, format_title
 from app.viewmodels.units import readable_bytes, readable_count
-from app.views.icons import icon
+from app.views.list_popup import ListPopup
+from app.views.search_field import SearchField
 from app.views.theme import theme
-from app.views.widgets import button, column, cut_corners, label
+from app.views.widgets import button
 
 ROW = 48
 
@@ -89,40 +80,17 @@ def _note(entry: ModelEntry, index: QModelIndex | QPersistentModelIndex) -> tupl
     )
 
 
-class ModelPicker(QDialog):
+class ModelPicker(ListPopup):
     """The popup. Emits `picked(ModelEntry)`; `more` asks for the Models page."""
 
     picked = Signal(object)
     more = Signal()
 
     def __init__(self, model: ModelTable, parent: QWidget) -> None:
-        super().__init__(parent, Qt.WindowType.Popup | Qt.WindowType.FramelessWindowHint)
-        self.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        self.setAttribute(Qt.WidgetAttribute.WA_TranslucentBackground)
-        self.setAccessibleName("Choose a model")
+        super().__init__("Choose a model", SearchField("Find a model"), model, _Delegate(), ROW, parent)
         self._model = model
-        card = QFrame()
-        card.setObjectName("popup")
-        self.field = QLineEdit()
-        self.field.setPlaceholderText("Find a model")
-        self.field.setAccessibleName("Find a model")
-        self.field.setClearButtonEnabled(True)
-        self.field.addAction(icon("search", "muted"), QLineEdit.ActionPosition.LeadingPosition)
-        self.field.installEventFilter(self)
-        self.list = QListView()
-        self.list.setModel(model)
-        self.list.setItemDelegate(_Delegate(self.list))
-        self.list.setUniformItemSizes(True)
-        self.list.setFocusPolicy(Qt.FocusPolicy.NoFocus)
         self.list.setAccessibleName("Models")
-        self.list.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.list.clicked.connect(self._pick)
-        self._none = label("", tone="muted", wrap=True)
-        self._none.setAlignment(Qt.AlignmentFlag.AlignCenter)
-        manage: QPushButton = button("All models…", self._more, kind="link", icon_name="models")
-        column(self.field, self.list, self._none, manage, margins=(8, 8, 8, 8), parent=card)
-        column(card, parent=self)
-        self.field.textChanged.connect(self._filter)
+        self.card.addWidget(button("All models…", self._more, kind="link", icon_name="models"))
         model.modelReset.connect(self._show_rows)
         model.set_filter("")
         model.refresh()
@@ -131,22 +99,20 @@ class ModelPicker(QDialog):
     def open_below(self, anchor: QWidget) -> None:
         """Show it under `anchor`, inside the screen."""
         window = anchor.window()
-        width = min(520, window.width() - 32)
-        height = min(480, window.height() - 120)
-        self.setFixedSize(width, height)
-        cut_corners(self)
-        self.move(anchor.mapToGlobal(QPoint(0, anchor.height() + 4)))
+        width, height = min(520, window.width() - 32), min(480, window.height() - 120)
+        self._open_at(anchor.mapToGlobal(QPoint(0, anchor.height() + 4)), width, height)
         self.show()
         self.field.setFocus()
 
+    @Slot(str)
     def _filter(self, text: str) -> None:
         self._model.set_filter(text)
         self._show_rows()
 
+    @Slot()
     def _show_rows(self) -> None:
         count = self._model.rowCount()
-        self.list.setVisible(count > 0)
-        self._none.setVisible(count == 0)
+        self._show_list(count > 0)
         self._none.setText(
             "No model has that name." if self.field.text() else "No models found yet. Add a folder on the Models page."
         )
@@ -154,22 +120,12 @@ class ModelPicker(QDialog):
             loaded = next((row for row in range(min(count, 50)) if self._model.index(row, 0).data(MarkedRole)), 0)
             self.list.setCurrentIndex(self._model.index(loaded if not self.field.text() else 0, 0))
 
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
-        if watched is self.field and isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
-            count = self._model.rowCount()
-            page = max(1, self.list.height() // ROW - 1)
-            steps = {Qt.Key.Key_Down: 1, Qt.Key.Key_Up: -1, Qt.Key.Key_PageDown: page, Qt.Key.Key_PageUp: -page}
-            key = Qt.Key(event.key())
-            if key in steps and count:
-                row = max(0, min(count - 1, self.list.currentIndex().row() + steps[key]))
-                self.list.setCurrentIndex(self._model.index(row, 0))
-                return True
-            if key in (Qt.Key.Key_Return, Qt.Key.Key_Enter):
-                self._pick(self.list.currentIndex())
-                return True
-        return False
+    def _step(self, step: int) -> None:
+        row = max(0, min(self._model.rowCount() - 1, self.list.currentIndex().row() + step))
+        self.list.setCurrentIndex(self._model.index(row, 0))
 
-    def _pick(self, index: QModelIndex) -> None:
+    @Slot(QModelIndex)
+    def _take(self, index: QModelIndex) -> None:
         entry = index.data(EntryRole) if index.isValid() else None
         if isinstance(entry, ModelEntry):
             self.accept()

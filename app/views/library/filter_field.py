@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from PySide6.QtCore import QTimer, Signal, Slot
-from PySide6.QtWidgets import QLineEdit, QWidget
+from PySide6.QtWidgets import QWidget
 
-from app.views.icons import icon
+from app.views.search_field import SearchField
 
 PAUSE_MS = 80
 
 
-class FilterField(QLineEdit):
-    """A field with a glass.
+class FilterField(SearchField):
+    """Waits until one stops typing.
 
     Signals:
         settled(str): what to filter by, after a short pause in typing.
@@ -20,13 +20,9 @@ class FilterField(QLineEdit):
     settled = Signal(str)
 
     def __init__(self, text: str, parent: QWidget | None = None) -> None:
-        super().__init__(parent)
-        self.setPlaceholderText(text)
-        self.setAccessibleName(text)
-        self.setClearButtonEnabled(True)
+        super().__init__(text, parent)
         self.setMinimumWidth(140)
         self.setMaximumWidth(360)
-        self.addAction(icon("search", "muted"), QLineEdit.ActionPosition.LeadingPosition)
         self._later = QTimer(self)
         self._later.setSingleShot(True)
         self._later.setInterval(PAUSE_MS)

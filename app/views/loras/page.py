@@ -78,14 +78,9 @@ class LorasPage(LibraryPage[AdapterEntry, AdapterTable, AdapterDetails]):
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(_WORDS, refresh, parent)
-        self._library = library
-        self._loadout = loadout
-        self._stack_model = stack
-        self._saved = saved
-        self._imports = imports
-        self._study = study
+        self._library, self._loadout, self._roots = library, loadout, roots
+        self._stack_model, self._saved, self._imports, self._study = stack, saved, imports, study
         self._make_models = make_models
-        self._roots = roots
         self._loaded_id = ""
         self._wanted_path = ""  # of an adapter that is to be shown as soon as it is indexed
         self._picker_model: ModelTable | None = None

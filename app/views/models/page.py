@@ -65,11 +65,8 @@ class ModelsPage(LibraryPage[ModelEntry, ModelTable, ModelDetails]):
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(_WORDS, refresh, parent)
-        self._library = library
-        self._loadout = loadout
-        self._settings = settings
-        self._roots = roots
-        self._machine = machine
+        self._library, self._loadout, self._roots = library, loadout, roots
+        self._settings, self._machine = settings, machine
         self._loaded_id = ""
         self._adding = Adding(roots, self)
         self._adding.notice.connect(self.notice)
