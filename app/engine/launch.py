@@ -28,7 +28,13 @@ def engine_for(loader_id: str, paths: Paths, environment: Mapping[str, str] | No
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no loader {loader_id!r}.", f"Loaders are: {', '.join(specs)}.")
     python = Environments(paths.environments).python(specs[loader_id].environment)
     # Backends keep there what they converted, and do not know our folders otherwise.
-    variables = {"WEFT_CACHE": str(paths.cache), **(environment or {})}
+    variables = {
+        "WEFT_CACHE": str(paths.cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            paths.cache / "torchinductor"
+        ),  # else compiled anew with each engine's scratch folder
+        **(environment or {}),
+    }
     return EngineClient(
         python=python, backend=loader_id, log_path=paths.logs / f"engine-{loader_id}.log", environment=variables
     )

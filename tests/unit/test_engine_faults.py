@@ -103,6 +103,27 @@ def test_killed_in_the_middle_of_an_answer(clients: list[EngineClient], tmp_path
     assert again.alive
 
 
+def test_what_a_killed_engine_kept_in_temporary_files_goes_with_it(
+    clients: list[EngineClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    (left := place / f"weft-scratch-{ended.pid}-x").mkdir()  # of a window that was killed
+    (left / "layer.dat").write_bytes(b"x" * 1000)
+    (other := place / f"weft-scratch-{os.getppid()}-x").mkdir()  # of one that runs
+    client = start(clients, tmp_path, Script())
+    (scratch,) = set(place.iterdir()) - {other}
+    assert psutil.Process(client.pid).environ()["TMPDIR"] == str(scratch)
+    (scratch / "offload").mkdir()
+    (scratch / "offload" / "layer.dat").write_bytes(b"x" * 1000)
+    os.kill(client.pid, signal.SIGKILL)
+    until_exit(client)
+    assert list(place.iterdir()) == [other]
+
+
 @pytest.mark.parametrize(
     ("crash", "words"),
     [("segv", "SIGSEGV"), ("abort", "SIGABRT"), ("exit", "exit status 3"), ("bad_alloc", "memory ran out")],
