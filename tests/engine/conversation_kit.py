@@ -13,12 +13,14 @@ from app.core.stack import AdapterStack, StackedAdapter
 STEPS = 6
 
 
-def steps(adapters: int, actions: tuple[str, ...]) -> st.SearchStrategy[list[tuple[str, int, float, int]]]:
+def steps(
+    adapters: int, actions: tuple[str, ...], most: int = STEPS
+) -> st.SearchStrategy[list[tuple[str, int, float, int]]]:
     """Lists of (action, which adapter, weight, tokens that the user says then)."""
     one = st.tuples(
         st.sampled_from(actions), st.integers(0, adapters - 1), st.floats(-1, 1.5, width=16), st.integers(1, 4)
     )
-    return st.lists(one, min_size=2, max_size=STEPS)
+    return st.lists(one, min_size=2, max_size=most)
 
 
 class Stacking:

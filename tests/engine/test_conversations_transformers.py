@@ -26,6 +26,7 @@ from tests.engine.test_live_stack import TOLERANCE, make
 
 ACTIONS = ("add", "remove", "reweight", "off", "order", "bake", "batch", "nothing")
 GREEDY = 3  # tokens of an answer
+_QUIET_HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _MADE: dict[str, tuple[Any, Any, list[Path]]] = {}
 
 
@@ -38,7 +39,7 @@ def _quiet(*_: object) -> None:
     max_examples=6,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a conversation takes minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=_QUIET_HEALTH,
 )
 @given(said=steps(8, ACTIONS), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
 def test_a_conversation_with_any_switches_is_the_merged_models(
@@ -48,6 +49,31 @@ def test_a_conversation_with_any_switches_is_the_merged_models(
     first: int,
     chance: int,
 ) -> None:
+    _converse(tmp_path_factory, family, said, first, chance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@settings(max_examples=40, deadline=None, suppress_health_check=_QUIET_HEALTH)
+@given(said=steps(8, ACTIONS, most=10), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
+def test_long_conversations_with_any_switches_are_the_merged_models(
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    said: list[tuple[str, int, float, int]],
+    first: int,
+    chance: int,
+) -> None:
+    _converse(tmp_path_factory, family, said, first, chance)
+
+
+def _converse(
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    said: list[tuple[str, int, float, int]],
+    first: int,
+    chance: int,
+) -> None:
+    """Add, remove, reweight, switch off, reorder, bake, answer batches, in any order: always the definition, to 1e-4."""
     if family not in _MADE:
         seed = seeds.fresh(1 << 24)  # hypothesis seeds `random`
         print(f"{family}: seed {seed}")
