@@ -236,7 +236,7 @@ class Backend(BaseBackend):
 
     def _use(self, copy: Any, adapters: AdapterStack, report: Report) -> list[str]:
         """Add what is live of a stack to the file that is loaded for it."""
-        self._log.clear()
+        self._log.lines.clear()  # for its reason, if it refuses; where the model lies stays known
         stale, notes = self._live().set(copy.live, lambda phase, done, of: report.progress(phase, done, of, "adapters"))
         if stale:
             self._context.clear()

@@ -16,7 +16,7 @@ from app.core.library import ModelEntry
 from app.core.recognise import recognise_model
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
-from app.engine.protocol import BatchRow, GenerateBatch
+from app.engine.protocol import BatchRow, GenerateBatch, Load
 from tests.engine.backend_kit import FakeReport, ask, loaded, user
 
 pytest.importorskip("llama_cpp")
@@ -61,6 +61,16 @@ def test_a_conversation_with_switches_says_what_fresh_engines_say(starter: Model
             fresh.set_adapters(wanted, FakeReport())
             assert ask(fresh, asked, max_tokens=24)[0] == text
     assert said[0][1] != said[3][1]
+
+
+def test_adapters_given_with_a_load_do_not_hide_where_the_model_lies(starter: ModelEntry) -> None:
+    backend = Backend()
+    try:
+        backend.load(Load(model=starter, options={"n_ctx": 256}, adapters=stack(1.0)), FakeReport())
+        # What `Loaded` tells of GPU layers and of memory is read off these.
+        assert {purpose for _, purpose in backend._log.buffers} >= {"KV", "model"}
+    finally:
+        backend.unload()
 
 
 def test_a_missing_adapter_leaves_the_stack_as_it_was(starter: ModelEntry, tmp_path: Path) -> None:
