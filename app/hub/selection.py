@@ -19,17 +19,10 @@ _QUANTIZATION = re.compile(
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _PROJECTOR = re.compile(r"(?:^|/)[^/]*mmproj[^/]*\.gguf$", re.IGNORECASE)
 _PLAIN = (".json", ".txt", ".jinja", ".model", ".md", ".tiktoken", ".spm", ".vocab")
-_LEFT_OUT = (
-    "original/",
-    "onnx/",
-    "openvino/",
-    "coreml/",
-    ".git",
-    "flax_model",
-    "tf_model",
-    "rust_model",
-    "training_args.bin",
-    "optimizer.",
+# Copies in other frameworks' formats, a training run's own files, pictures and papers. In lower case.
+_LEFT_OUT = re.compile(
+    r"(?:^|/)(?:original/|onnx/|openvino/|coreml/|\.git|flax_model|tf_model|rust_model|training_args\.bin|optimizer\.)"
+    r"|\.(?:msgpack|h5|ot|onnx|tflite|mlmodel|png|jpg|jpeg|gif|pdf|ipynb)$"
 )
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 
@@ -65,10 +58,11 @@ def quantization(path: str) -> str:
 
 def gguf_choices(files: Sequence[RemoteFile]) -> list[Choice]:
     """The GGUF models of a repository, split ones and their projector as one choice each, smallest first."""
-    projectors = [file for file in files if _PROJECTOR.search(file.path)]
+    found = [file for file in files if file.path.lower().endswith(".gguf")]
+    projectors = [file for file in found if _PROJECTOR.search(file.path)]
     groups: dict[str, list[RemoteFile]] = {}
-    for file in files:
-        if file.path.lower().endswith(".gguf") and file not in projectors:
+    for file in found:
+        if file not in projectors:
             groups.setdefault(_SPLIT.sub(".gguf", file.path), []).append(file)
     # A 16-bit projector is what programs take when a repository offers several.
     projector = min(projectors, key=lambda f: (quantization(f.path) not in ("F16", "FP16"), f.size), default=None)
@@ -121,10 +115,7 @@ def missing_parts(choice: Choice) -> list[str]:
 
 
 def _left_out(path: str) -> bool:
-    lower = path.lower()
-    return any(lower.startswith(part) or f"/{part}" in lower for part in _LEFT_OUT) or lower.endswith(
-        (".msgpack", ".h5", ".ot", ".onnx", ".tflite", ".mlmodel", ".png", ".jpg", ".jpeg", ".gif", ".pdf", ".ipynb")
-    )
+    return _LEFT_OUT.search(path.lower()) is not None
 
 
 def _folder(path: str) -> str:

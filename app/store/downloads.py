@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -86,7 +86,7 @@ class DownloadStore:
         folder: str,
         title: str,
         *,
-        here: dict[str, str] | None = None,
+        here: Mapping[str, str] | None = None,
         state: DownloadState = DownloadState.QUEUED,
     ) -> Download:
         """A new download at the end of the queue."""

@@ -154,7 +154,16 @@ class Downloads(QObject):
         queued = [Wanted(Path(row.download.folder), row.download.files, row.download.here) for row in self.active]
         queued += self._adding
         self._adding.append(wanted)
-        self._work.run(("add", listing, wanted), lambda: check_wanted(wanted, queued))
+        self._work.run(("add", wanted), lambda: self._stored(listing, wanted, queued))
+
+    def _stored(self, listing: Listing, wanted: Wanted, queued: Sequence[Wanted]) -> Download:
+        """In a thread of its own: there may be many thousand files, and slow drives."""
+        check_wanted(wanted, queued)
+        try:
+            title = title_of(listing, wanted.files)
+            return self._store.add(listing, wanted.files, str(wanted.folder), title, here=wanted.here)
+        finally:
+            self._store.release()
 
     def _same(self, folder: Path, listing: Listing, chosen: tuple[RemoteFile, ...]) -> Row | None:
         """The row that fetches just this already."""
@@ -165,23 +174,17 @@ class Downloads(QObject):
         return None
 
     @Slot(object, object, object)
-    def _worked(self, key: object, _result: object, error: object) -> None:
+    def _worked(self, key: object, result: object, error: object) -> None:
         assert isinstance(key, tuple)
         if key[0] == "remove":
             if isinstance(error, WeftError):
                 self.refused.emit(error)
             return
-        _, listing, wanted = key
-        self._adding.remove(wanted)
-        if isinstance(error, WeftError):
+        self._adding.remove(key[1])
+        if not isinstance(result, Download):
             self.refused.emit(error)
             return
-        try:
-            title = title_of(listing, wanted.files)
-            download = self._store.add(listing, wanted.files, str(wanted.folder), title, here=wanted.here)
-        except WeftError as full:
-            self.refused.emit(full)
-            return
+        download = result
         self.rows.append(Row(download))
         self.changed.emit()
         self.added.emit(download)

@@ -207,8 +207,9 @@ class FileTable(QAbstractTableModel):
         if listing.kind == "model" and weights:
             self.whole = self._judge(_entry(listing.repo, weights, ModelFormat.SAFETENSORS))
         for row in rows:
-            row.here = sum(file.size for file in row.files if file.path in listing.here)
-            row.in_place = sum(file.size for file in row.files if self._is_in_place(file))
+            if listing.here:
+                row.here = sum(file.size for file in row.files if file.path in listing.here)
+                row.in_place = sum(file.size for file in row.files if self._is_in_place(file))
             if row.usual and _is_weight(row.title):
                 row.fitting = self.whole  # the files of one model fit together or not at all
         return rows
@@ -250,11 +251,15 @@ class FileTable(QAbstractTableModel):
     def elsewhere(self) -> int:
         """Bytes of the checked files that lie on this machine already, but not where they would go."""
         here = self.listing.here if self.listing is not None else {}
+        if not here:
+            return 0
         return sum(file.size for file in self.files if file.path in here and not self._is_in_place(file))
 
     @property
     def in_place(self) -> int:
         """Bytes of the checked files that are downloaded already."""
+        if self.listing is None or not self.listing.here:
+            return 0
         return sum(file.size for file in self.files if self._is_in_place(file))
 
     @property
