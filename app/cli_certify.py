@@ -49,28 +49,36 @@ def add_certify_argument(command: argparse.ArgumentParser) -> None:
 
 
 def certify(
-    a: CertifySide, b: CertifySide, text: str, store: str, *, tokens: int = 2048, window: int = 512
+    a: CertifySide,
+    b: CertifySide,
+    text: str,
+    store: str,
+    *,
+    tokens: int = 2048,
+    window: int = 512,
+    environment: str = "",
 ) -> Certificate:
     """Compare in a child of the environment that both models can be loaded in; installed where it is not there.
 
     Args:
         text: a text file; "" for the text that comes with the program. store: see CertifyPlan.
+        environment: one that is there and loads both; "" for the smallest that does.
 
     Raises:
         WeftError: what the task raises.
     """
     plan = CertifyPlan(a=a, b=b, text=text or str(resources() / "certificate_text.txt"), tokens=tokens, window=window, store=store)  # fmt: skip
-    name = environment_of(a, b)
+    name = environment or environment_of(a, b)
     environments = Environments(default_paths().environments)
     if environments.state(name) not in USABLE:
         environments.install_for_command_line(name)
     return msgspec.convert(run_task(name, "certify", plan), Certificate)
 
 
-def certify_result(base: CertifySide, made: str, text: str, *, quiet: bool) -> Certificate:
+def certify_result(base: CertifySide, made: str, text: str, *, quiet: bool, environment: str = "") -> Certificate:
     """The certificate of what was made of a base and a stack, stored beside it and printed."""
     text = check_text(text)
-    found = certify(base, CertifySide(model=made), text, made)
+    found = certify(base, CertifySide(model=made), text, made, environment=environment)
     if not quiet:
         print_certificate(found)
     return found

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import msgspec
 
+from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
+from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.core.paths import default_paths, resources
-from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize
+from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize, packed_like
 from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
 
@@ -22,15 +24,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Put `quantize` among the commands."""
     command = commands.add_parser("quantize", help="make a GPTQ or AWQ folder of a model, with adapters merged in")
     command.set_defaults(run=_run)
-    command.add_argument("model", metavar="MODEL", help="`starter`, a library name, or a folder of 16-bit safetensors")
+    command.add_argument(
+        "model", metavar="MODEL", help="`starter`, a library name, or a folder of safetensors; one that GPTQ, AWQ, HQQ or bitsandbytes has packed is unpacked first"
+    )  # fmt: skip
     command.add_argument(
         "--adapter", action="append", default=[], metavar="A[=WEIGHT]", help="an adapter to merge in (may be repeated)"
     )
     command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the quantized model")
     command.add_argument("--method", choices=tuple(BITS), required=True, help="gptq, or awq (4 bits)")
-    command.add_argument("--bits", type=int, default=4, metavar="N", help="gptq: 2, 3, 4 (usual) or 8; awq: 4")
+    command.add_argument("--bits", type=int, metavar="N", help="gptq: 2, 3, 4 (usual) or 8; awq: 4")
     command.add_argument(
-        "--group-size", type=int, default=128, metavar="N", help=f"weights that share a scale: {', '.join(map(str, GROUPS['gptq']))}"
+        "--group-size", type=int, metavar="N", help=f"weights that share a scale: {', '.join(map(str, GROUPS['gptq']))}; 128, or as a packed model has it"
     )  # fmt: skip
     command.add_argument(
         "--desc-act", action="store_true", help="gptq: columns in the order of their importance; less loss, slower to run"
@@ -40,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     command.add_argument("--samples", type=int, default=256, metavar="N", help="how many pieces of the text at most")
     command.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a piece")
+    add_certify_argument(command)
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -58,16 +63,20 @@ def _run(parsed: argparse.Namespace) -> int:
             f"{model.name} is a GGUF file; GPTQ and AWQ are made of folders of safetensors.",
             "Quantize the model that it was made from, or see `weft export` for other types of GGUF.",
         )
+    check_text(parsed.certify)
     text: Path = parsed.calibration or resources() / "certificate_text.txt"
     if not text.expanduser().is_file():
         raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {text}.", "Check the path after --calibration.")
+    like = packed_like(model.quantization)  # a packed model is packed again as it was
     plan = QuantizePlan(
         model=model.path,
         stack=find_stack(parsed.adapter),
         target=str(parsed.to.expanduser().absolute()),
         method=parsed.method,
-        bits=parsed.bits,
-        group_size=parsed.group_size,
+        bits=(like[0] if like[0] in BITS[parsed.method] else 4) if parsed.bits is None else parsed.bits,
+        group_size=(like[1] if like[1] in GROUPS[parsed.method] else 128)
+        if parsed.group_size is None
+        else parsed.group_size,
         desc_act=parsed.desc_act,
         calibration=str(text.expanduser().absolute()),
         samples=parsed.samples,
@@ -79,11 +88,17 @@ def _run(parsed: argparse.Namespace) -> int:
     made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
+    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     if parsed.json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(made), indent=2).decode() + "\n")
+        found = None
+        if parsed.certify is not None:
+            found = certify_result(base, made.folder, parsed.certify, quiet=True, environment=ENVIRONMENT)
+        print(certified_json(made, found))
         return 0
     print(
         f"{made.folder}: {plan.bits} bits by {plan.method.upper()}, {readable_bytes(made.bytes)}, {made.matrices} matrices, "
         f"calibrated on {made.tokens} tokens, in {made.seconds:.0f} s."
     )
+    if parsed.certify is not None:
+        certify_result(base, made.folder, parsed.certify, quiet=False, environment=ENVIRONMENT)
     return 0

@@ -5,6 +5,8 @@ Command line and window build a plan, `app/tasks/quantize.py` carries it out in 
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from app.core.errors import ErrorKind, WeftError
@@ -62,6 +64,12 @@ class QuantizeResult(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     notes: list[str] = []
     seconds: float = 0.0
+
+
+def packed_like(label: str) -> tuple[int, int]:
+    """(bits, weights that share a scale) of a packed model by how the library calls it: `4-bit, group 128`; 0 for unknown."""
+    bits, group = re.search(r"(\d+)-bit", label), re.search(r"group (\d+)", label)
+    return int(bits[1]) if bits else 0, int(group[1]) if group else 0
 
 
 def check_quantize(plan: QuantizePlan) -> None:

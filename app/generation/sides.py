@@ -52,12 +52,20 @@ class TransformersSide(Side):
 
     Args:
         free: bytes of memory that it may take; with less than float32 needs it keeps its own precision.
+        packing: of a folder that GPTQ, AWQ or HQQ has packed: makes what reads it, of its weight files and its config.
 
     Attributes:
         model: for a live stack.
     """
 
-    def __init__(self, folder: Path, free: int, progress: Progress, cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        free: int,
+        progress: Progress,
+        cancelled: Callable[[], bool],
+        packing: Callable[[list[Path], dict[str, Any]], Any] | None = None,
+    ) -> None:
         super().__init__()
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,12 +75,15 @@ class TransformersSide(Side):
         from app.generation.hf_decode import Decoder
 
         forms = [f for f in ("safetensors", "bin") if any((folder / t[f]).is_file() for t in (hf_files.SINGLES, hf_files.INDEXES))]  # fmt: skip
-        self._stage = hf_files.Stage(folder, forms[0] if forms else "safetensors")
+        lone = sorted(folder.glob("*.safetensors"))[:1] if packing is not None and not forms else []
+        self._stage = hf_files.Stage(folder, forms[0] if forms else "safetensors", lone[0] if lone else None)
         try:
             config = hf_load.read_config(self._stage.path, False)
             plan = hf_load.Plan(
                 folder=self._stage.path, weights=self._stage.weights, form=(forms or ["safetensors"])[0]
             )
+            if packing is not None:
+                plan.packed, plan.packing = True, packing(plan.weights, self._stage.config)
             own = hf_load.checkpoint_dtype(config, plan.weights, plan.form)
             size = sum(path.stat().st_size for path in plan.weights)
             if free and size * (4 // own.itemsize) > free:

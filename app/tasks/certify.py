@@ -13,8 +13,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -175,7 +176,9 @@ class _Certify:
     def _folder(self, side: CertifySide, free: int) -> Side:
         from app.generation.sides import TransformersSide
 
-        made = TransformersSide(Path(side.model), free, self.report.progress, lambda: self.report.cancelled)
+        made = TransformersSide(
+            Path(side.model), free, self.report.progress, lambda: self.report.cancelled, _packing(Path(side.model))
+        )
         if side.stack.adapters:
             from app.adapters.hf_stack import ModelStack
 
@@ -251,6 +254,18 @@ class _Certify:
         except OSError as error:
             raise write_error(file, error) from error
         return found
+
+
+def _packing(folder: Path) -> Callable[[list[Path], dict[str, Any]], Any] | None:
+    """What reads a folder that GPTQ, AWQ or HQQ has packed: by what the codes stand for, in no kernel's own rounding."""
+    from app.generation.hf_options import PACKED
+    from app.tasks.merge import packing_of
+
+    if packing_of(folder) not in PACKED:
+        return None
+    from app.adapters.packed_load import PackedConfig, Stored, table_of
+
+    return lambda weights, config: PackedConfig(Stored(weights, table_of(config, folder)), kernel="exact")
 
 
 def _into_card(card: Path, text: str) -> Path:

@@ -62,7 +62,7 @@ class _Run:
 
     def run(self) -> QuantizeResult:
         from app.adapters.quantize_shapes_torch import check_shapes, shapes_of
-        from app.tasks.merge import check_target, stage_of
+        from app.tasks.merge import check_target, packing_of, stage_of
 
         plan = self.plan
         check_quantize(plan)
@@ -70,7 +70,8 @@ class _Run:
         self.report.progress("Reading the model and the text")
         with contextlib.closing(stage_of(Path(plan.model), packed=True)) as stage:
             # What is packed already is unpacked by the merge, also where nothing is merged in.
-            merged = "quantization_config" in stage.original or any(adapter.weight for adapter in plan.stack.adapters)
+            packed = packing_of(Path(plan.model)) is not None
+            merged = packed or any(adapter.weight for adapter in plan.stack.adapters)
             shapes = shapes_of(stage.path, stage.config)
             check_shapes(plan, shapes)
             self._pieces(stage.path)  # a text that is too short is told now, not after the merge
@@ -83,6 +84,7 @@ class _Run:
                         pieces = self._pieces(ready.path)
                         self._quantize(self._linked(ready, staging), staging, pieces, shapes)
                         written = self._finish(ready, source, staging.folder, pieces)
+                        self._measure(ready, stage if merged else None, staging.folder)
                     self.pausing.check()
                     self.report.progress("Waiting for the disk")
                     staging.publish()
@@ -323,6 +325,26 @@ class _Run:
         card = self._card(source, pieces)
         (folder / "README.md").write_text(card, "utf-8")
         return sum(path.stat().st_size for path in folder.glob("*.safetensors")), matrices
+
+    def _measure(self, ready: Stage, before: Stage | None, folder: Path) -> None:
+        """Say what quantizing has changed. before: the model that adapters were merged into."""
+        from app.adapters.merge_files import BaseFiles
+        from app.adapters.quantize_loss_torch import loss_note
+        from app.tasks.merge import unpacked_files
+
+        self.report.progress("Measuring what it lost")
+        config = read_json(folder / "config.json")
+        files = sorted(folder.glob("*.safetensors"))
+        table = config.get("quantization_config") or {}
+        with contextlib.ExitStack() as opened:
+            wanted = opened.enter_context(BaseFiles(ready.weights))
+            adapted = any(adapter.weight for adapter in self.plan.stack.adapters)
+            base = None
+            if before is not None and adapted:
+                base = unpacked_files(before, Path(self.plan.model)) or BaseFiles(before.weights)
+                opened.callback(base.close)
+            kind = str(config.get("model_type", ""))
+            self.notes.append(loss_note(files, table, kind, wanted, base, self.pausing.check))
 
     def _card(self, source: Path, pieces: list[list[int]]) -> str:
         plan = self.plan

@@ -11,7 +11,7 @@ import msgspec
 from app.core.export_plan import OWN, TYPES
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import Packing
-from app.core.quantize_plan import BITS, GROUPS, QuantizePlan
+from app.core.quantize_plan import BITS, GROUPS, QuantizePlan, packed_like
 from app.core.stack import AdapterStack
 from app.viewmodels.units import readable_bytes
 
@@ -19,6 +19,7 @@ SAFETENSORS = "safetensors"
 # What becomes of a base that bitsandbytes has packed.
 PACKINGS: dict[str, Packing] = {SAFETENSORS: "refuse", "safetensors-16bit": "16bit", "safetensors-again": "again"}
 FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
+PACKED = (ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ)
 MARGIN = 64 * 1024 * 1024
 _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 _CALIBRATING = 1_200_000_000  # and those that calibrate
@@ -41,7 +42,8 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What can be said beside format, name and place. See MergePlan, ExportPlan, QuantizePlan and PushPlan.
 
     Attributes:
-        group_size: 0 for 128, or less where the model's matrices want it.
+        bits: 0 for those of a packed base, else 4.
+        group_size: 0 for that of a packed base, else 128, or less where the model's matrices want it.
         calibration: a text file for GPTQ and AWQ; "" for ours.
         certify: compare the result with what it was made of. text: a text file for that; "" for ours.
         push: where the result goes on the hub, `user/name` or `name`; None for nowhere. private: see PushPlan.
@@ -51,7 +53,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     modelfile: bool = False
     shard_size: int = 0
     dtype: str = ""
-    bits: int = 4
+    bits: int = 0
     group_size: int = 0
     desc_act: bool = False
     calibration: str = ""
@@ -96,17 +98,16 @@ def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
         return []
     if entry.format is ModelFormat.BITSANDBYTES and stack.adapters:
         return [
-            ExportChoice(
-                key="safetensors-16bit",
-                title="Safetensors, in 16 bits",
-                help="The base is unpacked first: what packing had lost of it stays lost, and nothing more is.",
-            ),
+            _UNPACKED,
             ExportChoice(
                 key="safetensors-again",
                 title=f"Safetensors, packed again ({entry.quantization or 'bitsandbytes'})",
                 help="As small as the base. Packing rounds what the adapters changed; how much is measured and said at the end.",
             ),
         ]
+    if entry.format in PACKED:
+        own = entry.format.value  # the base's own method comes first
+        return [_UNPACKED, *(_again(key, entry) for key in sorted(BITS, key=lambda key: key != own))]
     if entry.format not in (*FOLDERS, ModelFormat.GGUF):
         return []
     found = [
@@ -124,22 +125,41 @@ def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
     return found
 
 
+_UNPACKED = ExportChoice(
+    key="safetensors-16bit",
+    title="Safetensors, in 16 bits",
+    help="The base is unpacked first: what packing had lost of it stays lost, and nothing more is.",
+)
+
+
+def _again(key: str, entry: ModelEntry) -> ExportChoice:
+    """A packed base unpacked, merged into, and packed again."""
+    again = " again" if key == entry.format.value else ""
+    return ExportChoice(
+        key=key,
+        title=f"{key.upper()}{again}",
+        help=f"Unpacked, merged into, and calibrated{again} on a text: small. What rounding loses is measured and said at the end.",
+    )
+
+
 def method_of(key: str) -> str:
     """`gptq` or `awq`, where a format is one of them; else ""."""
     return key if key in BITS else ""
 
 
-def bits_of(key: str, options: ExportOptions) -> int:
-    """Bits of a weight that GPTQ or AWQ makes."""
+def bits_of(key: str, options: ExportOptions, entry: ModelEntry) -> int:
+    """Bits of a weight that GPTQ or AWQ makes: as chosen, else those of a packed base, else 4."""
     allowed = BITS[key]
-    return options.bits if options.bits in allowed else allowed[-1]
+    wanted = options.bits or packed_like(entry.quantization)[0]
+    return wanted if wanted in allowed else 4
 
 
 def group_of(key: str, options: ExportOptions, entry: ModelEntry) -> int:
-    """Weights that share a scale: as chosen, else 128, or the most under it that divide the model's rows."""
+    """Weights that share a scale: as chosen, else as in a packed base, else 128, or the most under it that divide its rows."""
     allowed, sizes = GROUPS[key], [size for size in (entry.shape.hidden, entry.shape.intermediate) if size]
-    if options.group_size in allowed:
-        return options.group_size
+    wanted = options.group_size or packed_like(entry.quantization)[1]
+    if wanted in allowed:
+        return wanted
     fitting = [group for group in allowed if group <= 128 and not any(size % group for size in sizes)]
     return fitting[-1] if fitting else 128
 
@@ -178,6 +198,8 @@ def name_problem(name: str) -> str:
 
 def weights_of(entry: ModelEntry) -> int:
     """How many weights a model has, as far as its headers tell."""
+    if entry.format in PACKED and not entry.parameters:
+        return (entry.weight_bytes or entry.bytes) * 8 // max(1, packed_like(entry.quantization)[0] or 4)
     return entry.parameters or (entry.weight_bytes or entry.bytes) // 2
 
 
@@ -222,9 +244,9 @@ def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: 
     """Of GPTQ and AWQ: bytes of the result, of what lies beside it on the way, and of memory. See tasks/quantize.py."""
     shape, weights = entry.shape, weights_of(entry)
     kept = min(weights, 2 * shape.vocabulary * shape.hidden)  # embedding and head stay as they are
-    result = int((weights - kept) * (bits_of(key, options) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
+    result = int((weights - kept) * (bits_of(key, options, entry) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
     sixteen = 2 * weights
-    between = (2 if stack.adapters else 1) * sixteen + result
+    between = (2 if stack.adapters or entry.format in PACKED else 1) * sixteen + result
     layer = 4 * (weights - kept) // max(1, shape.layers)
     read = QuantizePlan(model="", target="", calibration="")
     text = 4 * read.samples * read.length * shape.hidden

@@ -41,7 +41,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
     def target(self) -> Path:
         """The folder, or the GGUF file in a folder of its own, that is made."""
         if method := method_of(self.format):
-            return self.folder / f"{self.name}-{method.upper()}-{bits_of(self.format, self.options)}bit"
+            return self.folder / f"{self.name}-{method.upper()}-{bits_of(self.format, self.options, self.entry)}bit"
         if self.makes_folder:
             return self.folder / self.name
         kind = self.entry.quantization if self.format == OWN.name else self.format
@@ -82,7 +82,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
                 stack=self.stack,
                 target=target,
                 method=method,
-                bits=bits_of(self.format, options),
+                bits=bits_of(self.format, options, entry),
                 group_size=group_of(self.format, options, entry),
                 desc_act=options.desc_act and method == "gptq",
                 calibration=options.calibration or str(resources() / "certificate_text.txt"),

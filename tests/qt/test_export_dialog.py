@@ -269,7 +269,9 @@ def test_what_can_be_made_of_what(tmp_path: Path) -> None:
     assert choices(folder_model(), STACK)[0].key == SAFETENSORS
     assert choices(folder_model(), AdapterStack())[0].key == "f32"
     assert SAFETENSORS not in [c.key for c in choices(model(), STACK)]
-    assert choices(model(format=ModelFormat.GPTQ), STACK) == []
+    assert choices(model(format=ModelFormat.EXL2), STACK) == []
+    packed = [c.key for c in choices(model(format=ModelFormat.AWQ, quantization="4-bit, group 64"), STACK)]
+    assert packed == ["safetensors-16bit", "awq", "gptq"], "the base's own method comes first"
     assert default_name(model("maker/Tiny-Q4_K_M"), STACK) == "Tiny-pirate"
     odd = StackedAdapter(path="/x/a b/ü:1", name="a b/ü:1")
     assert default_name(folder_model(), AdapterStack(adapters=(odd,))) == "tiny-1B-a-b-ü-1"
@@ -390,10 +392,10 @@ def made_dialog(entry: Any, queue: Queue, jobs: Jobs, folder: Path, qtbot: QtBot
 def test_a_quantized_base_names_the_model_to_use_instead(
     queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path, here: bool
 ) -> None:
-    packed = tmp_path / "tiny-GPTQ"
+    packed = tmp_path / "tiny-exl2"
     packed.mkdir()
     (packed / "config.json").write_text('{"_name_or_path": "maker/tiny"}', "utf-8")
-    entry = model("maker/tiny-GPTQ", format=ModelFormat.GPTQ, quantization="4-bit", path=str(packed))
+    entry = model("maker/tiny-exl2", format=ModelFormat.EXL2, quantization="4 bpw", path=str(packed))
     whole = folder_model() if here else None
     asked: list[str] = []
     dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot, lambda name: (asked.append(name), whole)[1])
@@ -429,6 +431,23 @@ def test_a_base_that_bitsandbytes_packed_can_be_unpacked_or_packed_again(
     loss = "Packing again changed the merged weights by 0.4 % on average."
     queue.end(MergeResult(folder=str(tmp_path / "x"), bytes=GB, tensors=4, changed=4, method="peft", notes=[loss]))
     assert loss in dialog.notes.text() and "Merged by PEFT" in dialog.outcome.text()
+
+
+def test_a_base_that_gptq_packed_is_unpacked_or_calibrated_again_as_it_was(
+    queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path
+) -> None:
+    shape = ModelShape(layers=2, hidden=256, intermediate=512, vocabulary=1000)
+    entry = model("maker/tiny-GPTQ", format=ModelFormat.GPTQ, quantization="8-bit, group 32", path="/m", shape=shape)
+    dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot)
+    plan = dialog._draft.plan()
+    assert isinstance(plan, MergePlan) and plan.packed == "16bit", "what loses nothing more comes first"
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("gptq"))
+    assert "measured and said at the end" in dialog.form.help.text()
+    plan = dialog._draft.plan()
+    assert isinstance(plan, QuantizePlan) and (plan.method, plan.bits, plan.group_size) == ("gptq", 8, 32)
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("awq"))
+    plan = dialog._draft.plan()
+    assert isinstance(plan, QuantizePlan) and (plan.bits, plan.group_size) == (4, 32)
 
 
 def test_what_a_merge_takes_is_asked_of_the_headers(queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path) -> None:

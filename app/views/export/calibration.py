@@ -56,7 +56,7 @@ class CalibrationFields(QWidget):
             self._fill(self.bits, [(f"{n} bits", n) for n in BITS[draft.method]])
             self._fill(self.group, [(f"{n} weights share a scale", n) for n in GROUPS[draft.method]])
         group = group_of(draft.format, options, draft.entry)
-        for shown, value in ((self.bits, bits_of(draft.format, options)), (self.group, group)):
+        for shown, value in ((self.bits, bits_of(draft.format, options, draft.entry)), (self.group, group)):
             shown.blockSignals(True)
             shown.setCurrentIndex(max(0, shown.findData(value)))
             shown.blockSignals(False)
