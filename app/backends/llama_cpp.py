@@ -25,7 +25,7 @@ from app.core.options import build
 from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, Generated, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
-from app.generation import llama_options
+from app.generation import llama_rules
 from app.generation.llama_options import Options
 from app.generation.llama_sampler import FIELDS
 
@@ -44,7 +44,7 @@ _NOT_GENERATING = {
 
 def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:
     """Bytes that a load through llama.cpp takes. See core.memory for the arithmetic."""
-    return memory.llama_estimate(model, machine, llama_options.demand(options))
+    return memory.llama_estimate(model, machine, llama_rules.demand(options))
 
 
 def refuses(model: ModelEntry) -> str:
@@ -105,7 +105,7 @@ class Backend(BaseBackend):
         started = time.monotonic()
         self.unload()
         options = build(Options, request.options)
-        llama_options.check(options)
+        llama_rules.check(options)
         parts = parts_of(Path(request.model.path))
         check_files(parts)
         if self._library is None:

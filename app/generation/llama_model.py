@@ -13,8 +13,8 @@ from typing import Any
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelShape
-from app.generation import llama_options
 from app.generation.llama_log import LibraryLog
+from app.generation.llama_option_text import Override, overrides, tensor_split
 from app.generation.llama_options import Options
 
 _PART = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
@@ -201,10 +201,10 @@ def _keep_alive(library: Any, params: Any, options: Options) -> Iterator[None]:
     params.check_tensors = options.check_tensors
     params.load_mode = _load_mode(library, options)
     split: Any = None
-    if shares := llama_options.tensor_split(options.tensor_split, library.llama_max_devices()):
+    if shares := tensor_split(options.tensor_split, library.llama_max_devices()):
         split = (ctypes.c_float * max(library.llama_max_devices(), len(shares)))(*shares)
         params.tensor_split = split
-    entries = llama_options.overrides(options.override_kv)
+    entries = overrides(options.override_kv)
     if entries:
         # The list ends with an empty key.
         table = (library.llama_model_kv_override * (len(entries) + 1))()
@@ -220,7 +220,7 @@ def _keep_alive(library: Any, params: Any, options: Options) -> Iterator[None]:
     del split, devices
 
 
-def _fill_override(library: Any, row: Any, entry: llama_options.Override) -> None:
+def _fill_override(library: Any, row: Any, entry: Override) -> None:
     row.key = entry.key.encode()
     value = entry.value
     if isinstance(value, bool):

@@ -17,8 +17,9 @@ from app.generation import llama_machine
 from app.generation.llama_context import LlamaContext
 from app.generation.llama_log import LibraryLog, library_log
 from app.generation.llama_model import LlamaModel
-from app.generation.llama_options import Options, demand
+from app.generation.llama_options import Options
 from app.generation.llama_params import context_params
+from app.generation.llama_rules import demand
 from app.generation.llama_threads import Threads, fastest_threads
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.generation import llama_options
 from app.generation.llama_model import LlamaModel
 from app.generation.llama_options import Options
+from app.generation.llama_rules import rope_base, rope_scale
 
 SCORE_ROWS = 128  # tokens whose logits are taken at a time when a text is scored
 LARGEST_ROWS = 32 * 2**20  # bytes of logits that this may take, so that a vocabulary of 150,000 does not cost 80 MiB
@@ -54,8 +54,8 @@ _BF16 = 30  # GGML_TYPE_BF16, which llama-cpp-python forgets to name
 
 
 def _fill_rope(library: Any, params: Any, model: LlamaModel, options: Options) -> None:
-    params.rope_freq_base = llama_options.rope_base(options, model.number("rope.freq_base"), model.shape)
-    params.rope_freq_scale = llama_options.rope_scale(options)
+    params.rope_freq_base = rope_base(options, model.number("rope.freq_base"), model.shape)
+    params.rope_freq_scale = rope_scale(options)
     if options.rope_scaling != "auto":
         params.rope_scaling_type = getattr(library, f"LLAMA_ROPE_SCALING_TYPE_{options.rope_scaling.upper()}")
     elif params.rope_freq_scale:

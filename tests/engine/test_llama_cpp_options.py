@@ -19,6 +19,7 @@ from app.core.sampling import Sampling  # noqa: E402
 from app.generation import llama_options  # noqa: E402
 from app.generation.llama_options import Options  # noqa: E402
 from app.generation.llama_params import context_params  # noqa: E402
+from app.generation.llama_rules import rope_base  # noqa: E402
 from tests.engine import tiny_gguf  # noqa: E402
 from tests.engine.llama_helpers import loaded, say, write_on  # noqa: E402
 
@@ -133,9 +134,9 @@ def test_two_ways_to_say_the_same_stretch_are_equal(tiny):
 
 
 def test_alpha_is_the_ntk_formula():
-    base = llama_options.rope_base(Options(alpha_value=2.5), 10_000.0, ModelShape(head_dim=128))
+    base = rope_base(Options(alpha_value=2.5), 10_000.0, ModelShape(head_dim=128))
     assert base == pytest.approx(10_000 * 2.5 ** (128 / 126))
-    assert llama_options.rope_base(Options(), 10_000.0, ModelShape()) == 0
+    assert rope_base(Options(), 10_000.0, ModelShape()) == 0
 
 
 @pytest.mark.parametrize(
