@@ -389,6 +389,10 @@ def test_the_desktop_hears_of_the_end_unless_the_queue_is_in_front(
         machine=machine.probe,
         state=QSettings(str(here.paths.config / "house.ini"), QSettings.Format.IniFormat),
     )
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    here.settings.set("hub_endpoint", "")
+    house.window().finder.field.setText("https://mirror.example/user/tiny/tree/main")
+    assert house.window().finder.start.text() == "Get file list"  # an address of the hub that the environment names
     told: list[Notice] = []
     house.notice.connect(told.append)
     house.downloads.open()

@@ -359,6 +359,20 @@ def test_a_file_that_lies_in_xet_comes_over_the_bridge_in_ranges(
     assert hub.fetched() == len(data) and not any("xet-read-token" in request.path for request in hub.requests)
 
 
+def test_the_reasons_against_hf_xet_still_hold() -> None:
+    """docs/downloads.md names them. When this fails, a newer hf_xet deserves another look."""
+    settings = dict(pytest.importorskip("hf_xet", reason="hf_xet is not installed here").XetConfig().items())
+    assert not [
+        name for name in settings if any(word in name for word in ("proxy", "cert", "tls", "redirect", "rate_limit"))
+    ]
+    assert (
+        settings["reconstruction.min_reconstruction_fetch_size"]
+        > 8 * 2**20
+        < settings["reconstruction.min_prefetch_buffer"]
+    )
+    assert settings["chunk_cache.size_bytes"] == 0
+
+
 def test_a_hub_that_is_not_there_is_said(tmp_path: Path) -> None:
     with FakeHub() as gone:
         gone.add("user/tiny", {FILE: b"abc"})
