@@ -321,5 +321,5 @@ def _shape_error(adapter: OpenAdapter, module: AdaptedModule, what: str, there: 
         ErrorKind.UNSUPPORTED,
         f"{adapter.file.path.name} does not fit: {module.name[-80:]} has a {what} of {tuple(there)} there, {tuple(here)} in this model."
         " (Adapters that add tokens need a base with as many.)",
-        "Choose the model that it was trained on.",
+        "Choose the model that it was trained on. Or merge it into its base (Merge and export; `weft merge`): that takes new tokens in.",
     )
