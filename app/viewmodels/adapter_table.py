@@ -166,7 +166,7 @@ class AdapterTable(LibraryTable[AdapterEntry]):
         return found
 
     def _found_ids(self, text: str, key: str, descending: bool) -> list[str]:
-        return self._library.adapter_ids(text, key, descending)
+        return self._library.adapter_ids(text, sort=key, descending=descending)
 
     def _read(self, ids: list[str]) -> list[AdapterEntry]:
         return self._library.adapters_by_id(ids)

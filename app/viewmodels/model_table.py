@@ -96,7 +96,7 @@ class ModelTable(LibraryTable[ModelEntry]):
         return super().data(index, role)
 
     def _found_ids(self, text: str, key: str, descending: bool) -> list[str]:
-        return self._library.model_ids(text, key, descending)
+        return self._library.model_ids(text, sort=key, descending=descending)
 
     def _read(self, ids: list[str]) -> list[ModelEntry]:
         return self._library.models_by_id(ids)

@@ -158,6 +158,23 @@ def test_adapters_are_found_alike(library: LibraryStore, tmp_path: Path) -> None
         library.find_adapter(str(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/model", "/" + "n" * 5000, "n" * 5000])
+def test_what_can_be_no_path_is_not_found_in_words(library: LibraryStore, text: str) -> None:
+    for find in (library.find, library.find_adapter):
+        with pytest.raises(WeftError) as told:
+            find(text)
+        assert told.value.kind is ErrorKind.NOT_FOUND and told.value.hint
+
+
+def test_a_home_folder_that_no_shell_spelt_out_is_found(
+    library: LibraryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_peft(tmp_path / "p")
+    assert library.find_adapter("~/p").name == "p"
+
+
 def test_the_starter_has_its_word(library: LibraryStore) -> None:
     if not (resources() / "starter" / "model" / "config.json").exists():
         pytest.skip("resources/starter/model has not been made yet")
