@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -107,6 +108,11 @@ def title(text: str, steps: int = 1, parent: QWidget | None = None) -> QLabel:
     made = label(text, parent=parent)
     made.setFont(title_font(made, steps))
     return made
+
+
+def breakable(name: str) -> str:
+    """A name that a label can wrap: where it has no spaces or hyphens, it may break behind its other marks, or anywhere at last."""
+    return re.sub(r"[_./\\:+]|[^\s_./\\:+-]{16}", "\\g<0>\u200b", name)
 
 
 def rule(parent: QWidget | None = None, *, vertical: bool = False) -> QFrame:
@@ -304,6 +310,7 @@ class Chip(QLabel):
         super().__init__(parent)
         self.setTextFormat(Qt.TextFormat.PlainText)
         self.setProperty("chip", tone)
+        self.setAlignment(Qt.AlignmentFlag.AlignCenter)
         self.setSizePolicy(QSizePolicy.Policy.Maximum, QSizePolicy.Policy.Fixed)
         self.setText(text)
 

@@ -205,6 +205,18 @@ def test_enter_on_the_loaded_model_does_not_read_it_again(page: ModelsPage, room
     assert len(rooms.made) == 2  # with other options it is
 
 
+def test_a_name_without_spaces_pushes_nothing_out_of_the_details(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
+    long = model(f"maker/{'a_long_name_' * 8}{'x' * 60}", problem=f"{'y' * 90} is damaged.")
+    rooms.library.put([long])
+    page.library_changed()
+    page.show_model(long.id)
+    page.resize(872, 600)
+    details = page.details
+    qtbot.waitUntil(lambda: details.more.mapTo(details, QPoint(details.more.width(), 0)).x() <= details.width())
+    assert details._title.accessibleName() == long.name
+    assert details._title.text().replace("\u200b", "") == long.name
+
+
 def test_a_load_shows_its_progress_here_too(page: ModelsPage, rooms: Rooms, qtbot: QtBot) -> None:
     rooms.script = Script(load_seconds=1.5)
     details = page.details

@@ -158,8 +158,8 @@ class Finder(QWidget):
         self._what = label(tone="muted")
         self._gated = Chip("gated", "warning")
         head = QWidget()
-        top = row(self.back, self._name, self._gated, self._what, margins=(12, 6, 16, 6), spacing=12, parent=head)
-        top.setStretch(1, 1)
+        self._top = row(self.back, self._name, self._gated, self._what, spacing=12, parent=head)
+        self._top.setStretch(1, 1)
         self.file_view = Table(
             "Files",
             FileCell(),
@@ -299,6 +299,7 @@ class Finder(QWidget):
         self._what.setToolTip(f"Judged by size alone.\n{whole.numbers}" if whole is not None else "")
         self._where.setText(f"to {short_path(str(folder), str(Path.home()))}")
         self.back.setVisible(bool(self.results.hits))
+        self._top.setContentsMargins(8 if self.results.hits else 16, 6, 16, 6)  # the button has room of its own
         self._stack.setCurrentIndex(FILES)
         self.file_view.setFocus()
         checked = next((place for place, line in enumerate(self.files.rows) if line.checked), 0)

@@ -11,7 +11,7 @@ from PySide6.QtGui import QGuiApplication
 from PySide6.QtWidgets import QFormLayout, QFrame, QLayout, QMenu, QScrollArea, QWidget
 
 from app.core.library import AdapterEntry, ModelEntry
-from app.views.widgets import Banner, Chip, ElidedLabel, column, icon_button, label, row, title
+from app.views.widgets import Banner, Chip, ElidedLabel, breakable, column, icon_button, label, row, title
 
 Entry = TypeVar("Entry", ModelEntry, AdapterEntry)
 
@@ -44,6 +44,7 @@ class DetailsPanel(QFrame, Generic[Entry]):
         self._chips = [Chip() for _ in range(3)]
         self._problem = Banner("negative")
         self._inside = QWidget()
+        self._inside.setMinimumWidth(1)  # one long word may be cut, not all that stands at the right
         self._body = column(spacing=12, margins=(16, 16, 16, 16), parent=self._inside)
         self._add(self._top(), row(self._path, icon_button("copy", "Copy path", self._copy_path), spacing=4))
         self._add(row(*self._chips, 1, spacing=4), self._problem)
@@ -81,7 +82,8 @@ class DetailsPanel(QFrame, Generic[Entry]):
         self._inside.setVisible(entry is not None)
         if entry is None:
             return False
-        self._title.setText(entry.name)
+        self._title.setText(breakable(entry.name))
+        self._title.setAccessibleName(entry.name)
         self._path.setText(entry.path)
         self._problem.setVisible(bool(entry.problem))
         self._problem.text.setText(entry.problem)

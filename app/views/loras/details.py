@@ -222,6 +222,7 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
         if not models:
             self.verdict.set("")
             self.reasons.setText("No model is loaded, and none was found that it fits.")
+            self._say_once()
 
     @Slot(object)
     def hold_against(self, model: ModelEntry) -> None:
@@ -244,6 +245,7 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
             self.verdict.set("Cannot be read", "negative")
             self.reasons.setText(str(found))
             self._unmatched.hide()
+            self._say_once()
             return
         fit = found.compatibility
         self.verdict.set(f"{fit.matched:,} of {fit.total:,} modules match", _TONES[fit.verdict])
@@ -256,7 +258,7 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
         if not fit.exact:
             lines.append("Judged by the library's index: the model's own headers do not tell.")
         self.reasons.setText("\n".join(lines))
-        self.reasons.setVisible(bool(lines))
+        self._say_once()
         self._unmatched.setVisible(bool(fit.unmatched))
         self._unmatched_box.setPlainText("\n".join(unmatched_lines(found)))
 
@@ -265,6 +267,7 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
         self.ranked = found if isinstance(found, list) else []
         self._no_base.setText(str(found) if isinstance(found, WeftError) else "None of the library's models fits.")
         self._show_bases()
+        self._say_once()
         before = self._chosen
         self._show_models()
         if self._chosen is not None and self._chosen != before:
@@ -298,6 +301,16 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
     def _show_troubles(self) -> None:
         self.troubles.setVisible(bool(self._told))
         self.troubles.text.setText(" ".join(self._told))
+        self._say_once()
+
+    def _say_once(self) -> None:
+        """A file that cannot be read is told in every part: below, it need not be said again in the same words."""
+        said = {self.entry.problem if self.entry is not None else "", *self._told}
+        self.reasons.setVisible(self.reasons.text() not in said)
+        said = (said | {self.reasons.text()}) - {""}
+        for words in (self._no_base, self.chart_note):
+            if words.text() in said:
+                words.setText("None: it cannot be read.")
 
     def _show_facts(self, found: AdapterFacts) -> None:
         entry = self.entry
@@ -312,8 +325,9 @@ class AdapterDetails(DetailsPanel[AdapterEntry]):
     @Slot(object)
     def _norms_read(self, found: object) -> None:
         if not isinstance(found, HealthReport):
-            self.chart.show_report(None)
+            self.chart.hide()  # not an empty frame above the reason
             self.chart_note.setText(str(found))
+            self._say_once()
             return
         self.chart.show_report(found)
         told = list(found.sentences)

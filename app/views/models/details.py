@@ -210,10 +210,11 @@ class ModelDetails(DetailsPanel[ModelEntry]):
                 for s in backends.specs().values()
                 if entry.format in s.formats
             }
-            self._loader_help.setText(
-                " ".join(sorted(filter(None, reasons))) or f"No loader takes {entry.format.value} models yet."
-            )
+            told = " ".join(sorted(filter(None, reasons)))
+            self._loader_help.setText(told or f"No loader takes {entry.format.value} models yet.")
+            self._loader_help.setVisible(not told or told != entry.problem)  # that is said above
         else:
+            self._loader_help.show()
             self._loader_help.setText(spec.summary)
             self.form = self._form_of(spec)
             self.form.suggest(suggestions(entry, spec))
@@ -235,7 +236,7 @@ class ModelDetails(DetailsPanel[ModelEntry]):
     def _show_saved(self) -> None:
         changed = bool(self.form is not None and self.form.values())
         kept = "Saved, but it does not fit" if self._lacking else "Saved for this model"
-        self._saved.setText(kept if changed else "Default options")
+        self._saved.setText(kept if changed else "Default options" if self.form is not None else "")
         self._restore.setVisible(changed)
 
     def _show_estimate(self) -> None:

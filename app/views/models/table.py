@@ -8,7 +8,7 @@ from app.viewmodels import model_table
 from app.views.library.table import EntryCell, LibraryView
 
 # Wished widths; the name takes the rest. Columns go in the order of _GIVES_WAY until the name has its minimum.
-_WIDTHS = {1: 136, 2: 88, 3: 88, 4: 72, 5: 72, 6: 88, 7: 144, 8: 104}
+_WIDTHS = {1: 136, 2: 104, 3: 88, 4: 72, 5: 72, 6: 88, 7: 144, 8: 104}
 _GIVES_WAY = (
     model_table.WHERE,
     model_table.ARCHITECTURE,
