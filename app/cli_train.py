@@ -184,6 +184,8 @@ def _follow(
                 said = metrics(event["step"], event["values"])
             case "news":
                 said = news(event["json"])
+            case "started" if event["processes"] > 1:
+                said = f"{event['processes']} processes ({event['distribution']})"
             case "log" if event["level"] in ("warning", "error"):
                 said = f"{event['level']}: {event['text']}"
             case "done" | "failed":

@@ -205,12 +205,6 @@ def newest(
     return None
 
 
-def peek(target: Path, resume: str) -> Any:
-    """For the other processes of a run of several: the checkpoint that the first one goes on from."""
-    unfinished = target.parent / (target.name + SUFFIX)
-    return newest(unfinished) if resume != "no" and (unfinished / "init").is_dir() else None
-
-
 def sync_tree(folder: Path) -> None:
     """fsync every file of a folder, and the folder."""
     for path in folder.rglob("*"):

@@ -42,7 +42,7 @@ class Row:
     """One example.
 
     Attributes:
-        file: number of its file in the report. line: see `readers.Record`.
+        file: number of its file in the report. line: see `records.Record`.
         kind: `chat`: messages, of which those numbered in `trained` are learnt. `pair`: a prompt and an answer, plain.
             `text`: raw text (`prompt`). `preference`: prompt, chosen and rejected, all plain or all messages.
         prompt, answers: what the kind says; a chat's messages are its prompt.

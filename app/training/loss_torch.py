@@ -9,7 +9,7 @@ over what it is given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,29 +31,58 @@ def sft_chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tenso
     """The sum of the cross-entropies (nats) of all trained tokens, float32; equal to that over the model's own logits.
 
     Args:
-        model: a causal language model of transformers, with or without PEFT's adapter or DDP around it.
+        model: a causal language model of transformers, with or without PEFT's adapter, DDP or FSDP2 around it.
         inputs: what it takes, without labels. labels: int64 [rows, length], unshifted, -100 where nothing is learnt.
 
     Returns:
-        The loss, or None where the model's head cannot be taken apart from it (no such head, FSDP, logits that are treated
-        in a way that is not known here): tried once for each model, on a few tokens.
+        The loss, or None where the model's head cannot be taken apart from it (no such head, logits that are treated
+        in a way that is not known here): tried once for each model, on a few tokens; for FSDP by `try_head`.
     """
     causal = _causal(model)
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if head is None or _sharded(model):
+    head = _head(causal)
+    sharded = hasattr(model, "unshard")
+    if head is None or (sharded and not _can_gather(head)):
         return None
     finish = _finish(causal)
-    if causal not in _known:
+    if not sharded and causal not in _known:
         _known[causal] = _agrees(causal, head, finish, inputs)
-    if not _known[causal]:
+    if not _known.get(causal, False):
         return None
     with _captured(head) as seen:
         output = model(**inputs, use_cache=False)
+    if sharded:
+        return _sharded_loss(output.logits, seen[0], labels, head, finish)
     del output
     hidden = seen[0][:, :-1]
     wanted = labels[:, 1:].to(hidden.device)
     at = (wanted != IGNORED).nonzero(as_tuple=True)
     return chunked_loss(hidden[at], wanted[at], head, finish)
+
+
+def try_head(model: Any, tokens: Sequence[int]) -> None:
+    """Find out whether the head can be taken apart from a model which FSDP is about to share out."""
+    causal = _causal(model)
+    head = _head(causal)
+    if head is not None:
+        few = torch.tensor([list(tokens[:8])], device=next(causal.parameters()).device)
+        _known[causal] = _agrees(causal, head, _finish(causal), {"input_ids": few})
+
+
+def _sharded_loss(
+    logits: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, head: Any, finish: Finish
+) -> torch.Tensor:
+    """The loss where FSDP shares the model out: its hooks stay out of the head, whose weights are gathered once.
+
+    Args:
+        logits: of the captured head, worth nothing; they are in the loss, times nought, since FSDP begins its backward pass
+            where that reaches the model's output.
+    """
+    hidden = hidden[:, :-1]
+    wanted = labels[:, 1:].to(hidden.device)
+    at = (wanted != IGNORED).nonzero(as_tuple=True)
+    head.unshard()
+    loss = chunked_loss(hidden[at], wanted[at], head.forward, finish)
+    return loss + logits.float().sum() * 0.0
 
 
 def chunked_loss(
@@ -159,7 +188,7 @@ def _captured(head: Any) -> Iterator[list[torch.Tensor]]:
 
     def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         seen.append(hidden)
-        return hidden[..., :1]
+        return hidden[..., :1].clone()  # no view: FSDP hangs its hooks on it
 
     head.forward = forward
     try:
@@ -179,12 +208,13 @@ def _causal(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _sharded(model: Any) -> bool:
-    """Whether FSDP holds the weights: a head's are there only while the model runs."""
-    return any(
-        "FSDP" in type(module).__name__ or "FullyShardedDataParallel" in type(module).__name__
-        for module in model.modules()
-    )
+def _head(causal: Any) -> Any:
+    return causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+
+
+def _can_gather(head: Any) -> bool:
+    """Whether a head that FSDP shares out is a unit of its own, and nothing of it is trained (no gradients to share out)."""
+    return hasattr(head, "unshard") and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _finish(causal: Any) -> Finish:

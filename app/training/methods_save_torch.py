@@ -21,11 +21,18 @@ from app.training.methods_torch import ADAPTER, decomposable, experts, layers, p
 from app.training.run_config import RunConfig
 
 
-def adapter_tensors(config: RunConfig, model: Any, first: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What goes into adapter_model.safetensors, converted where the base was changed; contiguous, on the processor."""
+def adapter_tensors(
+    config: RunConfig, model: Any, first: dict[str, torch.Tensor], trained: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """What goes into adapter_model.safetensors, converted where the base was changed; contiguous, on the processor.
+
+    Args:
+        trained: all that the adapter trains, whole, where the model holds but a part of it (FSDP).
+    """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes lora_bias for a damaged B
-        found = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        state = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
+        found = {name: tensor.detach().cpu() for name, tensor in state.items()}
         if converts(config):
             for name, module in layers(model):
                 a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
@@ -75,12 +82,20 @@ def settings_of(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
-def save_adapter(folder: Path, config: RunConfig, model: Any, first: dict[str, torch.Tensor], base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into an existing folder."""
+def save_adapter(
+    folder: Path,
+    config: RunConfig,
+    model: Any,
+    first: dict[str, torch.Tensor],
+    base: str,
+    trained: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into an existing folder. trained: see `adapter_tensors`."""
     (folder / "adapter_config.json").write_text(
         json.dumps(adapter_settings(config, model, base), indent=2, sort_keys=True), "utf-8"
     )
-    save_file(adapter_tensors(config, model, first), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = adapter_tensors(config, model, first, trained)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def adapted_modules(model: Any) -> list[str]:

@@ -1,25 +1,22 @@
 """Files as records with line numbers: JSON, JSONL, CSV, Parquet and text, read as a stream in bounded memory.
 
 Whatever is wrong with one record becomes a record with a `problem`, and reading goes on; what makes the rest of a file
-unreadable raises `Unreadable`. Imports the standard library and msgspec; pyarrow inside the function that needs it.
+unreadable raises `Unreadable`. Imports the standard library; pyarrow inside the function that needs it.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import msgspec
+from typing import BinaryIO
 
 from app.core.errors import ErrorKind, WeftError
+from app.training.read_json import read_json, read_jsonl
+from app.training.records import BLOCK, LONGEST_ROW, Record, Unreadable, numbered_lines, too_large
 
-LONGEST_ROW = 16 * 1024 * 1024  # bytes of one row; a book of 500 pages has one
 PIECE = 256 * 1024  # characters of raw text handed on at once
-_BLOCK = 1024 * 1024
 _MOST_FILES = 100_000
 _LARGEST_GROUP = 4 * 1024**3  # bytes that a Parquet file may unpack at once
 
@@ -35,25 +32,6 @@ SUFFIXES: dict[str, str] = {
     ".md": "text",
     ".markdown": "text",
 }
-
-
-class Record(NamedTuple):
-    """One row as it stands in the file.
-
-    Attributes:
-        line: of its first character, from 1; a Parquet file's row number.
-        value: field -> value, or None when `problem` says why it cannot be read.
-        more: text only: the next record continues this one.
-    """
-
-    line: int
-    value: dict[str, Any] | None
-    problem: str = ""
-    more: bool = False
-
-
-class Unreadable(Exception):
-    """The file, or its rest, cannot be read; the message says why and from which line."""
 
 
 def find_files(paths: tuple[str, ...]) -> list[Path]:
@@ -123,9 +101,9 @@ def read(path: Path, separator: str = "") -> Iterator[Record]:
             file.seek(3 if start.startswith(codecs.BOM_UTF8) else 0)
             first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
             if kind == "json" or (kind == "jsonl" and first == b"["):
-                yield from _json(file)
+                yield from read_json(file)
             elif kind == "jsonl":
-                yield from _jsonl(file)
+                yield from read_jsonl(file)
             elif kind == "csv":
                 yield from _csv(file, path.suffix.lower() == ".tsv")
             else:
@@ -148,178 +126,6 @@ def _check_start(start: bytes) -> None:
     for magic, name in ((b"PK\x03\x04", "a ZIP archive"), (b"\x1f\x8b", "a gzip archive"), (b"PAR1", "a Parquet file")):
         if start.startswith(magic):
             raise Unreadable(f"It is {name}, whatever its name says. Unpack it, or name it so.")
-
-
-# JSON -------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
-_BLANKS = b" \t\r\n"
-
-
-def _jsonl(file: BinaryIO) -> Iterator[Record]:
-    for number, line in _lines(file):
-        if line is None:
-            yield Record(number, None, _too_large())
-        elif line.strip():
-            yield _decode(number, line)
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines; None for one that is longer than LONGEST_ROW."""
-    number = 0
-    while line := file.readline(LONGEST_ROW + 1):
-        number += 1
-        if len(line) <= LONGEST_ROW:
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(_BLOCK)
-        yield number, None
-
-
-def _too_large() -> str:
-    return f"The row is larger than {LONGEST_ROW // 1024**2} MB."
-
-
-def _decode(line: int, text: bytes | bytearray) -> Record:
-    try:
-        value = msgspec.json.decode(text)
-    except RecursionError:
-        return Record(line, None, "It is nested absurdly deep.")
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if not _is_utf8(text):
-            return Record(line, None, "It is not UTF-8 text.")
-        return Record(line, None, f"It is not JSON: {str(error).removeprefix('JSON is malformed: ')[:200]}.")
-    if not isinstance(value, dict):
-        return Record(line, None, f"It is {_kind(value)}, not an object with fields.")
-    return Record(line, value)
-
-
-def _is_utf8(text: bytes | bytearray) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _json(file: BinaryIO) -> Iterator[Record]:
-    """The elements of one big list, or objects one after another; an object that holds one list of objects is that list."""
-    alone: Record | None = None  # a first object, which may turn out to be the only one
-    count = 0
-    try:
-        for record in _elements(file):
-            count += 1
-            if count == 1:
-                alone = record
-                continue
-            if alone is not None:
-                yield alone
-                alone = None
-            yield record
-    except Unreadable:
-        if alone is not None:
-            yield alone
-        raise
-    if alone is None:
-        return
-    lists = [v for v in (alone.value or {}).values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    wrapped = len(lists) == 1 and not {"messages", "conversations", "conversation"} & set(alone.value or {})
-    if not wrapped or any(key in (alone.value or {}) for key in ("chosen", "rejected", "completion")):
-        yield alone
-        return
-    for element in lists[0]:  # their lines are not known: the object was read whole
-        yield Record(
-            alone.line,
-            element if isinstance(element, dict) else None,
-            "" if isinstance(element, dict) else "It is not an object with fields.",
-        )
-
-
-def _elements(file: BinaryIO) -> Iterator[Record]:
-    """Splits JSON text at its outermost elements without building it. Memory: one element."""
-    buffer = bytearray()
-    line = 1  # of buffer[0]
-    at = 0  # scanned up to here
-    start = -1  # where the element begins that is being read; -1: none
-    depth = 0
-    floor = -1  # depth at which elements stand: 1 in a list, 0 one after another; -1: not known yet
-    size = _BLOCK
-    ended = False
-
-    def step(position: int) -> None:
-        nonlocal line, at, start
-        line += buffer.count(b"\n", 0, position)
-        del buffer[:position]
-        at -= position
-        start = start - position if start >= 0 else start
-
-    while not ended:
-        block = file.read(size)
-        ended = not block
-        buffer += block
-        size = _BLOCK
-        position = at
-        for token in _TOKEN.finditer(buffer, at):
-            mark = token[0][:1]
-            if len(token[0]) == 1 and mark == b'"':  # a string whose end is not here yet
-                size = max(_BLOCK, len(buffer))
-                break
-            position = token.end()
-            if mark == b"[" and floor < 0 and not buffer[: token.start()].strip(_BLANKS):
-                floor = depth = 1
-                start = position
-                continue
-            if floor < 0:
-                floor = 0
-            if floor == depth == 0 and mark != b"{":
-                raise Unreadable(f"Line {_line(buffer, line, token.start())}: this is not JSON with rows in it.")
-            if mark in b"[{":
-                if depth == floor == 0:
-                    if buffer[max(start, 0) : token.start()].strip(_BLANKS):
-                        raise Unreadable(f"Line {_line(buffer, line, max(start, 0))}: this is not JSON.")
-                    start = token.start()
-                depth += 1
-            elif mark in b"]}":
-                depth -= 1
-                if depth == floor == 0:
-                    yield _decode(_line(buffer, line, start), buffer[start:position])
-                    start = position
-                elif depth < floor:  # the end of the list
-                    if buffer[start : token.start()].strip(_BLANKS):
-                        yield _decode(_line(buffer, line, start), buffer[start : token.start()].strip(_BLANKS))
-                    rest = buffer[position:] + file.read(_BLOCK)
-                    if rest.strip(_BLANKS):
-                        raise Unreadable(
-                            f"Line {_line(buffer, line, position)}: something stands after the list's end."
-                        )
-                    return
-            elif mark == b"," and depth == floor == 1:
-                yield _decode(_line(buffer, line, start), buffer[start : token.start()].strip(_BLANKS))
-                start = position
-        at = position
-        if ended:
-            break
-        step(max(0, min(start if start >= 0 else at, at)))
-        if len(buffer) > LONGEST_ROW + _BLOCK:
-            raise Unreadable(f"Line {line}: {_too_large()} The rest was not read.")
-    left = buffer[max(start, 0) :].strip(_BLANKS)
-    if left or floor == 1:
-        raise Unreadable(
-            f"Line {_line(buffer, line, max(start, 0))}: the JSON text ends in the middle. The file is cut off or damaged."
-        )
-
-
-def _line(buffer: bytearray, first: int, position: int) -> int:
-    """The line of the first character behind `position` that is not blank."""
-    while position < len(buffer) and buffer[position] in _BLANKS:
-        position += 1
-    return first + buffer.count(b"\n", 0, position)
 
 
 # CSV --------------------------------------------------------------------------------------------------
@@ -364,9 +170,9 @@ def _csv_row(line: int, header: list[str], row: list[str]) -> Record:
 
 
 def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    for number, line in _lines(file):
+    for number, line in numbered_lines(file):
         if line is None:
-            raise Unreadable(f"Line {number}: {_too_large()} The rest was not read.")
+            raise Unreadable(f"Line {number}: {too_large()} The rest was not read.")
         yield line.decode("utf-8", "surrogateescape")
 
 
@@ -408,7 +214,7 @@ def _text(file: BinaryIO, separator: str) -> Iterator[Record]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     buffer, line, more, ended = "", 1, False, False
     while not ended:
-        block = file.read(_BLOCK)
+        block = file.read(BLOCK)
         ended = not block
         buffer += decoder.decode(block, final=ended).replace("\r\n", "\n")
         while separator and (at := buffer.find(separator)) >= 0:
@@ -431,7 +237,7 @@ def _check_text(file: BinaryIO) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     while True:
-        block = file.read(_BLOCK)
+        block = file.read(BLOCK)
         if b"\0" in block:
             at = line + block.count(b"\n", 0, block.index(b"\0"))
             raise Unreadable(f"Line {at}: it holds NUL characters; it is not text.")

@@ -9,7 +9,8 @@ from pathlib import Path
 from app.core.errors import ErrorKind, WeftError
 from app.training.data_config import FIELDS, MOST_BAD_ROWS, BadRow, DataConfig, DataReport, FileReport
 from app.training.formats import BadRowError, Row, make_row, recognise
-from app.training.readers import Record, Unreadable, find_files, read
+from app.training.readers import find_files, read
+from app.training.records import Record, Unreadable
 
 _LOOKED_AT = 100  # rows from whose columns a format is recognised
 KNOWN_FIELDS = {field for needed, optional in FIELDS.values() for field in (*needed, *optional)}

@@ -24,8 +24,18 @@ num_machines: 1
 num_processes: 2
 mixed_precision: 'no'
 """
+# For a model that is larger than a card.
+SHARED_OUT = (
+    ACCELERATE.replace("MULTI_GPU", "FSDP")
+    + """fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+"""
+)
 START = """#!/bin/sh
 # Set num_processes in accelerate.yaml to the number of graphics cards; for one card or none: python -m app.training.run_launched run.json
+# Where the model is larger than a card, its tensors are shared out over all of them: take --config_file accelerate-fsdp.yaml
 cd "$(dirname "$0")" && exec accelerate launch --config_file accelerate.yaml -m app.training.run_launched run.json
 """
 
@@ -95,6 +105,7 @@ def _fill(parameters: TrainParameters, staged: Path, requirements: str, run_file
     (staged / "run.toml").write_text(run_file, "utf-8")
     (staged / "requirements.txt").write_text(requirements, "utf-8")
     (staged / "accelerate.yaml").write_text(ACCELERATE, "utf-8")
+    (staged / "accelerate-fsdp.yaml").write_text(SHARED_OUT, "utf-8")
     start = staged / "start.sh"
     start.write_text(START, "utf-8")
     start.chmod(0o755)

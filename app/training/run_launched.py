@@ -3,7 +3,7 @@
     accelerate launch --config_file CONFIG -m app.training.run_launched PARAMETERS.json
 
 PARAMETERS.json holds a TrainParameters struct. In an exported run's folder relative paths count from that file. The first process
-speaks: one line per event, {"kind": "metric" | "news" | "progress" | "log" | "done" | "failed", …}.
+speaks: one line per event, {"kind": "metric" | "news" | "progress" | "log" | "started" | "done" | "failed", …}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.errors import ErrorKind, WeftError
+from app.core.errors import WeftError
 from app.engine.protocol import Loaded
 from app.training.run_config import TrainParameters
 from app.training.run_file import beside
@@ -29,11 +29,11 @@ class LineReport:
     """Report for a process without an engine around it. silent: a process that is not the first says nothing."""
 
     def __init__(self, *, silent: bool) -> None:
-        self._silent = silent
+        self.silent = silent
         self._shown = 0.0
 
     def _say(self, **fields: Any) -> None:
-        if not self._silent:
+        if not self.silent:
             sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")
             sys.stdout.flush()
 
@@ -74,20 +74,6 @@ class LineReport:
         """Never called."""
 
 
-def check_distribution(kind: str) -> None:
-    """Refuse ways to share a run out that are not served: every process holds the whole model here (DDP).
-
-    Raises:
-        WeftError: UNSUPPORTED for FSDP, DeepSpeed and the like, before anything is loaded.
-    """
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"Runs are not spread with {kind} yet: every process holds the whole model.",
-            "Set distributed_type: MULTI_GPU in accelerate's config, and quantization = nf4 where a card is too small for the model.",
-        )
-
-
 def main(arguments: list[str]) -> int:
     """Run. Returns the exit status: 0 done, 1 failed (`failed` says why)."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
@@ -99,21 +85,24 @@ def main(arguments: list[str]) -> int:
     if not Path(model.path).is_absolute():
         model = msgspec.structs.replace(model, path=str(place.parent / model.path))
     parameters = msgspec.structs.replace(parameters, config=config, model=model)
-    from accelerate import Accelerator
+    from app.training import distributed_torch, run_torch
 
-    from app.training import run_torch
-
-    accelerator = Accelerator(cpu=config.model.device == "cpu")
-    report = LineReport(silent=not accelerator.is_main_process)
-    several = accelerator.num_processes > 1
+    report = LineReport(silent=os.environ.get("RANK", "0") != "0")
+    accelerator = None
     try:
-        check_distribution(accelerator.distributed_type.value)
+        accelerator = distributed_torch.make_accelerator(config)
+        report.silent = not accelerator.is_main_process
+        several = accelerator.num_processes > 1
+        report._say(
+            kind="started", processes=accelerator.num_processes, distribution=accelerator.distributed_type.value
+        )
         result = run_torch.run(parameters, report, accelerator if several else None)  # type: ignore[arg-type]
     except WeftError as error:
         report._say(kind="failed", error=error.kind.value, message=error.message, hint=error.hint)
         return 1
     finally:
-        accelerator.end_training()
+        if accelerator is not None:
+            accelerator.end_training()
     report._say(kind="done", result=result)
     return 0
 

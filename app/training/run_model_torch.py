@@ -76,8 +76,18 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
 
 
-def load_base(config: RunConfig, entry: ModelEntry, report: Report, local_process: int | None = None) -> Base:
+def load_base(
+    config: RunConfig,
+    entry: ModelEntry,
+    report: Report,
+    local_process: int | None = None,
+    *,
+    in_memory: bool = False,
+) -> Base:
     """Load the model, frozen.
+
+    Args:
+        in_memory: into main memory, also where it is to be trained on a card: that need not hold all of it (FSDP).
 
     Raises:
         WeftError: UNSUPPORTED for formats that cannot be trained here, naming what can; what `hf_load.load_model` raises.
@@ -90,6 +100,8 @@ def load_base(config: RunConfig, entry: ModelEntry, report: Report, local_proces
         )
     device = choose_device(config, local_process)
     dtype = choose_dtype(config, device)
+    if in_memory:
+        device = torch.device("cpu")
     if entry.format is ModelFormat.GGUF:
         return _load_gguf(config, entry, device, dtype)
     folder = Path(entry.path)

@@ -16,9 +16,19 @@ from app.training.tokenizer import turn_ends
 
 
 def sampler(
-    config: RunConfig, model: Any, tokenizer: Any, template: str, device: torch.device, autocast: Callable[[], Any]
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    template: str,
+    device: torch.device,
+    autocast: Callable[[], Any],
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda token: token,
 ) -> Callable[[], list[tuple[str, str]]] | None:
-    """A function that answers the sample questions greedily with the model as it is; None without questions."""
+    """A function that answers the sample questions greedily with the model as it is; None without questions.
+
+    Args:
+        agree: the token that is taken, of the one found here: processes that compute together have to take the same.
+    """
     questions = lines(config.train.samples)[:20]
     if not questions:
         return None
@@ -31,7 +41,7 @@ def sampler(
         with torch.no_grad(), autocast(), _cache(model):
             for question, ids in zip(questions, prompts, strict=True):
                 tokens = torch.tensor([ids], device=device)
-                out = _greedy(model, tokens, config.train.sample_tokens, ends)
+                out = _greedy(model, tokens, config.train.sample_tokens, ends, agree)
                 found.append((question, tokenizer.decode(out, skip_special_tokens=True).strip()))
         return found
 
@@ -48,13 +58,15 @@ def _prompts(questions: list[str], tokenizer: Any, template: str, system: str) -
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def _greedy(model: Any, tokens: torch.Tensor, most: int, ends: list[int]) -> list[int]:
+def _greedy(
+    model: Any, tokens: torch.Tensor, most: int, ends: list[int], agree: Callable[[torch.Tensor], torch.Tensor]
+) -> list[int]:
     """The likeliest next tokens, until an end. Own loop: transformers' generate warns of much and draws random numbers."""
     past, found = None, []
     for _ in range(most):
         out = model(input_ids=tokens, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        token = int(out.logits[0, -1].argmax())
+        token = int(agree(out.logits[0, -1].argmax()))
         if token in ends:
             break
         found.append(token)

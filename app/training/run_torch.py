@@ -5,10 +5,9 @@ Order: check, data, base, packing check, adapter (or what an unfinished run kept
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import shutil
-import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,26 @@ import msgspec
 import peft
 import torch
 
-from app.core.adapter_note import NAME as NOTE
-from app.core.adapter_note import AdapterNote, note_bytes
 from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
-from app.training import card, methods, methods_save_torch, methods_torch
-from app.training.checkpoint_torch import Counters, RunFolder, peek, replace_folder, sync_tree
+from app.training import methods, methods_save_torch, methods_torch
+from app.training.checkpoint_torch import Counters, RunFolder
+from app.training.distributed_torch import agreed, is_sharded, prepare, put, shared
+from app.training.distribution import check_sharded
 from app.training.estimate import checkpoint_bytes, estimate, words
+from app.training.loss_torch import try_head
 from app.training.optimizers_torch import make_optimizer
 from app.training.packing_torch import PackingCheck, check_packing
 from app.training.run_config import RunConfig, TrainParameters, TrainResult
-from app.training.run_data_torch import RunData, calibration, data_numbers, objectives, read_data
-from app.training.run_model_torch import Base, load_base
+from app.training.run_data_torch import RunData, calibration, objectives, read_data
+from app.training.run_finish_torch import BaseHashes, Made, finish, versions
+from app.training.run_model_torch import Base, choose_device, choose_dtype, load_base
 from app.training.run_resume import check_same, claim, fingerprint
 from app.training.run_samples_torch import sampler
 from app.training.tokenizer import load_tokenizer
 from app.training.trainer_control import Control
 from app.training.trainer_data_torch import EpochPlan, held_out_measure, in_order
 from app.training.trainer_torch import Trainer
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
 
 
 def run(parameters: TrainParameters, report: Report, accelerator: Any = None) -> TrainResult:
@@ -68,6 +67,7 @@ class Run:
         self.control = Control(report)
         self.notes: list[str] = []
         self.main = folder is not None
+        self.sharded = is_sharded(accelerator)
         for text in notes:
             self._note(text)
 
@@ -85,7 +85,9 @@ class Run:
         token_ids = self._tokens(tokenizer)
         data = read_data(config, tokenizer, self.report)
         self._tell_data(data)
-        base = load_base(config, self.parameters.model, self.report, self._local())
+        if self.sharded:
+            check_sharded(config, half=choose_dtype(config, choose_device(config, self._local())) is torch.float16)
+        base = load_base(config, self.parameters.model, self.report, self._local(), in_memory=self.sharded)
         try:
             for text in base.notes:
                 self._note(text)
@@ -98,32 +100,31 @@ class Run:
 
     def _train(self, tokenizer: Any, token_ids: list[int], data: RunData, base: Base) -> TrainResult:
         config = self.config
-        grown = self._make_room(tokenizer, base)
+        self._make_room(tokenizer, base)
         mark = fingerprint(self.parameters, base.files, data.files)
-        before = self._begin(mark)
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()  # the others have looked before the first one writes
+        before = shared(self.accelerator, self._begin(mark))
         check = self._packing(base, data)
         pad = pad_token(tokenizer, data, base)
-        chunked = config.train.chunked_loss and self.accelerator is None
-        train, held = objectives(config, data, pad, check, base.device, chunked=chunked)
+        device = self.accelerator.device if self.sharded else base.device  # where it is trained
+        train, held = objectives(config, data, pad, check, device, chunked=config.train.chunked_loss)
         self.report.progress("Preparing")
         model, first = self._adapter(base, token_ids, data, tokenizer, pad, before is not None)
-        if config.train.objective == "dpo":
-            for part in (train, held):
-                if part is not None:
-                    part.look_up(
-                        model, base.autocast, lambda d, n: self.report.progress("Asking the base", d, n, "pairs")
-                    )
+        if not self.sharded:
+            self._ask_the_base(model, base, train, held)
         methods_torch.change_base(config, model, first)
         optimizer = make_optimizer(config.train, model)
         plan = EpochPlan(data.lengths(data.train), config.data_config(), config.train, packing=check is not None)
         scaler = torch.amp.GradScaler(base.device.type) if base.dtype is torch.float16 else None
         self._tell_estimate(data, model)
-        hashes = _Hashes(base.files)
+        hashes = BaseHashes(base.files if self.main else [])
         wrapped = model
+        if self.sharded:
+            try_head(model, data.examples[0].input_ids)
         if self.accelerator is not None:
-            wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+            wrapped, optimizer = prepare(self.accelerator, model, optimizer)
+        if self.sharded:
+            base.device = device
+            self._ask_the_base(model, base, train, held)
         trainer = Trainer(
             config.train,
             wrapped,
@@ -133,12 +134,8 @@ class Run:
             self.folder,
             self.control,
             self.report,
-            held_out=held_out_measure(held, in_order(data.lengths(data.held), config.train.batch_size), base.autocast)
-            if held is not None
-            else None,
-            samples=sampler(config, model, tokenizer, data.encoded.template, base.device, base.autocast)
-            if self.main
-            else None,
+            held_out=self._measure(held, data, base),
+            samples=self._sampler(model, tokenizer, data, base),
             autocast=base.autocast,
             scaler=scaler,
             accelerator=self.accelerator,
@@ -157,9 +154,35 @@ class Run:
             )
         self.control.tell("state", text="running")
         ended = trainer.run()
-        return self._finish(trainer, ended, data, base, model, first, tokenizer, hashes, grown)
+        made = Made(
+            self.parameters, self.accelerator, self.folder, tokenizer, data, base, model, first, hashes, self.notes
+        )
+        return finish(made, trainer, ended, self._note, self.report)
 
     # Parts
+
+    def _measure(self, held: Any, data: RunData, base: Base) -> Callable[[Any], float] | None:
+        if held is None:
+            return None
+        batches = in_order(data.lengths(data.held), self.config.train.batch_size)
+        return held_out_measure(held, batches, base.autocast, self.accelerator)
+
+    def _sampler(
+        self, model: Any, tokenizer: Any, data: RunData, base: Base
+    ) -> Callable[[], list[tuple[str, str]]] | None:
+        if not self.main and not self.sharded:
+            return None
+        given = (self.config, model, tokenizer, data.encoded.template, base.device, base.autocast)
+        return sampler(*given, partial(agreed, self.accelerator)) if self.sharded else sampler(*given)
+
+    def _ask_the_base(self, model: Any, base: Base, *parts: Any) -> None:
+        """DPO's reference. A model that is shared out is asked with its adapter on, which as yet changes nothing."""
+        if self.config.train.objective != "dpo":
+            return
+        for part in parts:
+            if part is not None:
+                say = partial(self.report.progress, "Asking the base", unit="pairs")
+                part.look_up(model, base.autocast, say, as_it_is=self.sharded)
 
     def _tokens(self, tokenizer: Any) -> list[int]:
         """Add new tokens; the numbers of all tokens whose embeddings are trained."""
@@ -183,23 +206,22 @@ class Run:
             found.append(number)
         return sorted(set(found))
 
-    def _make_room(self, tokenizer: Any, base: Base) -> int:
-        """Grow the embeddings where new tokens need it. Returns the new size, 0 for no change."""
+    def _make_room(self, tokenizer: Any, base: Base) -> None:
+        """Grow the embeddings where new tokens need it."""
         have = base.model.get_input_embeddings().weight.shape[0]
         if not self.config.method.new_tokens or len(tokenizer) <= have:
-            return 0
+            return
         torch.manual_seed(self.config.train.seed)
         base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self._note(
             f"The model's vocabulary grew from {have} to {len(tokenizer)} tokens. Whoever loads the adapter elsewhere calls "
             f"model.resize_token_embeddings({len(tokenizer)}) first and takes the tokenizer from the adapter's folder."
         )
-        return len(tokenizer)
 
     def _begin(self, mark: dict[str, Any]) -> tuple[Counters, dict[str, torch.Tensor], Any, Any] | None:
-        """The checkpoint to go on from, or None; writes down what this run is."""
+        """The checkpoint to go on from, or None; writes down what this run is. The first process's business."""
         if self.folder is None:
-            return peek(Path(self.config.output.dir), self.parameters.resume)
+            return None
         asked = self.folder.asked()
         mark = {**mark, "threads": torch.get_num_threads(), "versions": versions()}
         if asked is not None and self.parameters.resume != "no":
@@ -235,8 +257,27 @@ class Run:
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """The PEFT model, its adapter as it begins, and A₀, B₀."""
         config = self.config
-        kept = self.folder.load_init() if self.folder is not None and resumed else None
         torch.manual_seed(config.train.seed)
+        if self.accelerator is not None and not self.main:
+            settings, first, trained = shared(self.accelerator, None)
+            model = methods_torch.inject(config, base.model, resumed_settings(settings, config))
+            methods_torch.set_first(model, first)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    put(parameter, trained[name])
+            return model, first
+        model, first = self._first_adapter(base, token_ids, data, tokenizer, pad, resumed)
+        if self.accelerator is not None:
+            trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+            shared(self.accelerator, (methods_save_torch.settings_of(model), first, trained))
+        return model, first
+
+    def _first_adapter(
+        self, base: Base, token_ids: list[int], data: RunData, tokenizer: Any, pad: int, resumed: bool
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """`_adapter` where there is one process, or in the first of several."""
+        config = self.config
+        kept = self.folder.load_init() if self.folder is not None and resumed else None
         if kept is not None:
             settings = resumed_settings(kept[0], config)
             model = methods_torch.inject(config, base.model, settings)
@@ -286,143 +327,6 @@ class Run:
                 "Free some space, choose an output folder on another disk, or a smaller rank.",
             )
 
-    # The end
-
-    def _finish(
-        self,
-        trainer: Trainer,
-        ended: str,
-        data: RunData,
-        base: Base,
-        model: Any,
-        first: dict[str, torch.Tensor],
-        tokenizer: Any,
-        hashes: _Hashes,
-        grown: int,
-    ) -> TrainResult:
-        counters, config = trainer.counters, self.config
-        held = counters.held_out[-1][1] if counters.held_out and counters.held_out[-1][0] == counters.step else None
-        if ended == "nan" and self.folder is not None:
-            found = self.folder.load()
-            if found is None:
-                raise WeftError(
-                    ErrorKind.BAD_INPUT,
-                    f"After step {counters.step} the loss was no longer a number, before a checkpoint was written.",
-                    "Lower the learning rate, raise warmup, or take precision = fp32 (or bf16 instead of fp16).",
-                )
-            trainer.restore(found[1])
-            held = next((loss for step, loss in reversed(counters.held_out) if step == found[0].step), None)
-            self._note(
-                f"The loss was no longer a number after step {counters.step}; the adapter is that of step {found[0].step}."
-            )
-        wants_best = (config.train.keep_best or config.train.early_stopping) and self.folder is not None
-        if wants_best and counters.best is not None and counters.best_step != counters.step:
-            best = self.folder.load_best() if self.folder is not None else None
-            if best is not None:
-                trainer.restore(best)
-                held = counters.best
-                self._note(f"The adapter is that of step {counters.best_step}, whose held-out loss was the lowest.")
-        before = next((loss for step, loss in counters.held_out if step == 0), None)
-        result = TrainResult(
-            adapter=config.output.dir,
-            ended=ended,  # type: ignore[arg-type]
-            steps=counters.step,
-            losses=tuple(counters.losses),
-            held_out_loss=held,
-            base_held_out_loss=before,
-            held_out_losses=tuple(counters.held_out),
-            tokens=counters.trained_tokens,
-            seconds=counters.seconds,
-            notes=tuple(self.notes),
-        )
-        if self.folder is not None:
-            self.report.progress("Saving")
-            self._save(trainer, result, data, base, model, first, tokenizer, hashes, grown)
-            self.folder.remove()
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
-        return result
-
-    def _save(
-        self,
-        trainer: Trainer,
-        result: TrainResult,
-        data: RunData,
-        base: Base,
-        model: Any,
-        first: dict[str, torch.Tensor],
-        tokenizer: Any,
-        hashes: _Hashes,
-        grown: int,
-    ) -> None:
-        config, target = self.config, Path(self.config.output.dir)
-        staged = target.parent / f".partial-{target.name}"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        try:
-            methods_save_torch.save_adapter(staged, config, model, first, self.parameters.model.path)
-            if config.method.new_tokens:
-                tokenizer.save_pretrained(staged)
-            record = card.RunRecord(
-                name=target.name,
-                config=config,
-                base=self.parameters.model.name,
-                base_architecture=self.parameters.model.architecture,
-                base_files=hashes.wait(self.report),
-                data_files=card.hash_files(data.files, lambda *_: None, lambda: False),
-                data=data_numbers(data),
-                ended=result.ended,
-                steps=result.steps,
-                total_steps=trainer.plan.total,
-                losses=result.losses,
-                held_out_loss=result.held_out_loss,
-                held_out_losses=result.held_out_losses,
-                trained_parameters=sum(p.numel() for p in trainer.trained.values()),
-                tokens=result.tokens,
-                seconds=result.seconds,
-                device=base.device_words(),
-                threads=torch.get_num_threads(),
-                finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                versions=versions(),
-                notes=result.notes,
-            )
-            (staged / card.RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
-            note = AdapterNote(run=target.name, title=f"{target.name}, on {card.data_words(record).replace('`', '')}")
-            (staged / NOTE).write_bytes(note_bytes(note))
-            (staged / "README.md").write_text(card.card(record, self.parameters.model), "utf-8")
-            if self.parameters.run_file:
-                (staged / "run.toml").write_text(self.parameters.run_file, "utf-8")
-            sync_tree(staged)
-            replace_folder(staged, target)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-
-
-class _Hashes:
-    """The base's hashes, made beside the training."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._found: tuple[card.FileHash, ...] = ()
-        self._stop = False
-        self._thread = threading.Thread(
-            target=self._run, args=([path.resolve() for path in files],), name="hashes", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, files: list[Path]) -> None:
-        try:
-            self._found = card.hash_files(files, lambda *_: None, lambda: self._stop)
-        except OSError:
-            self._found = ()  # the file went away meanwhile: the card then names no hash
-
-    def wait(self, report: Report) -> tuple[card.FileHash, ...]:
-        """All of them; until then it is said what is waited for."""
-        while self._thread.is_alive():
-            report.progress("Saving: hashing the base")
-            self._thread.join(0.5)
-        return self._found
-
 
 def resumed_settings(kept: dict[str, Any], config: RunConfig) -> peft.LoraConfig:
     """The adapter's resolved config, to begin plain: its values come from the checkpoint."""
@@ -451,14 +355,3 @@ def pad_token(tokenizer: Any, data: RunData, base: Base) -> int:
         )
     wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((number for number in wanted if number is not None and number < rows), 0)
-
-
-def versions() -> dict[str, str]:
-    """What the run rests on."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

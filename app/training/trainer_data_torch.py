@@ -12,7 +12,7 @@ from app.training.batches import longest_batch, plan_epoch
 from app.training.data_config import DataConfig
 from app.training.run_config import TrainConfig
 from app.training.trainer_loss_torch import dpo_losses, orpo_losses, sequence_logps, sft_loss
-from app.training.trainer_torch import Batch, Group
+from app.training.trainer_torch import Batch, Group, share
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -126,10 +126,12 @@ class PreferenceData:
         rows = (*((2 * pair,) for pair in pairs), *((2 * pair + 1,) for pair in pairs))
         return {name: value.to(self._device) for name, value in self._collator(rows).items()}, pairs
 
-    def look_up(self, model: Any, autocast: Autocast, say: Callable[[int, int], None]) -> None:
-        """Fill `reference` with the model as it is, its adapter off."""
+    def look_up(
+        self, model: Any, autocast: Autocast, say: Callable[[int, int], None], *, as_it_is: bool = False
+    ) -> None:
+        """Fill `reference` with the base, the model without its adapter; as_it_is: with it, while it changes nothing."""
         model.eval()
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), contextlib.nullcontext() if as_it_is else model.disable_adapter():
             for position in range(len(self._indices)):
                 tensors, (pair,) = self.tensors(((position,),))
                 with autocast():
@@ -153,18 +155,24 @@ class PreferenceData:
         return losses.sum(), tensors["input_ids"].numel(), further
 
 
-def held_out_measure(objective: Any, batches: Sequence[Batch], autocast: Autocast) -> Callable[[Any], float]:
-    """A function of the model: the objective's mean over batches, without dropout."""
+def held_out_measure(
+    objective: Any, batches: Sequence[Batch], autocast: Autocast, accelerator: Any = None
+) -> Callable[[Any], float]:
+    """A function of the model: the objective's mean over batches, without dropout. Several processes share them out."""
 
     def measure(model: Any) -> float:
         model.eval()
-        total = weight = 0.0
+        sums = torch.zeros(2, dtype=torch.float64)
+        mine, _ = share(batches, accelerator)
         with torch.no_grad():
-            for batch in batches:
+            for batch, counts in mine:
                 with autocast():
                     loss, _, _ = objective.loss(model, batch)
-                total += float(loss)
-                weight += objective.weight(batch)
+                if counts:
+                    sums += torch.tensor([float(loss), objective.weight(batch)], dtype=torch.float64)
+        if accelerator is not None:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        total, weight = sums.tolist()
         return total / max(1.0, weight)
 
     return measure

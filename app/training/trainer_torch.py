@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from app.core.errors import ErrorKind, WeftError
-from app.engine.failures import mentions_out_of_memory
 from app.engine.reporting import Report
 from app.training import schedule
 from app.training.checkpoint_torch import Counters, RunFolder, random_states, set_random_states
+from app.training.distributed_torch import is_sharded, load_optimizer, put, whole_state, whole_tensor
 from app.training.optimizers_torch import set_learning_rates
 from app.training.run_config import TrainConfig
+from app.training.trainer_checks_torch import check_gradients, is_out_of_memory, memory_error
 from app.training.trainer_control import Control
 
 Batch = tuple[tuple[int, ...], ...]
@@ -94,6 +95,7 @@ class Trainer:
         self.plain = accelerator.unwrap_model(model) if accelerator is not None else model
         self.trained = {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
         self.main = accelerator is None or accelerator.is_main_process
+        self.sharded = is_sharded(accelerator)  # tensors are whole only while all processes gather them
         total = max(1, plan.total)
         self.measure_every = train.evaluate_every or max(1, total // 10)
         self.checkpoint_every = train.checkpoint_every or self.measure_every
@@ -119,10 +121,10 @@ class Trainer:
                     self._backward([batch], scale=False)
                     break
                 except (MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     if not self._halve(batch):
-                        raise _memory_error(error) from error
+                        raise memory_error(error) from error
             return check_gradients(self.trained)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -198,12 +200,13 @@ class Trainer:
                 loss, tokens, weight, further = self._backward(group)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if not self._halve(max(group, key=len)):
                     self._rewind()
-                    self.checkpoint()
-                    raise _memory_error(error) from error
+                    if not self.sharded:  # the other processes are not here to gather it
+                        self.checkpoint()
+                    raise memory_error(error) from error
                 set_random_states(states)
         factor = schedule.factor(self.train_config, self.counters.step, self.plan.total)
         rate = set_learning_rates(self.optimizer, factor)
@@ -227,7 +230,7 @@ class Trainer:
         """Forward and backward over a step's batches. Returns mean loss, tokens computed, divisor, further sums."""
         weight = sum(self.objective.weight(batch) for batch in group) or 1.0
         parts = [part for batch in group for part in _split(batch, self.counters.split)]
-        mine, world = self._mine(parts)
+        mine, world = share(parts, self.accelerator)
         total, tokens, further = 0.0, 0, {}
         for index, (part, counts) in enumerate(mine):
             if scale and index:
@@ -256,15 +259,6 @@ class Trainer:
             self._rewind()
             self._between()
 
-    def _mine(self, parts: list[Batch]) -> tuple[list[tuple[Batch, float]], int]:
-        """This process's share, filled up with weightless repeats so that all take the same number; and how many processes."""
-        if self.accelerator is None:
-            return [(part, 1.0) for part in parts], 1
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rounds = math.ceil(len(parts) / world)
-        places = [turn * world + rank for turn in range(rounds)]
-        return [(parts[place % len(parts)], float(place < len(parts))) for place in places], world
-
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         if self.accelerator is None or last:
@@ -278,7 +272,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
         limit = self.train_config.max_grad_norm or math.inf
         if self.accelerator is not None:
-            return float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+            return float(whole_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), limit)))
         return float(torch.nn.utils.clip_grad_norm_(self.trained.values(), limit))
 
     def _count(
@@ -340,12 +334,7 @@ class Trainer:
                 self.report.metric(counters.step, {"held_out_loss": loss})
             if counters.step and (counters.best is None or loss < counters.best):
                 counters.best, counters.best_step, counters.without_progress = loss, counters.step, 0
-                if (
-                    self.main
-                    and self.folder is not None
-                    and (self.train_config.keep_best or self.train_config.early_stopping)
-                ):
-                    self.folder.save_best(self.state())
+                self._keep_best()
             elif counters.step:
                 counters.without_progress += 1
                 patience = self.train_config.early_stopping
@@ -355,11 +344,18 @@ class Trainer:
         self._clock += time.monotonic() - began
         return ended
 
+    def _keep_best(self) -> None:
+        wanted = self.train_config.keep_best or self.train_config.early_stopping
+        if wanted and (self.folder is not None or self.sharded):
+            best = self.state()
+            if self.folder is not None:
+                self.folder.save_best(best)
+
     def _sample(self) -> None:
-        if self.samples is not None and self.main:
+        if self.samples is not None and (self.main or self.sharded):
             answers = self.samples()
             self.model.train()
-            if answers:
+            if answers and self.main:
                 self.control.tell("samples", step=self.counters.step, samples=answers)
 
     # State
@@ -375,18 +371,21 @@ class Trainer:
             set_random_states(self._before)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors, whole, on the processor."""
+        """The trained tensors, whole, on the processor (under FSDP all processes have to ask)."""
         return {name: whole_tensor(p).cpu().contiguous().clone() for name, p in self.trained.items()}
 
     def checkpoint(self) -> None:
         """Write a checkpoint of the last complete step."""
         counters = self.counters
-        if self.folder is None or not self.main or counters.step == self._saved or counters.step == 0:
+        if (self.folder is None and not self.sharded) or counters.step in (self._saved, 0):
             return
         began = time.monotonic()
-        place = self.folder.save(
-            counters, self.state(), self.optimizer.state_dict(), random_states(), self.train_config.keep_checkpoints
-        )
+        trained, optimizer, place = self.state(), self.optimizer.state_dict(), None
+        if self.sharded:
+            optimizer = whole_state(optimizer)
+            self._saved = counters.step  # in all processes alike, also where the disk is full
+        if self.folder is not None:
+            place = self.folder.save(counters, trained, optimizer, random_states(), self.train_config.keep_checkpoints)
         self._clock += time.monotonic() - began
         if place is not None:
             self._saved = counters.step
@@ -394,11 +393,10 @@ class Trainer:
 
     def restore(self, trained: dict[str, torch.Tensor], optimizer: Any = None, random: Any = None) -> None:
         """Put a checkpoint's state back."""
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(trained[name])
+        for name, parameter in self.trained.items():
+            put(parameter, trained[name])
         if optimizer is not None:
-            self.optimizer.load_state_dict(optimizer)
+            load_optimizer(self.optimizer, optimizer)
         if self.scaler is not None and self.counters.scaler:
             self.scaler.load_state_dict(self.counters.scaler)
         if random is not None:
@@ -408,58 +406,16 @@ class Trainer:
     _clock: float = 0.0
 
 
-def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP may have spread over processes, gathered (all of them have to ask)."""
-    gather = getattr(parameter, "full_tensor", None)
-    return (gather() if gather is not None else parameter).detach()
+def share(batches: Sequence[Batch], accelerator: Any) -> tuple[list[tuple[Batch, float]], int]:
+    """This process's batches, filled up with weightless repeats so that all take the same number; and how many processes."""
+    if accelerator is None:
+        return [(batch, 1.0) for batch in batches], 1
+    world, rank = accelerator.num_processes, accelerator.process_index
+    places = [turn * world + rank for turn in range(math.ceil(len(batches) / world))]
+    return [(batches[place % len(batches)], float(place < len(batches))) for place in places], world
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
     """A batch in that many pieces of rows, as far as it has rows."""
     size = math.ceil(len(batch) / parts)
     return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-
-def check_gradients(trained: dict[str, torch.nn.Parameter]) -> list[str]:
-    """Every trained tensor has a finite gradient, and A or B of each module one that is not zero.
-
-    Returns:
-        Names of tensors in experts that have none: a router need not choose each of them.
-
-    Raises:
-        WeftError: INTERNAL, naming the first one without; such a run would learn nothing there and say nothing.
-    """
-    without: list[str] = []
-    alive: dict[str, bool] = {}
-    for name, parameter in trained.items():
-        gradient = parameter.grad
-        if gradient is None:
-            without.append(name)
-            continue
-        module = name.rpartition(".lora_")[0] or name
-        alive[module] = alive.get(module, False) or bool(torch.count_nonzero(gradient))
-    without += [
-        name for name, some in alive.items() if not some and ".lora_" in next(n for n in trained if n.startswith(name))
-    ]
-    bad = [name for name in without if "expert" not in name]
-    if bad:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{bad[0]} gets no gradient{f', nor do {len(bad) - 1} more' if len(bad) > 1 else ''}: training would leave it as it is.",
-            "Choose modules that take part in answering text, or another quantization; `targets` and `exclude` say which.",
-        )
-    return without
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and mentions_out_of_memory(str(error))
-
-
-def _memory_error(error: BaseException) -> WeftError:
-    return WeftError(
-        ErrorKind.OUT_OF_MEMORY,
-        f"Not even one sequence at once fits into memory. ({' '.join(str(error).split())[:160]})",
-        "Take a shorter max_length, gradient_checkpointing = true, a smaller rank, or quantization = nf4.",
-    )

@@ -14,9 +14,9 @@ from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.core.options import describe
 from app.store.toml_text import dump
 from app.training import methods, run_file
+from app.training.distribution import check_distribution, check_sharded
 from app.training.estimate import estimate
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
-from app.training.run_launched import check_distribution
 
 SMALLEST = """
 [model]
@@ -240,9 +240,39 @@ def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
     assert estimate(config, model, card=True).weights == estimate(config, model).weights / 2
 
 
-def test_only_whole_models_in_each_process_are_launched() -> None:
-    for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+def test_ways_to_share_a_run_out() -> None:
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         check_distribution(kind)
-    with pytest.raises(WeftError, match="FSDP") as caught:
-        check_distribution("FSDP")
+    for asked, way_out in (
+        ({"kind": "DEEPSPEED"}, "FSDP"),
+        ({"kind": "FSDP", "version": 1}, "fsdp_version: 2"),
+        ({"kind": "FSDP", "wraps_checkpoints": True}, "gradient_checkpointing"),
+        ({"kind": "NO", "alone": True}, "use_cpu: true"),
+    ):
+        with pytest.raises(WeftError) as caught:
+            check_distribution(**asked)
+        assert way_out in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"quantization": "nf4"}},
+        {"train": {"optimizer": "adamw_8bit"}},
+        {"train": {"optimizer": "lora_fa"}},
+        {"train": {"objective": "dpo"}, "method": {"init": "off"}},
+        {"method": {"modules_to_save": ["lm_head"]}},
+        {"method": {"new_tokens": "<|think|>"}},
+        {"method": {"layer_replication": [[0, 2], [1, 3]]}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_shared_out_is_said(sections: dict[str, dict[str, Any]]) -> None:
+    check_sharded(
+        run_file.from_table({"train": {"objective": "dpo"}, "method": {"init": "pissa", "dora": True}}), half=False
+    )
+    with pytest.raises(WeftError, match="not with FSDP") as caught:
+        check_sharded(run_file.from_table(sections), half=False)
     assert "MULTI_GPU" in caught.value.hint
+    with pytest.raises(WeftError, match="fp16"):
+        check_sharded(run_file.from_table({}), half=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import ErrorKind, WeftError
-from app.training import readers
+from app.training import read_json, readers
 from app.training.batches import longest_batch, plan_epoch, split, tokens_of
 from app.training.data_config import DataConfig, DataReport
 from app.training.encode import Encoded, Example
@@ -61,7 +61,7 @@ def test_json_is_split_as_json_reads_it(
 ) -> None:
     """Every record and its line, with blocks so small that each edge falls everywhere once."""
     for _ in range(25):
-        monkeypatch.setattr(readers, "_BLOCK", rng.randint(1, 50))
+        monkeypatch.setattr(read_json, "BLOCK", rng.randint(1, 50))
         objects = [{text(rng, 6): value(rng) for _ in range(rng.randint(1, 4))} for _ in range(rng.randint(2, 8))]
         pieces = [json.dumps(each, indent=indent, ensure_ascii=rng.random() < 0.5) for each in objects]
         whole, lines = "[" if as_list else "", []

@@ -1,0 +1,86 @@
+"""Training runs under `accelerate launch`, as their lines tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+import app
+from app.core.library import ModelEntry
+from app.training.run_config import RunConfig, TrainParameters
+
+ROOT = Path(app.__file__).parents[1]
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Of a child that imports from there."""
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+DDP = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+"""
+FSDP = f"""{DDP.replace("MULTI_GPU", "FSDP")}fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+"""
+
+
+def launched(
+    made: RunConfig,
+    model: ModelEntry,
+    folder: Path,
+    how: str,
+    resume: str = "no",
+    *,
+    kill_at: int = 0,
+    fails: bool = False,
+    cards: bool = False,
+) -> list[dict[str, Any]]:
+    """The events of a run under `accelerate launch`. kill_at: it is killed after that step's checkpoint.
+    fails: it may end with an error. cards: it may use them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_bytes(
+        msgspec.json.encode(TrainParameters(config=made, model=model, resume=resume))  # type: ignore[arg-type]
+    )
+    (folder / "accelerate.yaml").write_text(how)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
+    command += ["--main_process_port", str(random.randint(20000, 60000)), "-m", "app.training.run_launched", "run.json"]
+    given = environment(ROOT) if cards else {**environment(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    events: list[dict[str, Any]] = []
+    with (
+        (folder / "errors").open("w+") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=given,
+            cwd=folder,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                events.append(json.loads(line))
+                news = json.loads(events[-1]["json"]) if events[-1]["kind"] == "news" else {}
+                if news.get("kind") == "checkpoint" and news["step"] == kill_at:
+                    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                        each.kill()
+        process.wait(60)
+        errors.seek(0)
+        assert kill_at or fails or process.returncode == 0, f"{errors.read()[-3000:]}{events[-3:]}"
+    return events
