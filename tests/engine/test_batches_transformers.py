@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import shutil
@@ -30,11 +29,9 @@ from app.generation.hf_batch import Rows
 from app.generation.hf_decode import Decoder
 from tests import seeds
 from tests.engine import tiny_models
-from tests.engine.adapter_kit import FAMILIES, merged_logits, random_adapter, random_model, tokens
+from tests.engine.adapter_kit import FAMILIES, close, merged, random_adapter, random_model, tokens
 from tests.engine.backend_kit import FakeReport, Said, ask, ask_surely, assistant, loaded, user
 from tests.engine.test_live_stack import kinds
-
-TOLERANCE = 1e-4
 
 
 @pytest.fixture
@@ -76,10 +73,8 @@ def test_each_row_has_the_logits_of_its_merged_model(tmp_path: Path, family: str
     ids = tokens(seed, rows=len(stacks))
     # Prompts of different lengths, one much shorter than a pass.
     lengths = [12, 3, 9, 12, 1, 7, *(rng.randrange(2, 13) for _ in stacks[6:])]
-    expected = [
-        merged_logits(model, pairs, ids[row : row + 1, : lengths[row]])[0, -1] for row, pairs in enumerate(stacks)
-    ]
-    plain = copy.deepcopy(model)
+    exact = [merged(model, pairs) for pairs in stacks]
+    last = (0, -1)
     live = LiveStack(model)
     for folder in folders:
         assert live.add(str(folder), open_adapter(folder)) == []
@@ -89,20 +84,20 @@ def test_each_row_has_the_logits_of_its_merged_model(tmp_path: Path, family: str
     decoder.chunk = 5 * len(stacks)  # several passes, the first of which is nothing but padding for short rows
     rows = Rows(decoder, [ids[row, : lengths[row]].tolist() for row in range(len(stacks))])
     answer = rows.read(lambda *_: None, lambda: False)
-    for row, wanted in enumerate(expected):
-        assert (answer[row] - wanted).abs().max() < TOLERANCE, (family, row, stacks[row])
+    for row, whole in enumerate(exact):
+        assert close(answer[row], whole, ids[row : row + 1, : lengths[row]], last), (family, row, stacks[row])
     # One more token each, and then again when half of them have left.
     answer = rows.step([int(row) for row in ids[:, -1]])
-    for row, pairs in enumerate(stacks):
+    for row, whole in enumerate(exact):
         text = torch.cat([ids[row, : lengths[row]], ids[row, -1:]])[None]
-        assert (answer[row] - merged_logits(plain, pairs, text)[0, -1]).abs().max() < TOLERANCE, (family, row)
+        assert close(answer[row], whole, text, last), (family, row)
     left = sorted(rng.sample(range(len(stacks)), 4))
     rows.keep(left)
     assert live.apply_rows([{str(f): w for f, w in stacks[row]} for row in left]) == ""
     answer = rows.step([5] * 4)
     for place, row in enumerate(left):
         text = torch.cat([ids[row, : lengths[row]], ids[row, -1:], torch.tensor([5])])[None]
-        assert (answer[place] - merged_logits(plain, stacks[row], text)[0, -1]).abs().max() < TOLERANCE, (family, row)
+        assert close(answer[place], exact[row], text, last), (family, row)
     live.apply({})
     after = Rows(Decoder(model, torch.device("cpu")), [ids[0].tolist()]).read(lambda *_: None, lambda: False)
     assert torch.equal(base, after), "the base is the base again"

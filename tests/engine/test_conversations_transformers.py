@@ -20,9 +20,9 @@ from app.adapters.hf_stack import ModelStack
 from app.generation.hf_batch import Rows
 from app.generation.hf_decode import Decoder
 from tests import seeds
-from tests.engine.adapter_kit import FAMILIES, VOCABULARY, logits, merged
+from tests.engine.adapter_kit import FAMILIES, VOCABULARY, close, logits, merged
 from tests.engine.conversation_kit import Stacking, chosen, steps
-from tests.engine.test_live_stack import TOLERANCE, make
+from tests.engine.test_live_stack import make
 
 ACTIONS = ("add", "remove", "reweight", "off", "order", "bake", "batch", "nothing")
 GREEDY = 3  # tokens of an answer
@@ -102,7 +102,7 @@ def _converse(
             found = decoder.read(conversation, _quiet, lambda: False)
             for _ in range(GREEDY):
                 expected = logits(reference, torch.tensor([conversation]))[0, -1]
-                assert (found - expected).abs().max() < TOLERANCE, (family, action, stacking.pairs)
+                assert close(found, reference, torch.tensor([conversation]), (0, -1)), (family, action, stacking.pairs)
                 token = int(found.argmax())
                 assert chosen(expected, token), "what a run without any cache would say"
                 conversation.append(token)
@@ -124,5 +124,4 @@ def _batch(plain: Any, decoder: Decoder, stack: ModelStack, stacking: Stacking, 
         found = Rows(decoder, [prompt] * 3).read(_quiet, lambda: False)
         assert found is not None
         for logits_, other in zip(found, others, strict=True):
-            expected = logits(merged(plain, other.pairs), torch.tensor([prompt]))[0, -1]
-            assert (logits_ - expected).abs().max() < TOLERANCE, other.pairs
+            assert close(logits_, merged(plain, other.pairs), torch.tensor([prompt]), (0, -1)), other.pairs

@@ -16,7 +16,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.hf_decode import Decoder
 from tests import seeds
-from tests.engine.adapter_kit import logits, merged_logits, random_adapter, random_model, tokens
+from tests.engine.adapter_kit import close, logits, merged, random_adapter, random_model, tokens
 from tests.engine.conversation_kit import chosen
 
 RANGES = [[0, 2], [1, 2], [0, 1]]
@@ -74,7 +74,7 @@ def test_live_equals_peft_and_the_merged_reference(tmp_path: Path, family: str, 
     if getattr(theirs.base_model.model.config, "layer_types", None):  # PEFT leaves them as many as they were
         theirs.base_model.model.config.layer_types = [model.config.layer_types[0]] * len(ORDER)
     assert (ours - logits(theirs, ids)).abs().max() < 1e-4
-    assert (ours - merged_logits(repeated(random_model(family, seed)), [(adapter, 1.0)], ids)).abs().max() < 1e-4
+    assert close(ours, merged(repeated(random_model(family, seed)), [(adapter, 1.0)]), ids)
     live.set(stack(), nothing)
     assert torch.equal(logits(model, ids), plain)
     assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())
@@ -105,8 +105,7 @@ def test_all_kinds_in_a_stack_of_two_with_weights(tmp_path: Path, kind: dict[str
     live = ModelStack(model)
     for weights in ((0.6, -0.4), (0.0, 1.3), (2.0, 0.5)):
         live.set(stack(**{str(one): weights[0], str(two): weights[1]}), nothing)
-        expected = merged_logits(reference, [(one, weights[0]), (two, weights[1])], ids)
-        assert (logits(model, ids) - expected).abs().max() < 2e-4, weights
+        assert close(logits(model, ids), merged(reference, [(one, weights[0]), (two, weights[1])]), ids), weights
     live.set(stack(**{str(one): 0.0, str(two): 0.0}), nothing)
     assert torch.equal(logits(model, ids), plain)  # weight 0 is the base
 
@@ -130,8 +129,7 @@ def test_stacks_that_disagree_are_refused_and_the_old_one_stays(tmp_path: Path, 
     assert torch.equal(logits(model, ids), before)
     # One that is off may repeat what it likes.
     assert live.set(stack(**{str(adapter): 1.0, str(plain): 0.0, str(other): 0.0}), nothing)[0]
-    expected = merged_logits(repeated(random_model("llama", seed)), [(adapter, 1.0)], ids)
-    assert (logits(model, ids) - expected).abs().max() < 1e-4
+    assert close(logits(model, ids), merged(repeated(random_model("llama", seed)), [(adapter, 1.0)]), ids)
     assert live.set(stack(**{str(plain): 0.5}), nothing)[0]
     assert torch.equal(logits(model, ids), before)
     stale, notes = live.set(stack(**{str(adapter): 1.0}), nothing, baked=True)

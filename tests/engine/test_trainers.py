@@ -19,7 +19,7 @@ from app.adapters.hf_stack import ModelStack
 from app.core.adapter_import import ImportOptions, Outcome, import_adapters
 from app.core.stack import AdapterStack, StackedAdapter
 from tests import seeds
-from tests.engine.adapter_kit import logits, random_model, tokens
+from tests.engine.adapter_kit import close, logits, random_model, tokens
 
 SHAPES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.up_proj": (48, 32)}
 PEFT_CONFIG: dict[str, Any] = {
@@ -225,7 +225,7 @@ PROGRAMS: list[Callable[[Path, Pairs, Any], Trained]] = [
 ]  # fmt: skip
 
 
-def reference(model: Any, pairs: Pairs, trained: Trained, weight: float, ids: torch.Tensor) -> torch.Tensor:
+def reference(model: Any, pairs: Pairs, trained: Trained, weight: float) -> Any:
     merged = copy.deepcopy(model).double()
     with torch.no_grad():
         for name, (a, b) in pairs.items():
@@ -234,7 +234,7 @@ def reference(model: Any, pairs: Pairs, trained: Trained, weight: float, ids: to
             if name in trained.magnitudes:
                 after *= (trained.magnitudes[name].double() / after.norm(dim=1))[:, None]
             base += weight * (after - base)
-    return logits(merged, ids)
+    return merged
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
@@ -264,11 +264,7 @@ def test_what_each_program_leaves_is_brought_in_and_used_live(tmp_path: Path, pr
     for weight in (1.0, -0.6):
         stack = AdapterStack(adapters=(StackedAdapter(path=entry.path, weight=weight),))
         assert live.set(stack, lambda *_: None) == (True, [])
-        assert (logits(model, ids) - reference(model_of(seed), pairs, trained, weight, ids)).abs().max() < 1e-4
-
-
-def model_of(seed: int) -> Any:
-    return random_model("llama", seed)
+        assert close(logits(model, ids), reference(random_model("llama", seed), pairs, trained, weight), ids)
 
 
 def test_mlx_s_embeddings_and_heads_have_their_places(tmp_path: Path, seed: int) -> None:
@@ -288,7 +284,7 @@ def test_mlx_s_embeddings_and_heads_have_their_places(tmp_path: Path, seed: int)
     live = ModelStack(model)
     live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path)),)), lambda *_: None)
     ids = tokens(seed)
-    assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
+    assert close(logits(model, ids), expected, ids)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -315,7 +311,7 @@ def test_mlx_s_experts_are_taken_apart(tmp_path: Path, flat: bool, seed: int) ->
     live = ModelStack(model)
     live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path), weight=0.5),)), lambda *_: None)
     ids = tokens(seed)
-    assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
+    assert close(logits(model, ids), expected, ids)
 
 
 def test_mlx_s_embedding_stays_tied_to_the_head(tmp_path: Path, seed: int) -> None:
@@ -332,4 +328,4 @@ def test_mlx_s_embedding_stays_tied_to_the_head(tmp_path: Path, seed: int) -> No
     live = ModelStack(model)
     live.set(AdapterStack(adapters=(StackedAdapter(path=str(tmp_path)),)), lambda *_: None)
     ids = tokens(seed)
-    assert (logits(model, ids) - logits(expected, ids)).abs().max() < 1e-4
+    assert close(logits(model, ids), expected, ids)
