@@ -92,7 +92,7 @@ def test_a_bad_row_fails_the_batch_before_any_row_has_said_a_word(starter: Model
     for kind, content in bad.items():
         (tmp_path / kind).mkdir()
         save_file(content, tmp_path / kind / "adapter_model.safetensors")
-        settings = json.loads(config) | ({"layer_replication": [[0, 2], [1, 4]]} if kind == "repeats" else {})
+        settings = json.loads(config) | ({"layer_replication": [[0, 2], [1, 9]]} if kind == "repeats" else {})
         (tmp_path / kind / "adapter_config.json").write_text(json.dumps(settings))
     with loaded(Backend(), starter) as (backend, _):
         backend.set_adapters(stack(1.0), FakeReport())
