@@ -20,6 +20,7 @@ from PySide6.QtWidgets import (
 from app.viewmodels.chat_list import ConversationList, ListRole
 from app.views.chat.style import GRID
 from app.views.icons import icon, pixmap
+from app.views.search_field import SearchField
 from app.views.theme import theme
 from app.views.widgets import button, column, icon_button, label, row
 
@@ -127,11 +128,7 @@ class ConversationPanel(QFrame):
         more = icon_button("more", "Import and export")
         more.clicked.connect(self._more)
         self._more_button = more
-        self.field = QLineEdit()
-        self.field.setPlaceholderText("Search all chats")
-        self.field.setAccessibleName("Search all chats")
-        self.field.setClearButtonEnabled(True)
-        self.field.addAction(icon("search", "muted"), QLineEdit.ActionPosition.LeadingPosition)
+        self.field = SearchField("Search all chats")
         self.list = _List()
         self.list.setModel(model)
         self.list.setItemDelegate(_Delegate(self.list))

@@ -15,7 +15,7 @@ from app.viewmodels.download_table import DownloadTable
 from app.viewmodels.downloads import Downloads, Row
 from app.viewmodels.units import readable_bytes, readable_seconds
 from app.views.downloads.tables import QueueCell, Table
-from app.views.widgets import Banner, ElidedLabel, EmptyState, button, column, icon_button, row, title
+from app.views.widgets import Banner, ElidedLabel, EmptyState, button, column, icon_button, row, spaced, title
 
 MB = 1_000_000
 _WHOLE_ROW = QItemSelectionModel.SelectionFlag.ClearAndSelect | QItemSelectionModel.SelectionFlag.Rows
@@ -80,28 +80,7 @@ class QueuePanel(QWidget):
         self._bar.setFixedWidth(96)
         self._bar.setAccessibleName("Progress of the whole queue")
         self.clear = button("Clear done", self._downloads.clear_done, kind="link", tip="Their files stay")
-        self.rate = QDoubleSpinBox()
-        self.rate.setRange(0, 10_000)
-        self.rate.setDecimals(1)
-        self.rate.setSingleStep(1)
-        self.rate.setSpecialValueText("No limit")
-        self.rate.setSuffix(" MB/s")
-        self.rate.setFixedWidth(120)
-        self.rate.setAccessibleName("Limit on speed")
-        self.rate.setToolTip("Limit on the speed of all downloads together; holds at once")
-        self.rate.setKeyboardTracking(False)
-        self.rate.valueChanged.connect(self._rate_chosen)
-        self.at_once = QSpinBox()
-        self.at_once.setRange(1, 8)
-        self.at_once.setSuffix(" at once")
-        self.at_once.setFixedWidth(104)
-        self.at_once.setAccessibleName("Downloads at the same time")
-        self.at_once.setToolTip("How many downloads run at the same time")
-        self.at_once.setKeyboardTracking(False)
-        self.at_once.valueChanged.connect(lambda count: self._downloads.set_limits(at_once=count))
-        for box in (self.rate, self.at_once):
-            box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
-            box.lineEdit().setTextMargins(4, 0, 0, 0)
+        self._make_limits()
         made = row(
             title("Queue", 0),
             self.resume,
@@ -123,6 +102,31 @@ class QueuePanel(QWidget):
         made.insertSpacing(7, 8)
         made.insertSpacing(11, 8)
         return head
+
+    def _make_limits(self) -> None:
+        """How fast, and how many."""
+        self.rate = QDoubleSpinBox()
+        self.rate.setRange(0, 10_000)
+        self.rate.setDecimals(1)
+        self.rate.setSingleStep(1)
+        self.rate.setSpecialValueText("No limit")
+        self.rate.setSuffix(" MB/s")
+        self.rate.setFixedWidth(120)
+        self.rate.setAccessibleName("Limit on speed")
+        self.rate.setToolTip("Limit on the speed of all downloads together; holds at once")
+        self.rate.setKeyboardTracking(False)
+        self.rate.valueChanged.connect(self._rate_chosen)
+        self.at_once = QSpinBox()
+        self.at_once.setRange(1, 8)
+        self.at_once.setSuffix(" at once")
+        self.at_once.setFixedWidth(104)
+        self.at_once.setAccessibleName("Downloads at the same time")
+        self.at_once.setToolTip("How many downloads run at the same time")
+        self.at_once.setKeyboardTracking(False)
+        self.at_once.valueChanged.connect(lambda count: self._downloads.set_limits(at_once=count))
+        for box in (self.rate, self.at_once):
+            box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
+            spaced(box)
 
     def _make_banner(self) -> Banner:
         """Why the selected download failed, with what helps."""

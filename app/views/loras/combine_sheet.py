@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from PySide6.QtCore import QEvent, QModelIndex, QObject, Qt, Slot
@@ -26,9 +26,9 @@ from app.viewmodels.adapter_jobs import AdapterJobs, combined_name
 from app.viewmodels.adapter_table import AdapterTable
 from app.viewmodels.library_table import EntryRole
 from app.views.dialogs import Sheet
-from app.views.icons import icon
 from app.views.option_fields import QuietCombo
-from app.views.widgets import ElidedLabel, button, column, icon_button, label, row
+from app.views.search_field import SearchField
+from app.views.widgets import ElidedLabel, button, column, icon_button, label, row, spaced
 
 _WEIGHT = 100.0
 _SIGNS = {"total": "By the sum of the values", "frequency": "By the count of signs"}
@@ -44,13 +44,12 @@ class _Part(QFrame):
         self.entry = entry
         name = ElidedLabel(entry.name, mode=Qt.TextElideMode.ElideMiddle)
         facts = label(f"{entry.kind}, rank {entry.rank}", tone="muted")
-        self.weight = QDoubleSpinBox()
+        self.weight = spaced(QDoubleSpinBox())
         self.weight.setRange(-_WEIGHT, _WEIGHT)
         self.weight.setSingleStep(0.05)
         self.weight.setDecimals(3)
         self.weight.setValue(weight)
         self.weight.setAccessibleName(f"Weight of {entry.name}")
-        self.weight.lineEdit().setTextMargins(6, 0, 0, 0)
         self.weight.setFocusPolicy(Qt.FocusPolicy.StrongFocus)
         self.remove = icon_button("close", f"Leave {entry.name} out", lambda: remove(self))
         self.weight.setVisible(not fixed)
@@ -115,10 +114,8 @@ class CombineSheet(Sheet):
     # Building
 
     def _add_finder(self, table: AdapterTable) -> None:
-        self.finder = QLineEdit()
-        self.finder.setPlaceholderText("Add an adapter: type a part of its name")
+        self.finder = SearchField("Add an adapter: type a part of its name")
         self.finder.setAccessibleName("Find an adapter to add")
-        self.finder.addAction(icon("search", "muted"), QLineEdit.ActionPosition.LeadingPosition)
         self.finder.textChanged.connect(table.set_filter)
         self.finder.textChanged.connect(self._found)
         self.finder.installEventFilter(self)
@@ -136,51 +133,39 @@ class CombineSheet(Sheet):
         table.refresh()
 
     def _add_fields(self) -> None:
-        self.method = QuietCombo()
-        self.method.setAccessibleName("Method")
-        for name in METHODS:
-            self.method.addItem(name, name)
+        self.method = _choice("Method", [(name, name) for name in METHODS])
         self.method.setCurrentIndex(self.method.findData("svd" if self._resize else "cat"))
         self.method.currentIndexChanged.connect(self._method_chosen)
         self.help = label(tone="muted", wrap=True)
         self.help.setMinimumHeight(2 * self.help.fontMetrics().lineSpacing())
         self.density = self._number("Density", 0.01, 1.0, 0.5, 0.05, "Share of the values that is kept")
-        self.sign = QuietCombo()
-        self.sign.setAccessibleName("Sign election")
-        for key, text in _SIGNS.items():
-            self.sign.addItem(text, key)
-        self.base = QuietCombo()
-        self.base.setAccessibleName("Base")
+        self.sign = _choice("Sign election", _SIGNS.items())
+        self.base = _choice("Base", [(model.id, model.name) for model in self._bases])
         self.base.setToolTip("What a DoRA changes depends on the model that it was trained on")
-        for model in self._bases:
-            self.base.addItem(model.name)
-        self.rank = QSpinBox()
-        self.rank.setRange(0, 65_536)
+        self.rank = _whole("Rank", 65_536, "Of the new adapter")
         self.rank.setSpecialValueText("As the largest")
-        self.rank.setAccessibleName("Rank")
-        self.rank.setToolTip("Of the new adapter")
-        self.rank.lineEdit().setTextMargins(6, 0, 0, 0)
         self.clamp = self._number("Clamp", 0.5, 1.0, 1.0, 0.01, "Quantile beyond which values are cut; 1 cuts none")
-        self.seed = QSpinBox()
-        self.seed.setRange(0, 2**31 - 1)
-        self.seed.setAccessibleName("Seed")
-        self.seed.lineEdit().setTextMargins(6, 0, 0, 0)
-        self.seed.setToolTip("Of the values that are dropped at random: the same seed drops the same")
-        self.dtype = QuietCombo()
-        self.dtype.setAccessibleName("Saved as")
-        for key, text in _DTYPES.items():
-            self.dtype.addItem(text, key)
+        seed_tip = "Of the values that are dropped at random: the same seed drops the same"
+        self.seed = _whole("Seed", 2**31 - 1, seed_tip)
+        self.dtype = _choice("Saved as", _DTYPES.items())
         self.field = QLineEdit()
         self.field.setAccessibleName("Name of the new adapter")
         self.field.setMaxLength(100)
         self.field.textEdited.connect(self._name_typed)
+        self._lay_out()
+        if self._resize:
+            self.rank.valueChanged.connect(self._suggest)
+        for changed in (self.rank.valueChanged, self.density.valueChanged, self.clamp.valueChanged):
+            changed.connect(self._look)
+
+    def _lay_out(self) -> None:
         self._form = QFormLayout()
         self._form.setHorizontalSpacing(16)
         self._form.setVerticalSpacing(8)
         self._form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        self._form.addRow("Method", self.method)
-        self._form.addRow("", self.help)
         for text, widget in (
+            ("Method", self.method),
+            ("", self.help),
             ("Density", self.density),
             ("Sign", self.sign),
             ("Base", self.base),
@@ -195,20 +180,15 @@ class CombineSheet(Sheet):
             for widget in (self.method, self.help):
                 self._form.setRowVisible(widget, False)
         self.body.addLayout(self._form)
-        if self._resize:
-            self.rank.valueChanged.connect(self._suggest)
-        for changed in (self.rank.valueChanged, self.density.valueChanged, self.clamp.valueChanged):
-            changed.connect(self._look)
 
     def _number(self, name: str, low: float, high: float, value: float, step: float, tip: str) -> QDoubleSpinBox:
-        made = QDoubleSpinBox()
+        made = spaced(QDoubleSpinBox())
         made.setRange(low, high)
         made.setSingleStep(step)
         made.setDecimals(3)
         made.setValue(value)
         made.setAccessibleName(name)
         made.setToolTip(tip)
-        made.lineEdit().setTextMargins(6, 0, 0, 0)
         return made
 
     # Adapters
@@ -364,3 +344,21 @@ def _at(plan: CombinePlan, to: str) -> CombinePlan:
     import msgspec
 
     return msgspec.structs.replace(plan, to=to)
+
+
+def _choice(name: str, entries: Iterable[tuple[str, str]]) -> QuietCombo:
+    """A list to choose one of: (key, what is shown)."""
+    made = QuietCombo()
+    made.setAccessibleName(name)
+    for key, text in entries:
+        made.addItem(text, key)
+    return made
+
+
+def _whole(name: str, most: int, tip: str) -> QSpinBox:
+    """A field for a whole number from 0."""
+    made = spaced(QSpinBox())
+    made.setRange(0, most)
+    made.setAccessibleName(name)
+    made.setToolTip(tip)
+    return made

@@ -13,7 +13,7 @@ from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.views.dialogs import Sheet
 from app.views.option_fields import QuietCombo
-from app.views.widgets import ElidedLabel, button, column, label, row
+from app.views.widgets import ElidedLabel, button, column, label, row, spaced
 
 _MOST_ALPHA = 65_536.0
 
@@ -32,12 +32,11 @@ class AlphaRow(QWidget):
         self.rank = self._choice(f"{rank} (the rank)", f"Alpha is the rank, {rank}: the change is taken as it is")
         self.twice = self._choice(f"{2 * rank} (2 × rank)", f"Alpha is twice the rank, {2 * rank}")
         self.own = self._choice("Own value", "Alpha is another number")
-        self.value = QDoubleSpinBox()
+        self.value = spaced(QDoubleSpinBox())
         self.value.setRange(0.01, _MOST_ALPHA)
         self.value.setDecimals(2)
         self.value.setValue(rank)
         self.value.setAccessibleName(f"Alpha of {Path(result.source).name}, typed")
-        self.value.lineEdit().setTextMargins(6, 0, 0, 0)
         self.value.setEnabled(False)
         self._rank = rank
         line = row(self.rank, self.twice, self.own, self.value, 1, spacing=12)
