@@ -28,6 +28,7 @@ from app.engine.client import EngineClient, EngineExit, error_of
 from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, merged, random_adapter, random_model
+from tests.engine.half_gelu import GELU, as_in_ggml
 from tests.engine.llama_helpers import Bare
 
 llama_cpp: Any = pytest.importorskip("llama_cpp")
@@ -36,8 +37,6 @@ if not (Path(sys.prefix) / "llama.cpp" / "conversion").is_dir() and not os.envir
 
 SEED = seeds.of(__name__, 1 << 30)
 print(f"seed {SEED}")
-# llama.cpp looks GELU up in a table of half precision, which alone is worth about 5e-4 of the largest logit.
-GELU = ("gpt2", "bloom", "phi", "gemma")
 TEXT = "The warp is strung, the weft goes over and under. How do I add a LoRA? Drop the folder there. 1, 2, 3.\n"
 
 
@@ -151,22 +150,12 @@ def test_an_f32_export_has_the_merged_models_logits(family: str, tmp_path: Path,
     made = export(plan(tmp_path, "f32", *given))
     ids = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(SEED))
     with torch.inference_mode():
-        wanted = merged(model, given)(input_ids=ids).logits[0].double().numpy()
-    found = llama_logits(Path(made.file), ids[0].tolist())
-    worst = np.abs(found - wanted).max()
+        # llama.cpp looks GELU up in a table of half precision, which alone would be worth about 5e-4 of the largest logit.
+        wanted = as_in_ggml(merged(model, given).double(), family)(input_ids=ids).logits[0].numpy()
+    worst = np.abs(llama_logits(Path(made.file), ids[0].tolist()) - wanted).max()
     print(f"largest difference {worst:.1e} of logits up to {np.abs(wanted).max():.1f}")
-    if family in GELU:
-        # Against llama.cpp itself on a file of the merged model, made without our merge: there nothing of the table is left.
-        whole = merged(model, given)
-        whole.save_pretrained(tmp_path / "merged")
-        for path in (tmp_path / "base").iterdir():
-            if "token" in path.name or path.suffix == ".jinja":
-                shutil.copy(path, tmp_path / "merged")
-        theirs = export(msgspec.structs.replace(plan(tmp_path, "f32", name="theirs"), model=str(tmp_path / "merged")))
-        assert np.abs(found - llama_logits(Path(theirs.file), ids[0].tolist())).max() < 1e-3
-        assert worst < 2e-3 * max(1.0, np.abs(wanted).max())
-    else:
-        assert worst < 1e-3
+    # Where an argument is rounded to the other side, the table's step shows in logits as large as adapters make them.
+    assert worst < 1e-3 * (max(1.0, np.abs(wanted).max()) if family in GELU else 1.0)
     assert made.bytes == Path(made.file).stat().st_size and made.intermediate == 0
     assert not list(tmp_path.glob(".weft-*"))
 

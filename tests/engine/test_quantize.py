@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as app/tasks/quantize.py has it in a child of its own
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from app.adapters.merge_staging import Staging
+from app.core.certify_plan import Certificate, CertifyPlan, CertifySide
 from app.core.errors import ErrorKind, WeftError
+from app.core.merge_plan import MergePlan
 from app.core.quantize_plan import QuantizePlan, QuantizeResult
 from app.core.stack import AdapterStack, StackedAdapter
+from app.engine import protocol
+from app.engine.client import EngineClient, EngineExit
+from app.tasks.certify import run as certify
+from app.tasks.merge import run as merge
 from app.tasks.quantize import run
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import merged, random_adapter
+from tests.engine.backend_kit import FakeReport
 from tests.engine.merge_kit import Report, fresh_seed
 
 GROUP = 32
+NOTHING = AdapterStack()
 LENGTH = 96
 # What GPTQModel leaves behind: pools of threads, and temporary folders when it loads.
 pytestmark = [
@@ -130,14 +145,25 @@ def test_a_quantized_model_answers_like_the_16_bit_one(
     assert ("Quantizing by " + method.upper()) in {phase for phase, *_ in report.phases}
     assert sorted(Path().iterdir()) == here  # the library's own logs do not lie about
     check_folder(tmp_path, method, bits)
+    assert any("differ from 16 bits by" in note for note in made.notes), made.notes
     ids = tokens(tmp_path / "model", text)
     wanted = log_probabilities(load(tmp_path / "model"), ids)
     found = divergence(wanted, log_probabilities(reloaded(tmp_path / "made"), ids))
     plain = divergence(wanted, log_probabilities(rounded(load(tmp_path / "model"), bits), ids))
     print(f"{method} {bits} bits: KL {found:.5f}, rounded to nearest {plain:.5f}")
+    told = certificate(tmp_path, text)
+    assert told.top1_agreement < 1 or told.mean_kl > 0, "something was compared"
+    assert told.mean_kl < 2 * bound and (tmp_path / "made" / "certificate.json").is_file()
     assert 0 < found < bound
     if bits == 4:  # at 8 bits the kernels' own 16-bit sums are of the size of what is lost
         assert found < 0.8 * plain
+
+
+def certificate(tmp_path: Path, text: Path, stack: AdapterStack = NOTHING) -> Certificate:
+    """Of what was made against the 16-bit model, as the dialog has it made: through Weft's own reading of the packed weights."""
+    made = str(tmp_path / "made")
+    side = CertifySide(model=str(tmp_path / "model"), stack=stack)
+    return certify(CertifyPlan(a=side, b=CertifySide(model=made), text=str(text), tokens=300, store=made), FakeReport())
 
 
 def check_folder(tmp_path: Path, method: str, bits: int) -> None:
@@ -169,7 +195,30 @@ def test_adapters_are_merged_in_before(tmp_path: Path, library: None, text: Path
     wanted = log_probabilities(merged(base, [(lora, 0.7)]), ids)
     found = log_probabilities(reloaded(tmp_path / "made"), ids)
     assert divergence(wanted, found) < 0.05 * divergence(wanted, plain)
+    told = certificate(tmp_path, text, stack)
+    print(f"certificate: KL {told.mean_kl:.2e}")
+    assert told.mean_kl < 0.05 * divergence(wanted, plain)
     assert "lora 0.7" in (tmp_path / "made" / "README.md").read_text("utf-8")
+
+
+def test_a_packed_base_is_unpacked_merged_into_and_packed_again(
+    tmp_path: Path, library: None, text: Path, seed: int
+) -> None:
+    make(tmp_path / "plain", seed)
+    run(plan(tmp_path / "plain", tmp_path / "model", text, bits=8), Report())
+    unpacked = tmp_path / "unpacked"
+    merge(MergePlan(model=str(tmp_path / "model"), stack=NOTHING, target=str(unpacked), packed="16bit"), Report())
+    base = load(unpacked)
+    lora = random_adapter(tmp_path / "lora", "llama", base, seed, r=8)
+    stack = AdapterStack(adapters=(StackedAdapter(path=str(lora), weight=0.7),))
+    made = run(plan(tmp_path / "model", tmp_path / "made", text, bits=8, stack=stack), Report())
+    (said,) = [note for note in made.notes if "differ from 16 bits by" in note]
+    assert "what the adapters changed" in said, "the loss is put beside what it is a loss of"
+    assert any("packed by GPTQ" in note for note in made.notes)
+    plain = divergence(log_probabilities(merged(base, [(lora, 0.7)]), tokens(unpacked, text)), log_probabilities(base, tokens(unpacked, text)))  # fmt: skip
+    told = certificate(tmp_path, text, stack)  # against the packed base with the live adapter
+    print(f"{said}\ncertificate: KL {told.mean_kl:.2e}, of the adapter {plain:.2e}")
+    assert told.mean_kl < 0.1 * plain
 
 
 def test_a_cancel_leaves_nothing(tmp_path: Path, library: None, text: Path, seed: int) -> None:
@@ -186,6 +235,72 @@ def test_a_cancel_leaves_nothing(tmp_path: Path, library: None, text: Path, seed
     assert stopped.value.kind is ErrorKind.CANCELLED
     assert "Writing" not in {phase for phase, *_ in report.phases}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.txt", "model"]
+
+
+class Child:
+    """A child that quantizes, and can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.client = EngineClient(python=Path(sys.executable), backend="", log_path=folder.parent / "child.log")
+        self.client.start()
+
+    def run(self, plan: QuantizePlan, dies: Callable[[protocol.ProgressEvent], bool]) -> QuantizeResult | None:
+        """Quantize; None when it was killed on the way."""
+        command = self.client.send(protocol.RunTask(task="quantize", parameters=msgspec.json.encode(plan).decode()))
+        while True:
+            event = self.client.next_event()
+            assert not isinstance(event, EngineExit | protocol.Failed), event
+            if isinstance(event, protocol.ProgressEvent) and dies(event):
+                os.kill(self.client.pid, signal.SIGKILL)
+                self.client.shutdown()
+                return None
+            if isinstance(event, protocol.Done) and event.id == command:
+                assert isinstance(event.result, protocol.TaskResult)
+                self.client.shutdown()
+                return msgspec.json.decode(event.result.json, type=QuantizeResult)
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """Of all tensors the bytes, by name: a file that was gone on with has them in another order."""
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: bytes(tensor.contiguous().view(torch.uint8).numpy()) for name, tensor in found.items()}
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
+    tmp_path: Path, library: None, text: Path, seed: int, method: str
+) -> None:
+    """Merging, reading, each layer, writing: what has the final name is whole, and layers that were done are used."""
+    make(tmp_path / "model", seed, num_hidden_layers=6)
+    lora = random_adapter(tmp_path / "lora", "llama", load(tmp_path / "model"), seed, r=8)
+    stack = AdapterStack(adapters=(StackedAdapter(path=str(lora), weight=0.7),))
+    plans = [plan(tmp_path / "model", tmp_path / name, text, method=method, stack=stack) for name in ("whole", "made")]
+    seen: list[protocol.ProgressEvent] = []
+    assert Child(tmp_path).run(plans[0], lambda event: bool(seen.append(event)))
+    whole, chance = weights_of(tmp_path / "whole"), random.Random(seed)
+    quantizing = [event for event in seen if event.phase.startswith("Quantizing")]
+    assert all(a.done <= b.done for a, b in itertools.pairwise(quantizing)) and quantizing[-1].unit == "bytes"
+    for number in range(4):
+        later = number % 2  # every other one in the middle of the layers
+        after = chance.uniform(0.4, 0.9) if later else chance.randrange(len(seen))
+        count = itertools.count()
+        made = Child(tmp_path).run(
+            plans[1],
+            lambda event, later=later, after=after, count=count: (
+                event.phase.startswith("Quantizing") and event.done > after * event.total
+                if later
+                else next(count) >= after
+            ),
+        )
+        if made is not None or (tmp_path / "made").exists():
+            assert weights_of(tmp_path / "made") == whole, f"kill {number}"
+            shutil.rmtree(tmp_path / "made")
+    made = Child(tmp_path).run(plans[1], lambda _: False)
+    assert made is not None and weights_of(tmp_path / "made") == whole
+    assert any("Layers that an earlier run" in note for note in made.notes), made.notes
+    assert not list(tmp_path.glob(".weft-*"))
 
 
 @pytest.mark.parametrize(
