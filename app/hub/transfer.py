@@ -23,8 +23,9 @@ from app.hub.source import HttpSource, HttpTrouble, Opened, connection_trouble
 from app.hub.trouble import stopped, trouble_error
 
 STRETCH = 32 * 1024 * 1024  # bytes that one connection fetches before it takes the next stretch
-CLAIM = 1024 * 1024  # bytes after which what arrived is noted in the journal, at the latest
-CLAIM_SECONDS = 2.0  # on a slow line; four connections claim a megabyte each at the latest, so a kill costs less than 8
+CLAIM = 1024 * 1024  # bytes of a connection after which what arrived is noted in the journal, at the latest
+CLAIM_SOON = 256 * 1024, 0.01  # these many, where that is not oftener than so many seconds: a kill loses what is not noted
+CLAIM_SECONDS = 2.0  # on a slow line
 SYNC = 64 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
 SYNC_SECONDS = 30.0  # also on a slow line: that much a power failure may cost
 SPARE = 64 * 1024 * 1024  # bytes that a disk keeps free
@@ -306,7 +307,8 @@ class Transfer:
                 position += len(data)
                 self._progress.arrived(len(data))
                 now = time.monotonic()
-                if position - claimed >= CLAIM or now - last >= CLAIM_SECONDS:
+                came, passed = position - claimed, now - last
+                if came >= CLAIM or passed >= CLAIM_SECONDS or (came >= CLAIM_SOON[0] and passed >= CLAIM_SOON[1]):
                     self._claim(part, claimed, position)
                     claimed, last = position, now
                 self._limit.wait_for(len(data), self._cancelled)
