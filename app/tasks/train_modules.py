@@ -8,6 +8,7 @@ from pathlib import Path
 
 from app.core.library import ModelFormat
 from app.engine.reporting import Report
+from app.generation.hf_options import PACKED
 from app.training.module_names import Modules, ModulesParameters
 
 Parameters = ModulesParameters
@@ -34,7 +35,9 @@ def run(parameters: ModulesParameters, report: Report) -> Modules:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         stage = None
     else:
-        stage = hf_files.Stage(Path(entry.path), "bin" if entry.format is ModelFormat.TORCH_BIN else "safetensors")
+        lone = Path(entry.files[0]) if entry.format in PACKED and len(entry.files) == 1 else None
+        form = "bin" if entry.format is ModelFormat.TORCH_BIN else "safetensors"
+        stage = hf_files.Stage(Path(entry.path), form, lone)
         config = hf_load.read_config(stage.path, False)
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -44,11 +44,11 @@ def check_distribution(kind: str, *, version: int = 2, wraps_checkpoints: bool =
         )
 
 
-def check_sharded(config: RunConfig, *, half: bool) -> None:
+def check_sharded(config: RunConfig, *, half: bool, quantized: bool = False) -> None:
     """Refuse what cannot be shared out over processes by FSDP.
 
     Args:
-        half: the run's arithmetic is in fp16.
+        half: the run's arithmetic is in fp16. quantized: the base is saved quantized.
 
     Raises:
         WeftError: UNSUPPORTED, naming the option and the way out.
@@ -58,9 +58,9 @@ def check_sharded(config: RunConfig, *, half: bool) -> None:
     tensors = f"Take all-linear or names of linear modules, {whole}."
     reasons = [
         (
-            config.model.quantization != "none",
-            "bitsandbytes' packed weights cannot be shared out",
-            f"Set quantization = none, {whole}.",
+            quantized or config.model.quantization != "none",
+            "Packed weights cannot be shared out",
+            f"Take the 16-bit model with quantization = none, {whole}.",
         ),
         (
             train.optimizer not in ("adamw", "lora_plus", "sgd"),

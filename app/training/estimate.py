@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from app.core.library import ModelEntry, ModelFormat
+from app.generation.hf_options import PACKED
 from app.training.run_config import RunConfig
 from app.training.run_file import names, numbers, ranges
 
@@ -94,6 +95,11 @@ def _weights(config: RunConfig, model: ModelEntry, parameters: int, width: int) 
     """The base in memory."""
     if model.format is ModelFormat.BITSANDBYTES:
         return model.weight_bytes
+    if (
+        model.format in PACKED
+    ):  # under 4 bits lies in 4; one matrix at a time is unpacked to float32, forward and backward
+        unpacked = 3 * 4 * model.shape.hidden * (model.shape.intermediate or 4 * model.shape.hidden)
+        return max(model.weight_bytes, parameters // 2) + unpacked
     bits = {
         "none": 8.0 * width,
         "int8": 8.0,

@@ -5,8 +5,31 @@ from __future__ import annotations
 import re
 
 from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat
+from app.generation.hf_options import PACKED
 from app.training.run_config import CONVERTED, RunConfig
 from app.training.run_file import names, numbers, pattern, ranges
+
+QUANTIZED = PACKED | {ModelFormat.BITSANDBYTES}  # saved so
+TRAINABLE = QUANTIZED | {ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.GGUF}
+
+
+def check_base(config: RunConfig, model: ModelEntry) -> None:
+    """Refuse a base that cannot be trained on, or not this way.
+
+    Raises:
+        WeftError: UNSUPPORTED, naming what can.
+    """
+    if model.format not in TRAINABLE:
+        raise _cannot(
+            f"{model.name} cannot be trained on ({model.format.value.upper()}).",
+            "Choose a 16-bit model, with quantization = nf4 where memory is short, a GPTQ, AWQ or HQQ folder, or a GGUF file.",
+        )
+    if model.format in QUANTIZED and config.method.init in CONVERTED | {"loftq", "loftq_replace"}:
+        raise _cannot(
+            f"{config.method.init} needs the weights as they were before {model.name} was quantized.",
+            "Choose the 16-bit model, or another init (eva works on a quantized base).",
+        )
 
 
 def check(config: RunConfig) -> list[str]:

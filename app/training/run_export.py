@@ -15,7 +15,7 @@ import app
 from app.core.errors import ErrorKind, WeftError
 from app.training.run_config import RunConfig, TrainParameters
 
-ROOMS = ("core", "engine", "generation", "training")
+ROOMS = ("core", "engine", "adapters", "generation", "training")
 LARGEST_MODEL = 2 * 2**30  # bytes; larger ones are fetched there instead of carried
 
 ACCELERATE = """compute_environment: LOCAL_MACHINE

@@ -14,9 +14,9 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.engine.reporting import Report
 from app.generation import hf_files, hf_load
+from app.generation.hf_options import PACKED
+from app.training import methods
 from app.training.run_config import RunConfig
-
-TRAINABLE = frozenset({ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES, ModelFormat.GGUF})
 
 
 @dataclass
@@ -90,14 +90,9 @@ def load_base(
         in_memory: into main memory, also where it is to be trained on a card: that need not hold all of it (FSDP).
 
     Raises:
-        WeftError: UNSUPPORTED for formats that cannot be trained here, naming what can; what `hf_load.load_model` raises.
+        WeftError: UNSUPPORTED for what cannot be trained on, naming what can; what `hf_load.load_model` raises.
     """
-    if entry.format not in TRAINABLE:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"A {entry.format.value} model cannot be trained on here.",
-            "Choose the model's 16-bit safetensors folder, with quantization = nf4 where memory is short, or a GGUF file.",
-        )
+    methods.check_base(config, entry)
     device = choose_device(config, local_process)
     dtype = choose_dtype(config, device)
     if in_memory:
@@ -106,7 +101,9 @@ def load_base(
         return _load_gguf(config, entry, device, dtype)
     folder = Path(entry.path)
     form = "bin" if entry.format is ModelFormat.TORCH_BIN else "safetensors"
-    stage = hf_files.Stage(folder, form)
+    packed = entry.format in PACKED
+    lone = Path(entry.files[0]) if packed and len(entry.files) == 1 else None
+    stage = hf_files.Stage(folder, form, lone)
     try:
         trust = config.model.trust_remote_code and bool(stage.custom_code)
         if trust and any("--" in name for name in stage.custom_code):
@@ -117,25 +114,35 @@ def load_base(
             )
         seen = folder if trust else stage.path
         settings = hf_load.read_config(seen, trust)
-        plan = hf_load.Plan(
-            folder=seen, weights=stage.weights, form=form, trust=trust, dtype=dtype, device_map={"": str(device)}
-        )
+        plan = hf_load.Plan(folder=seen, weights=stage.weights, form=form, trust=trust, dtype=dtype, packed=packed)
+        plan.device_map = {"": str(device)}
         plan.attention = "" if config.model.attention == "auto" else config.model.attention
+        if packed:
+            plan.packing = _packing(stage, folder)
         if config.model.quantization != "none":
-            if getattr(settings, "quantization_config", None) is not None:
+            if packed or getattr(settings, "quantization_config", None) is not None:
                 plan.notes.append("The model is saved quantized; `quantization` has no effect.")
             else:
                 plan.bitsandbytes = bitsandbytes_arguments(config, dtype)
         model = hf_load.load_model(
             settings, plan, lambda p: report.progress(p.phase, p.done, p.total, p.unit), lambda: report.cancelled
         )
-        if plan.bitsandbytes is not None:
+        if plan.packing is not None:
+            plan.notes += plan.packing.notes
+        if plan.bitsandbytes is not None or packed:
             hf_load.unmap(model)
         undo_bf16_packing(model)
     except BaseException:
         stage.close()
         raise
     return Base(model, device, dtype, list(stage.weights), plan.notes, stage.close)
+
+
+def _packing(stage: hf_files.Stage, folder: Path) -> Any:
+    """GPTQ's, AWQ's or HQQ's matrices, kept packed. Each pass unpacks them in float32, which lets gradients through."""
+    from app.adapters.packed_load import PackedConfig, Stored, table_of
+
+    return PackedConfig(Stored(stage.weights, table_of(stage.config, folder)), kernel="exact")
 
 
 def bitsandbytes_arguments(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def run(parameters: TrainParameters, report: Report, accelerator: Any = None) ->
         WeftError: whatever is wrong with the config, the data, the model or the machine; CANCELLED.
     """
     notes = methods.check(parameters.config)
+    methods.check_base(parameters.config, parameters.model)
     target = Path(parameters.config.output.dir)
     main = accelerator is None or accelerator.is_main_process
     if main:
@@ -86,7 +87,8 @@ class Run:
         data = read_data(config, tokenizer, self.report)
         self._tell_data(data)
         if self.sharded:
-            check_sharded(config, half=choose_dtype(config, choose_device(config, self._local())) is torch.float16)
+            half = choose_dtype(config, choose_device(config, self._local())) is torch.float16
+            check_sharded(config, half=half, quantized=self.parameters.model.format in methods.QUANTIZED)
         base = load_base(config, self.parameters.model, self.report, self._local(), in_memory=self.sharded)
         try:
             for text in base.notes:

@@ -11,7 +11,7 @@ from PySide6.QtCore import QObject, QTimer, Signal, Slot
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job
-from app.core.library import ModelEntry, ModelFormat
+from app.core.library import ModelEntry
 from app.core.memory import Machine
 from app.core.options import OptionValue
 from app.store.toml_text import dump
@@ -27,7 +27,6 @@ from app.viewmodels.units import readable_bytes, readable_seconds
 
 PREVIEW_MS = 500
 PREVIEW_ROWS = 2_000  # read for a preview; a run reads all
-TRAINABLE = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES, ModelFormat.GGUF)
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 
 
@@ -225,8 +224,11 @@ class TrainDraft(QObject):
         """Why it cannot start, in a sentence; "" when it can."""
         if self.model is None:
             return "Choose the model to train on."
-        if self.model.problem or self.model.format not in TRAINABLE:
-            return _untrainable(self.model)
+        if self.model.problem:
+            return f"{self.model.name} cannot be used: {self.model.problem}"
+        if self.model.format not in methods.TRAINABLE:
+            kind = self.model.format.value.upper()
+            return f"{self.model.name} cannot be trained on ({kind}). Choose a 16-bit, GPTQ, AWQ or HQQ model or a GGUF file."
         if not self.files:
             return "Add the examples to train on."
         if re.search(r'[<>:"/\\|?*\x00-\x1f]', self.name) or not self.name or len(self.name) > 120:
@@ -236,6 +238,7 @@ class TrainDraft(QObject):
         try:
             config = self.config()
             methods.check(config)
+            methods.check_base(config, self.model)
             methods.check_machine(config, len(self._machine().gpus))
         except (WeftError, msgspec.ValidationError) as error:
             return str(error)
@@ -329,7 +332,7 @@ class TrainDraft(QObject):
         """After the first rows: the model's modules, then all rows. One question at a time, the latest goes before."""
         if self.model is None or self.previewing:
             return
-        if self._modules_asked != self.model.path and not self.model.problem and self.model.format in TRAINABLE:
+        if self._modules_asked != self.model.path and not self.model.problem and self.model.format in methods.TRAINABLE:
             self._modules_asked = self.model.path
             wanted = ModulesParameters(model=self.model)
             self._lane.ask(wanted, "train_modules", wanted)
@@ -391,16 +394,3 @@ class TrainDraft(QObject):
         self._rename()
         self.changed.emit()
         return job
-
-
-def _untrainable(model: ModelEntry) -> str:
-    """Why a model cannot be trained on, and what can."""
-    if model.problem:
-        return f"{model.name} cannot be used: {model.problem}"
-    kind = model.format.value.upper()
-    if model.format in (ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ):
-        return (
-            f"Training on {kind} models needs a loader that Weft does not have yet. "
-            "Choose the 16-bit model, quantized to nf4 while training, or its GGUF file."
-        )
-    return f"{model.name} cannot be trained on ({kind}). Choose a 16-bit model or a GGUF file."

@@ -205,8 +205,12 @@ def test_it_says_what_is_missing_one_thing_after_the_other(bench: Bench, qtbot: 
     assert "already" in setup.note.text.text() and not setup.start.isEnabled()
     bench.draft.set_name("mine")
     assert setup.start.isEnabled()
-    bench.draft.set_model(model(format=ModelFormat.GPTQ))
-    assert "needs a loader" in setup.note.text.text()
+    bench.draft.set_model(model(format=ModelFormat.EXL2))
+    assert "cannot be trained on (EXL2)" in setup.note.text.text() and not setup.start.isEnabled()
+    bench.draft.set_model(model("maker/tiny-1B", size=GB // 10, format=ModelFormat.GPTQ))
+    assert setup.start.isEnabled(), setup.note.text.text()
+    bench.draft.set_values("method", {**bench.draft.values["method"], "init": "pissa"})
+    assert "was quantized" in setup.note.text.text() and not setup.start.isEnabled()
 
 
 def test_the_preview_colours_what_is_trained_and_lists_what_is_left_out(bench: Bench, qtbot: QtBot) -> None:
