@@ -25,6 +25,11 @@ def likely_base(folder: Path, config: JsonObject) -> str:
     return ""
 
 
+def without_mark(name: str) -> str:
+    """A quantized model's name without what says how it is quantized: `tiny-GPTQ-4bit` as `tiny`."""
+    return _MARK.sub("", name) or name
+
+
 def base_of(folder: Path) -> str:
     """`likely_base` of a folder; "" also when its configuration cannot be read."""
     try:

@@ -12,6 +12,7 @@ from app.core.export_plan import OWN, TYPES
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import Packing
 from app.core.quantize_plan import BITS, GROUPS, QuantizePlan, packed_like
+from app.core.quantized_base import without_mark
 from app.core.stack import AdapterStack
 from app.viewmodels.units import readable_bytes
 
@@ -25,7 +26,7 @@ _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 _CALIBRATING = 1_200_000_000  # and those that calibrate
 _QUANTIZED = {
     "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
-    "awq": "A folder of packed safetensors in 4 bits that keeps exact what weighs most over a text: for graphics cards.",
+    "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text: for graphics cards.",
 }
 
 
@@ -182,6 +183,8 @@ def default_name(entry: ModelEntry, stack: AdapterStack) -> str:
     base = entry.name.rpartition("/")[2].removesuffix(".gguf")
     if entry.format is ModelFormat.GGUF and entry.quantization:
         base = re.sub(rf"[-_. ]?{re.escape(entry.quantization)}$", "", base, flags=re.IGNORECASE)
+    if entry.format in (*PACKED, ModelFormat.BITSANDBYTES):
+        base = without_mark(base)
     names = [base, *(a.name or Path(a.path).stem for a in stack.adapters if a.weight)]
     joined = "-".join(re.sub(r"[^\w.+-]+", "-", name).strip("-.") for name in names)
     return joined[:100].strip("-.") or "model"

@@ -445,6 +445,7 @@ def test_a_base_that_gptq_packed_is_unpacked_or_calibrated_again_as_it_was(
     assert "measured and said at the end" in dialog.form.help.text()
     plan = dialog._draft.plan()
     assert isinstance(plan, QuantizePlan) and (plan.method, plan.bits, plan.group_size) == ("gptq", 8, 32)
+    assert Path(plan.target).name == "tiny-pirate-GPTQ-8bit"
     dialog.form.format.setCurrentIndex(dialog.form.format.findData("awq"))
     plan = dialog._draft.plan()
     assert isinstance(plan, QuantizePlan) and (plan.bits, plan.group_size) == (4, 32)

@@ -14,7 +14,7 @@ from app.viewmodels.export_choices import bits_of, group_of
 from app.views.option_fields import QuietCombo
 from app.views.widgets import ElidedLabel, button, label, row
 
-_OURS = "A short one of ours: one like what the model will read loses less"
+_OURS = "A short one of ours; longer ones lose less"
 
 
 class CalibrationFields(QWidget):
@@ -37,8 +37,8 @@ class CalibrationFields(QWidget):
         self._form = QFormLayout(self)
         self._form.setContentsMargins(0, 0, 0, 0)
         self._form.setHorizontalSpacing(16)
-        self._form.addRow(label("Bits", tone="muted"), self.bits)
-        self._form.addRow(label("Group", tone="muted"), self.group)
+        self._form.setVerticalSpacing(8)
+        self._form.addRow(label("Size", tone="muted"), row(self.bits, self.group, 1))
         self._form.addRow(label("Text", tone="muted"), texts)
         self._form.addRow(self.order)
         self.bits.currentIndexChanged.connect(self._bits)
@@ -54,7 +54,7 @@ class CalibrationFields(QWidget):
         if draft.method != self._method:
             self._method = draft.method
             self._fill(self.bits, [(f"{n} bits", n) for n in BITS[draft.method]])
-            self._fill(self.group, [(f"{n} weights share a scale", n) for n in GROUPS[draft.method]])
+            self._fill(self.group, [(f"Groups of {n}", n) for n in GROUPS[draft.method]])
         group = group_of(draft.format, options, draft.entry)
         for shown, value in ((self.bits, bits_of(draft.format, options, draft.entry)), (self.group, group)):
             shown.blockSignals(True)

@@ -67,6 +67,7 @@ class ExportForm(QWidget):
         fields.addRow(label("Takes", tone="muted"), self.need)
         fields.addRow(label("Then", tone="muted"), self._then())
         self.more = Fold("More options", self._more())
+        self.more.toggled.connect(self.resized)
         for wrapped in (self.help, self.need):
             # A form gives a wrapped label the height it had at another width.
             wrapped.setMinimumHeight(2 * wrapped.fontMetrics().lineSpacing())
@@ -232,6 +233,7 @@ class ExportForm(QWidget):
         choice = self._draft.choice
         if (choice is not None and choice.imatrix) or self._draft.method:
             self.more.header.setChecked(True)
+        self.resized.emit()
 
     def _change_place(self) -> None:
         chosen = QFileDialog.getExistingDirectory(self, "Where the result goes", str(self._draft.folder))
