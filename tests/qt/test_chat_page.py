@@ -14,6 +14,7 @@ from PySide6.QtWidgets import QAbstractButton, QComboBox, QLineEdit, QPlainTextE
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
+from app.core.jobs import Progress
 from app.core.paths import resources
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -107,6 +108,22 @@ def test_an_answer_streams_into_view_with_its_numbers(desk: Desk) -> None:
     assert view.view.toPlainText() == "Some bold text\nx = 1"  # type: ignore[attr-defined]
     text = view.footer.statistics  # type: ignore[attr-defined]
     assert "Model · base · 12 tokens · 5.0 tokens/s · first token" in text
+
+
+def test_the_next_answer_does_not_begin_with_how_far_the_last_one_was(desk: Desk) -> None:
+    desk.page.send("one")
+    desk.loadout.progress.emit(1, Progress(phase="Reading the prompt", done=9, total=10))
+    assert desk.view()._activity == "Reading the prompt · 90%"  # type: ignore[attr-defined]
+    desk.loadout.answer("1")
+    desk.page.send("two")
+    assert desk.view()._activity == "Reading…"  # type: ignore[attr-defined]
+
+
+def test_the_button_in_the_head_finds(desk: Desk) -> None:
+    desk.ask("where is it?", "here")
+    (find,) = [b for b in desk.page.findChildren(QAbstractButton) if b.accessibleName() == "Find in this chat"]
+    find.click()
+    assert desk.page.find_bar.isVisible()
 
 
 def test_reasoning_is_folded_with_its_time(desk: Desk) -> None:

@@ -59,6 +59,8 @@ class Activity(QObject):
         )
         if writing:
             self._show_doing()
+        else:
+            self._progress_text = ""  # of an answer that is over
 
     def _show_doing(self) -> None:
         """What the model does before the first word comes."""

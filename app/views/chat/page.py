@@ -143,7 +143,7 @@ class ChatPage(Page):
     def _connect(self) -> None:
         controller, frame = self.controller, self._frame
         frame.side_button.clicked.connect(self.toggle_side)
-        frame.find_button.clicked.connect(self.find)
+        frame.find_button.clicked.connect(self.find_in_page)
         frame.panel_button.clicked.connect(self.toggle_panel)
         controller.opened.connect(self._opened)
         controller.path_changed.connect(self._path_changed)
