@@ -78,9 +78,12 @@ class Asker(QObject):
             return False
         if old.role == "user":
             return self._answer(old.id)
+        if not self._answer(old.parent):
+            return False
         if not old.content and not self._chat.tree.children(old.id):
             self._chat.drop(old.id)  # nothing came: no branch worth keeping
-        return self._answer(old.parent)
+            self.path_changed.emit()
+        return True
 
     def continue_(self, message: int) -> bool:
         """Go on with an answer where it ends."""
@@ -94,7 +97,7 @@ class Asker(QObject):
 
     def _ask(self, parent: int, text: str) -> bool:
         """Store what the user said below `parent` and have it answered; takes it back when that fails at once."""
-        began = self._chat.conversation is None
+        began, before = self._chat.conversation is None, self._chat.leaf
         try:
             with self._store.together():  # a disk that fills up in between leaves no half of it
                 conversation = self._chat.conversation or self._chat.create(text, self._model_id)
@@ -107,14 +110,12 @@ class Asker(QObject):
         self._chat.put(question)
         if began:
             self.opened.emit()
-        if not self._generate_new(answer):
+        if not self._generate_new(answer, before):
             self._chat.drop(question.id)
             if began:
                 self._chat.forget(conversation.id)
                 self.opened.emit()
-                self.path_changed.emit()
-            else:
-                self.show_leaf(parent)
+            self.path_changed.emit()
             return False
         if began:
             try:
@@ -126,6 +127,7 @@ class Asker(QObject):
 
     def _answer(self, parent: int) -> bool:
         assert self._chat.conversation is not None
+        before = self._chat.leaf
         try:
             with self._store.together():
                 answer = self._begin_answer(self._chat.conversation, parent)
@@ -133,7 +135,7 @@ class Asker(QObject):
         except WeftError as error:
             self.failed.emit(error)
             return False
-        return self._generate_new(answer)
+        return self._generate_new(answer, before)
 
     def _begin_answer(self, conversation: Conversation, parent: int) -> StoredMessage:
         """Put an empty answer into the store, and remember which model gives it."""
@@ -145,12 +147,13 @@ class Asker(QObject):
         if self._model_id and self._model_id != conversation.model:
             self._store.set_model(conversation.id, self._model_id)
 
-    def _generate_new(self, answer: StoredMessage) -> bool:
+    def _generate_new(self, answer: StoredMessage, before: int) -> bool:
+        """Have a new answer written. When that fails at once, the branch that ends in `before` is in view again."""
         self._chat.put(answer)
         if self._generate(answer, continue_last=False):
             return True
         self._chat.drop(answer.id)
-        self.show_leaf(answer.parent)
+        self.show_leaf(before)
         return False
 
     def _generate(self, answer: StoredMessage, *, continue_last: bool) -> bool:

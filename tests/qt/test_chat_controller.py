@@ -101,6 +101,25 @@ def test_editing_makes_a_branch_and_arrows_go_between(room: Room) -> None:
     assert [m.content for m in fresh.path] == ["one", "1"]
 
 
+def test_what_cannot_be_asked_anew_leaves_the_branch_in_view(room: Room) -> None:
+    for said in ("one", "two"):
+        room.controller.send(said)
+        room.loadout.answer(said.upper())
+    room.controller.send("three")
+    room.loadout.fail(WeftError(ErrorKind.OUT_OF_MEMORY, "Too big.", "Smaller."))
+    shown = ["one", "ONE", "two", "TWO", "three", ""]
+    assert room.texts() == shown
+    room.loadout.refuse = WeftError(ErrorKind.NOT_FOUND, "No model is loaded.", "Choose one.")
+    question, answer, last = (room.controller.path[at].id for at in (0, 1, -1))
+    assert not room.controller.regenerate(answer) and room.texts() == shown
+    assert not room.controller.edit(question, "uno") and room.texts() == shown
+    assert not room.controller.regenerate(last) and room.texts() == shown and room.controller.error(last)
+    fresh = room.again()
+    fresh.open(room.controller.conversation_id)
+    assert [m.content for m in fresh.path] == shown
+    assert fresh.branches(question) == fresh.branches(answer) == (1, 1)
+
+
 def test_editing_an_answer_keeps_both(room: Room) -> None:
     room.controller.send("one")
     room.loadout.answer("wrong")
