@@ -138,6 +138,8 @@ class ChatController(QObject):
     def open(self, conversation: int) -> None:
         """Bring a conversation into view. Raises WeftError NOT_FOUND."""
         self._open.open(conversation)
+        for ending in self._writer.unwritten.values():
+            self._take(ending)
         self._came_into_view()
 
     def _came_into_view(self) -> None:
@@ -277,19 +279,19 @@ class ChatController(QObject):
     def _ended(self, ending: Ending) -> None:
         if ending.error is not None:
             self._open.errors[ending.message] = ending.error
-        tree = self._open.tree
-        if ending.message in tree:
-            tree.put(
-                msgspec.structs.replace(
-                    tree[ending.message],
-                    content=ending.content,
-                    complete=ending.complete,
-                    statistics=ending.statistics,
-                )
-            )
+        if self._take(ending):
             self.message_changed.emit(ending.message)
         self.activity_changed.emit()
         self.conversations_changed.emit()
+
+    def _take(self, ending: Ending) -> bool:
+        """Show how an answer ended. False when it is not in view."""
+        tree = self._open.tree
+        if ending.message not in tree:
+            return False
+        how = {"content": ending.content, "complete": ending.complete, "statistics": ending.statistics}
+        tree.put(msgspec.structs.replace(tree[ending.message], **how))
+        return True
 
     def shutdown(self) -> None:
         """The window closes: stop, and save what came."""

@@ -39,8 +39,11 @@ class AnswerWriter(QObject):
 
     Signals:
         streamed(conversation, message, text): the next batch. begun: the first one came.
-        ended(Ending): the answer is over, and in the store unless that failed.
-        failed(WeftError): something could not be saved.
+        ended(Ending): the answer is over, and in the store, or in `unwritten` when that failed.
+        failed(WeftError): something could not be saved; it is tried again.
+
+    Attributes:
+        generation: the answer being written. unwritten: those that are over and could not be saved yet, by message.
     """
 
     streamed = Signal(int, int, str)
@@ -53,6 +56,7 @@ class AnswerWriter(QObject):
         self._store = store
         self._loadout = loadout
         self.generation: Generation | None = None
+        self.unwritten: dict[int, Ending] = {}
         self._save_failed = False
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
@@ -79,6 +83,11 @@ class AnswerWriter(QObject):
             return self.generation.text
         return None
 
+    def begin(self, generation: Generation) -> None:
+        """Write this answer from now on."""
+        self.unwritten.pop(generation.message, None)  # what it said is part of the generation
+        self.generation = generation
+
     def stop(self) -> bool:
         """Stop the answer. False when there is none, or it is being stopped already."""
         if self.generation is None or self.generation.cancelled:
@@ -92,10 +101,13 @@ class AnswerWriter(QObject):
         if self.generation is not None:
             self.stop()
             self._end(None, "cancelled", None)
+        self.save()
 
     @Slot()
     def save(self) -> None:
-        """Put what came since the last time into the store."""
+        """Put what came since the last time into the store, and what could not be put there before."""
+        for ending in list(self.unwritten.values()):
+            self._write(ending)
         generation = self.generation
         if generation is None or not generation.unsaved:
             return
@@ -105,10 +117,25 @@ class AnswerWriter(QObject):
             self._save_failed = False
         except WeftError as error:
             generation.give_back(unsaved)
-            self._timer.start()
-            if not self._save_failed:  # say it once; the text is kept in memory and tried again
-                self._save_failed = True
-                self.failed.emit(error)
+            self._try_later(error)
+
+    def _write(self, ending: Ending) -> None:
+        try:
+            self._store.update(
+                ending.message, content=ending.content, complete=ending.complete, statistics=ending.statistics
+            )
+            self.unwritten.pop(ending.message, None)
+            self._save_failed = False
+        except WeftError as error:
+            self.unwritten[ending.message] = ending
+            self._try_later(error)
+
+    def _try_later(self, error: WeftError) -> None:
+        """The text is kept in memory; why is said once."""
+        self._timer.start()
+        if not self._save_failed:
+            self._save_failed = True
+            self.failed.emit(error)
 
     # What the loadout says --------------------------------------------------------------------------
 
@@ -159,10 +186,5 @@ class AnswerWriter(QObject):
             error=error,
         )
         self.generation = None
-        try:
-            self._store.update(
-                ending.message, content=ending.content, complete=ending.complete, statistics=ending.statistics
-            )
-        except WeftError as problem:
-            self.failed.emit(problem)
+        self._write(ending)
         self.ended.emit(ending)

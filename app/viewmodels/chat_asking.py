@@ -179,7 +179,7 @@ class Asker(QObject):
         except WeftError as error:
             self.failed.emit(error)
             return False
-        self._writer.generation = generation
+        self._writer.begin(generation)
         if continue_last:
             self._mark_continued(answer)
         self._chat.put(msgspec.structs.replace(answer, complete=False))

@@ -275,6 +275,34 @@ def test_a_full_disk_is_told_once_and_what_came_is_saved_when_there_is_room(
     qtbot.waitUntil(lambda: room.store.messages(1)[1].content == "kept", timeout=20_000)
 
 
+@pytest.mark.fault
+def test_an_answer_that_ends_on_a_full_disk_is_saved_when_there_is_room(
+    room: Room, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise WeftError(ErrorKind.DISK_FULL, "The disk is full.", "Free some space.")
+
+    room.controller.send("one")
+    first = room.controller.conversation_id
+    with monkeypatch.context() as patched:
+        patched.setattr(room.store, "append", full)
+        patched.setattr(room.store, "update", full)
+        room.loadout.say("precious")
+        room.loadout.finish()
+        assert len(room.failures) == 1
+        room.controller.new()
+        room.controller.open(first)
+        assert room.texts() == ["one", "precious"], "it is in view though the store lacks it"
+    qtbot.waitUntil(lambda: room.store.messages(first)[1].content == "precious", timeout=20_000)
+    assert room.store.messages(first)[1].complete and len(room.failures) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(room.store, "update", full)
+        room.controller.send("two")
+        room.loadout.answer("dear")
+    room.controller.shutdown()
+    assert room.store.messages(first)[-1].content == "dear"
+
+
 def test_an_answer_goes_on_into_its_own_conversation(room: Room) -> None:
     room.controller.send("one")
     first = room.controller.conversation_id
