@@ -34,7 +34,8 @@ class EnginesHouse(QObject):
     @Slot()
     def machine_known(self) -> None:
         """What there is to run models on has been measured: now a load can tell whether it fits."""
-        if self._house.settings.settings.load_last:
+        # Nobody has picked one meanwhile, nor handed one over at the start.
+        if self._house.settings.settings.load_last and self._house.loadout.model is None:
             self.load_first_model()
         self.prepare_environments()
 

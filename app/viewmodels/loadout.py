@@ -364,6 +364,7 @@ class Loadout(QObject):
     def set_stack(self, stack: AdapterStack) -> None:
         """Replace the adapter stack: of the loaded model at once, else with the next load."""
         self._stack.wanted = stack
+        self._stack.model = self.model.id if self.model is not None else ""
         self._teller.tell()
         self.stack_set.emit()
 

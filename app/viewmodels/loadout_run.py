@@ -13,7 +13,6 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.library import ModelEntry
 from app.core.options import OptionValue
-from app.core.stack import AdapterStack
 from app.engine.protocol import Loaded
 from app.engine.restart import RestartPolicy
 from app.viewmodels.engine_session import EngineSession
@@ -102,8 +101,7 @@ class ModelRun(QObject):
     def begin(self, plan: LoadPlan, *, keep_queue: bool = False) -> None:
         self.drop("Another model is being loaded.", keep_queue=keep_queue)
         self.plan = plan
-        if self.model is not None and self.model.id != plan.entry.id and self._stack.wanted.adapters:
-            self._stack.wanted = AdapterStack()  # adapters belong to the model that they were chosen for
+        if self._stack.belong(plan.entry.id):
             self.stack_changed.emit()
         self.model, self.loader, self.options = plan.entry, plan.spec, dict(plan.options)
         self.error = None
@@ -188,6 +186,8 @@ class ModelRun(QObject):
         """Forget what was loaded, and hold this model without an engine, or none."""
         self.drop("The model was unloaded.")
         self.model, self.loader, self.plan = entry, None, None
+        if entry is not None and self._stack.belong(entry.id):
+            self.stack_changed.emit()
         self.options = {}
         self.error = None
         self._set(LoadoutState.EMPTY)

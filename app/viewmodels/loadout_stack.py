@@ -15,15 +15,25 @@ class StackState:
 
     Attributes:
         wanted: what the next answer is to have. baked: it is to be written into the weights, where the loader can.
+        model: id of the model that the adapters were chosen for, "" when there was none: then they are for the next.
         command: the engine's id of the SetAdapters under way, 0 for none.
     """
 
     def __init__(self) -> None:
         self.wanted = NONE
         self.baked = False
+        self.model = ""
         self.command = 0
         self._told, self._told_baked = NONE, False
         self._taken = NONE
+
+    def belong(self, model: str) -> bool:
+        """From now on it is this model's. Returns whether adapters that were chosen for another were taken out."""
+        foreign = self.model not in ("", model) and bool(self.wanted.adapters)
+        if foreign:
+            self.wanted = NONE
+        self.model = model
+        return foreign
 
     def is_told(self, *, bakes: bool) -> bool:
         """Whether the engine was told what is wanted. bakes: its loader can write adapters into the weights."""

@@ -64,6 +64,21 @@ def test_load_generate_unload(rooms: Rooms, qtbot: QtBot) -> None:
     qtbot.waitUntil(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, timeout=20_000)
 
 
+def test_an_unused_model_is_unloaded_and_comes_back_with_the_next_request(rooms: Rooms, qtbot: QtBot) -> None:
+    rooms.script = Script(tokens=3)
+    rooms.settings.update(unload_idle_minutes=5)
+    loadout = rooms.loadout()
+    loadout.load(model())
+    wait_for(qtbot, loadout, LoadoutState.READY)
+    loadout._idle._look()
+    assert loadout.is_loaded
+    loadout._idle._last_use -= 301
+    loadout._idle._look()
+    assert loadout.state is LoadoutState.EMPTY and loadout.model == model()
+    with qtbot.waitSignal(loadout.finished, timeout=15_000):
+        loadout.generate(ASK)
+
+
 def test_request_during_load_waits_for_it(rooms: Rooms, qtbot: QtBot) -> None:
     rooms.script = Script(load_seconds=0.4, tokens=3)
     loadout = rooms.loadout()
@@ -196,7 +211,9 @@ def test_a_model_that_no_loader_takes_leaves_the_working_one(rooms: Rooms, qtbot
     for pick in (loadout.select, loadout.load):
         with qtbot.waitSignal(loadout.load_failed, timeout=20_000):
             pick(strange)
-        assert loadout.state is LoadoutState.READY and loadout._run.engine.session is session and loadout.model == model()
+        assert (
+            loadout.state is LoadoutState.READY and loadout._run.engine.session is session and loadout.model == model()
+        )
     with qtbot.waitSignal(loadout.finished, timeout=10_000):
         loadout.generate(ASK)
 

@@ -425,6 +425,19 @@ def test_a_damaged_last_model_gives_way_to_the_starter(house: House, monkeypatch
     assert "cut short" in house.window.toasts.shown[-1].notice.text
 
 
+def test_a_model_picked_before_the_machine_is_measured_stays(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(house.loadout, "load", lambda entry: loaded.append(entry.name))
+    monkeypatch.setattr(house.running, "prepare_environments", lambda: None)
+    house.settings.update(load_last=True)
+    house.loadout._run.pick(model("chosen"))
+    house.running.machine_known()
+    assert loaded == [] and house.loadout.model is not None and house.loadout.model.name == "chosen"
+    house.loadout.unload()
+    house.running.machine_known()
+    assert loaded == ["starter"]
+
+
 def test_unexpected_exception_is_told_with_its_trace(house: House, qtbot: QtBot) -> None:
     house.questions.unexpected("ValueError: boom", "Traceback …\nValueError: boom")
     assert isinstance(house.window.dialog, ErrorDialog)

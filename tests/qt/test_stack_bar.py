@@ -120,6 +120,31 @@ def test_the_stack_goes_with_every_load_of_its_model_and_with_no_other(
     assert sent[-1].adapters == AdapterStack() and stack.entries == []
 
 
+def test_the_stack_does_not_go_over_to_another_model_by_way_of_eject_or_a_pick(
+    rooms: Rooms, qtbot: QtBot, sent: list[Any]
+) -> None:
+    loadout = ready(rooms, qtbot)
+    stack = StackModel(loadout)
+    stack.add(VOICE)
+    loadout.unload()
+    loadout.load(model())
+    qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
+    assert sent[-1].adapters.adapters, "it comes back with its own model"
+    loadout.unload()
+    loadout.load(model("maker/other-1B"))
+    qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
+    assert sent[-1].adapters == AdapterStack() and stack.entries == []
+    stack.add(VOICE)
+    rooms.settings.update(autoload=False)
+    loadout.select(model())
+    assert stack.entries == [] and loadout.stack == AdapterStack()
+    loadout.unload()
+    stack.add(VOICE)  # with no model in sight: it is for the next
+    loadout.load(model())
+    qtbot.waitUntil(lambda: loadout.state is LoadoutState.READY, timeout=15_000)
+    assert sent[-1].adapters.adapters and stack.entries
+
+
 def test_a_refused_stack_is_put_back_and_said(rooms: Rooms, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> None:
     loadout = ready(rooms, qtbot)
     stack = StackModel(loadout)
@@ -128,7 +153,9 @@ def test_a_refused_stack_is_put_back_and_said(rooms: Rooms, qtbot: QtBot, monkey
     said: list[str] = []
     loadout.notice.connect(said.append)
     stack.set_weight(str(VOICE), 0.5)
-    loadout._command_failed(loadout._stack.command, WeftError(ErrorKind.UNSUPPORTED, "It does not fit.", "Choose another."))
+    loadout._command_failed(
+        loadout._stack.command, WeftError(ErrorKind.UNSUPPORTED, "It does not fit.", "Choose another.")
+    )
     assert said == ["It does not fit. Choose another."]
     assert stack.entries[0].weight == 1.0 and loadout.stack.adapters[0].weight == 1.0
 
