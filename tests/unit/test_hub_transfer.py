@@ -205,25 +205,6 @@ def test_a_log_in_page_costs_nothing_of_what_has_arrived(hub: FakeHub, tmp_path:
     )
     assert fetch(hub, tmp_path / FILE).read_bytes() == data
     assert hub.fetched() < 10 * MB
-    first, *others = [request.headers for request in hub.transfers()]
-    assert "Range" not in first and len(others) == 6
-    assert all(sent["Range"].startswith("bytes=") and sent["If-Range"] == f'"{remote(hub).sha256}"' for sent in others)
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.add("user/tiny", {FILE: random_bytes(MB)})
-    target, flushed, real = tmp_path / FILE, [], os.fsync
-
-    def flush(handle: int) -> None:
-        real(handle)
-        flushed.append((os.fstat(handle).st_ino, target.exists()))
-
-    monkeypatch.setattr(os, "fsync", flush)
-    fetch(hub, target)
-    assert (target.stat().st_ino, False) in flushed
-    assert os.name == "nt" or flushed[-1] == (tmp_path.stat().st_ino, True)  # and so is the name
 
 
 def test_what_has_arrived_serves_at_another_commit_and_on_a_mirror(hub: FakeHub, tmp_path: Path) -> None:
