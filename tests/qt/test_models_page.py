@@ -84,7 +84,7 @@ def test_sort_and_filter_as_you_type(page: ModelsPage, qtbot: QtBot) -> None:
     qtbot.waitUntil(lambda: names(page) == ["maker/small-7b"], timeout=20_000)
     assert "1 of 4" in page._count.text()
     page.field.setText("nothing like it")
-    qtbot.waitUntil(lambda: page._stack.currentWidget() is page._nothing, timeout=20_000)
+    qtbot.waitUntil(lambda: page._pages.currentWidget() is page._nothing, timeout=20_000)
     qtbot.keyClick(page.field, Qt.Key.Key_Escape)
     qtbot.waitUntil(lambda: page.table.rowCount() == 4, timeout=20_000)
 
@@ -450,7 +450,7 @@ def test_empty_state(rooms: Rooms, qtbot: QtBot) -> None:
         refresh=lambda: None,
     )
     qtbot.addWidget(made)
-    assert made._stack.currentWidget() is made._empty
+    assert made._pages.currentWidget() is made._empty
     made.shutdown()
 
 

@@ -87,7 +87,6 @@ class ModelsPage(LibraryPage[ModelEntry, ModelTable, ModelDetails]):
         )
         add = button("Add a folder…", self._add_folder, kind="primary", icon_name="folder-add")
         self._assemble(table, ModelView(), details, tools=self._tools(), add=add)
-        self._stack = self._pages
         details.failed.connect(self.failed)
         details.code_wanted.connect(self.code_wanted)
         loadout.changed.connect(self._loadout_changed)
