@@ -17,6 +17,7 @@ from app.training.run_file import names, numbers, ranges
 MIB, GIB = 2**20, 2**30
 PROCESS = 600 * MIB  # torch, transformers and peft at work, and what the allocator keeps
 _PER_LAYER = 0.005  # seconds that a layer of one batch takes beside its products, forward and backward
+_PER_UNPACKED = 4e-9  # seconds on a processor to unpack a weight of GPTQ, AWQ or HQQ; 2.5 to 5 measured
 _ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -60,7 +61,8 @@ def estimate(
         config.train.optimizer, 8
     )
     parameters = model.parameters or model.weight_bytes // 2
-    seconds = _seconds(config, parameters, tokens, examples, flops, model.shape.layers) if flops and tokens else 0.0
+    unpacked = (parameters * _PER_UNPACKED / (100 if card else 1)) if model.format in PACKED else 0.0
+    seconds = _seconds(config, model, parameters, tokens, examples, flops, unpacked) if flops and tokens else 0.0
     return RunEstimate(
         weights=_weights(config, model, parameters, width),
         adapter=trained * 8,  # the tensors and their gradients, float32
@@ -73,18 +75,25 @@ def estimate(
     )
 
 
-def _seconds(config: RunConfig, parameters: int, tokens: int, examples: int, flops: float, layers: int) -> float:
+def _seconds(
+    config: RunConfig, model: ModelEntry, parameters: int, tokens: int, examples: int, flops: float, unpacked: float
+) -> float:
     """Forward, and backward to the inputs of a frozen base: two products each; checkpointing computes forward twice.
 
     Two thirds of the products' own speed are reckoned with, and what each layer of a batch costs whatever its size.
+
+    Args:
+        unpacked: seconds that it takes to unpack all of the base, once in each pass.
     """
     train = config.train
+    passes = 3 if train.gradient_checkpointing else 2
     seen = tokens * train.epochs
     if train.max_steps is not None and examples:
         seen = min(seen, train.max_steps * train.batch_size * train.gradient_accumulation * tokens / examples)
-    each = (6.0 if train.gradient_checkpointing else 4.0) * parameters
+    each = 2.0 * passes * parameters
     steps = seen / tokens * examples / (train.batch_size * train.gradient_accumulation)
-    return 1.5 * each * seen / flops + steps * train.gradient_accumulation * layers * _PER_LAYER
+    batches = steps * train.gradient_accumulation
+    return 1.5 * each * seen / flops + batches * (model.shape.layers * _PER_LAYER + passes * unpacked)
 
 
 def _compute_bytes(config: RunConfig, card: bool = False) -> int:

@@ -12,6 +12,7 @@ import transformers
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
+from app.training import optimizers_torch, run_torch
 from app.training.run_model_torch import undo_bf16_packing
 from tests import seeds
 from tests.engine import tiny_models, training_kit
@@ -107,13 +108,26 @@ def test_it_begins_as_the_base(name: str, model: ModelEntry, data: Path, tmp_pat
     "optimizer",
     some(["adamw", "adamw_8bit", "lora_plus", "lora_plus_8bit", "lora_fa", "sgd"], {"adamw_8bit", "lora_fa"}),
 )
-def test_an_optimizer_learns(optimizer: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
+def test_an_optimizer_learns(
+    optimizer: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rate = {"sgd": 0.05, "lora_plus": 2e-3, "lora_plus_8bit": 2e-3}.get(optimizer, 1e-2)
-    result = train(config(tmp_path, model, data, train={"optimizer": optimizer, "learning_rate": rate}), model)
+    rank = 64 if optimizer.endswith("8bit") else 4  # smaller tensors keep a state of 32 bits
+    made: list[torch.optim.Optimizer] = []
+
+    def remember(*given: Any) -> torch.optim.Optimizer:
+        made.append(optimizers_torch.make_optimizer(*given))
+        return made[-1]
+
+    monkeypatch.setattr(run_torch, "make_optimizer", remember)
+    settings = {"optimizer": optimizer, "learning_rate": rate}
+    result = train(config(tmp_path, model, data, train=settings, method={"r": rank}), model)
+    kept = {t.dtype for state in made[0].state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    assert (torch.uint8 in kept) == optimizer.endswith("8bit"), kept
     assert result.held_out_loss is not None and result.base_held_out_loss is not None
     assert result.held_out_loss < result.base_held_out_loss - 0.2
     saved = json.loads((Path(result.adapter) / "adapter_config.json").read_text())
-    assert saved["r"] == 4
+    assert saved["r"] == rank
     in_plain_peft(Path(model.path), Path(result.adapter))
 
 

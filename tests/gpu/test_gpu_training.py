@@ -15,6 +15,8 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed in thi
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
+from app.training import run_torch
+from app.training.optimizers_torch import make_optimizer
 from app.training.run_config import TrainResult
 from tests import seeds
 from tests.engine import tiny_models, training_kit
@@ -65,10 +67,17 @@ def test_a_precision_learns(precision: str, model: ModelEntry, data: Path, tmp_p
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lora_plus_8bit"])
-def test_an_optimizer_learns(optimizer: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
+def test_an_optimizer_learns(
+    optimizer: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rate = 2e-3 if optimizer.startswith("lora_plus") else 1e-2
     settings = {"optimizer": optimizer, "learning_rate": rate}
+    made: list[Any] = []
+    monkeypatch.setattr(run_torch, "make_optimizer", lambda *given: made.append(make_optimizer(*given)) or made[-1])
     learnt(train(config(tmp_path, model, data, train=settings, method={"r": 64}), model), model)
+    kept = {t.dtype for state in made[0].state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    assert (torch.uint8 in kept) == optimizer.endswith("8bit"), kept
+    assert bool(getattr(made[0], "is_paged", False)) == optimizer.startswith("paged")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw", "paged_adamw_8bit"])

@@ -237,6 +237,9 @@ def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
     few = msgspec.structs.replace(config, train=msgspec.structs.replace(config.train, max_steps=30))
     assert estimate(few, model, **given).seconds == pytest.approx(whole / 10)
     assert estimate(config, model, tokens=0, flops=1e11).seconds == 0
+    packed = msgspec.structs.replace(model, format=ModelFormat.GPTQ, weight_bytes=model.parameters // 2)
+    assert estimate(config, packed, **given).seconds > whole
+    assert estimate(config, packed).weights < estimate(config, model).weights / 4
     assert estimate(config, model, card=True).weights == estimate(config, model).weights / 2
 
 
