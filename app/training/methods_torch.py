@@ -269,7 +269,10 @@ def _olora(module: LoraLayer) -> None:
 def _eva(config: RunConfig, model: Any, batches: Batches) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.initialize_lora_eva_weights(model, list(batches()), show_progress_bar=False)
+        # In a run of several processes the first one does this alone.
+        peft.initialize_lora_eva_weights(
+            model, list(batches()), show_progress_bar=False, gather_distributed_inputs=False
+        )
     # EVA gives ranks of its own per module; from now on they stand in rank_pattern, and a resumed run takes them from there.
     if not list(layers(model)):
         raise WeftError(

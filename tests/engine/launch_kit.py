@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,23 @@ def launched(
         ) as process,
     ):
         assert process.stdout is not None
+        watch = threading.Timer(300, _end, (process.pid,))  # processes that wait for each other wait for ever
+        watch.start()
         for line in process.stdout:
             if line.startswith("{"):
                 events.append(json.loads(line))
                 news = json.loads(events[-1]["json"]) if events[-1]["kind"] == "news" else {}
                 if news.get("kind") == "checkpoint" and news["step"] == kill_at:
-                    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                        each.kill()
+                    _end(process.pid)
         process.wait(60)
+        watch.cancel()
+        watch.join()
         errors.seek(0)
         assert kill_at or fails or process.returncode == 0, f"{errors.read()[-3000:]}{events[-3:]}"
     return events
+
+
+def _end(launcher: int) -> None:
+    """Kill a launcher and all that it started."""
+    for each in [*psutil.Process(launcher).children(recursive=True), psutil.Process(launcher)]:
+        each.kill()
