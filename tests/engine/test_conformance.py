@@ -192,6 +192,6 @@ def _learns(made: Made, loader: str, folder: Path) -> None:
     options, _ = _exactly(made, loader)
     with loaded(backend_class(loader)(), made.entry, **options) as (backend, _):
         base = _nll(backend)
-        stack = AdapterStack(adapters=(StackedAdapter(path=str(result.folder), weight=1.0),))
+        stack = AdapterStack(adapters=(StackedAdapter(path=result.adapter, weight=1.0),))
         backend.set_adapters(stack, FakeReport())
         assert _nll(backend) != base
