@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "`environments` lists, installs, repairs and removes the engines, `--launcher` puts an icon into the desktop's menu.",
     )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     loaders = commands.add_parser("loaders", help="what each loader can do on this machine, with reasons")
     loaders.set_defaults(run=_loaders)
