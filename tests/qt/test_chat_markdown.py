@@ -149,7 +149,7 @@ def test_a_streamed_answer_ends_as_the_same_text_rendered_at_once(qtbot: QtBot, 
             view.feed(SAMPLE[at : at + size])
             at += size
             if rng.random() < 0.7:
-                view._tail_due = 0.0  # as if a frame had passed
+                view._stream.tail_due = 0.0  # as if a frame had passed
                 view._work()
         view.finish()
         _settle(qtbot, view)
@@ -172,7 +172,7 @@ def test_random_markdown_streams_to_the_same_end(qtbot: QtBot, view: MarkdownVie
             size = rng.randrange(1, 60)
             view.feed(text[at : at + size])
             at += size
-            view._tail_due = 0.0
+            view._stream.tail_due = 0.0
             view._work()
         view.finish()
         _settle(qtbot, view)
@@ -209,7 +209,7 @@ def test_a_code_block_is_copied_exactly(qtbot: QtBot, view: MarkdownView) -> Non
     source = "if a:\n\tb = '  '\n\n\nlong = '" + "x" * 9000 + "'"
     view.set_markdown(f"```python\n{source}\n```")
     _settle(qtbot, view)
-    header = next(iter(view._headers.values()))
+    header = next(iter(view._strips.headers.values()))
     with qtbot.waitSignal(header.copy_requested) as copied:
         header._button.click()
     assert copied.args == [source]
