@@ -109,7 +109,7 @@ def _ways(chosen: str) -> Any:
             if way is None:
                 if proxy:
                     check_proxy(proxy)
-                own = context if proxy.startswith("https:") else None  # the connection to the proxy itself is secure too
+                own = context if proxy.startswith("https:") else None  # of the connection to the proxy itself
                 through = httpx2.Proxy(proxy, ssl_context=own) if proxy else None
                 made = httpx2.HTTPTransport(verify=context, trust_env=False, proxy=through)
                 way = ways.setdefault(proxy, made)  # another thread may have been faster

@@ -24,7 +24,7 @@ from app.hub.trouble import stopped, trouble_error
 
 STRETCH = 32 * 1024 * 1024  # bytes that one connection fetches before it takes the next stretch
 CLAIM = 1024 * 1024  # bytes of a connection after which what arrived is noted in the journal, at the latest
-CLAIM_SOON = 256 * 1024, 0.01  # these many, where that is not oftener than so many seconds: a kill loses what is not noted
+CLAIM_SOON = 256 * 1024, 0.01  # bytes after which it is where so many seconds have passed: a kill loses what is not
 CLAIM_SECONDS = 2.0  # on a slow line
 SYNC = 64 * 1024 * 1024  # bytes after which the disk is made to follow, so that the end does not wait for gigabytes
 SYNC_SECONDS = 30.0  # also on a slow line: that much a power failure may cost

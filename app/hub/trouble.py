@@ -60,7 +60,7 @@ def trouble_error(trouble: HttpTrouble, file: RemoteFile, endpoint: str) -> Weft
 
 
 def gated_error(name: str, page: str, words: str, *, has_token: bool) -> WeftError:
-    """Which of the three it is: no token, licence not accepted, or denied. `page` is the address that helps."""
+    """Which it is: no token, licence not accepted, not answered yet, or denied. `page` is the address that helps."""
     if not has_token:
         return WeftError(
             ErrorKind.PERMISSION,
@@ -72,6 +72,12 @@ def gated_error(name: str, page: str, words: str, *, has_token: bool) -> WeftErr
             ErrorKind.PERMISSION,
             f"The authors of {name} denied your request.",
             f"See {page}, or use another model.",
+        )
+    if "awaiting" in words.lower() or "pending" in words.lower():
+        return WeftError(
+            ErrorKind.PERMISSION,
+            f"Your request to use {name} still waits for its authors.",
+            f"See {page}, and try again when they have answered.",
         )
     return WeftError(
         ErrorKind.PERMISSION,

@@ -20,6 +20,7 @@ from app.hub.places import folder_for, local_name, local_path, refuse_collisions
 from app.hub.positional import PositionalFile
 from app.hub.reference import HubReference, check_file_path, parse_reference
 from app.hub.selection import gguf_choices, is_adapter, missing_parts, pick, quantization, repository_choice, usual
+from app.hub.trouble import gated_error
 from app.viewmodels.transfer_rates import Speed, shares
 
 
@@ -416,6 +417,18 @@ def test_copies_are_found_in_the_cache_and_in_other_roots_and_linked(tmp_path: P
     take_copy(mine, tmp_path / "config.json")
     (tmp_path / "config.json").write_bytes(b"[]")
     assert mine.read_bytes() == b"{}"  # a copy that can be edited
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "said"),
+    [
+        ("You must be authenticated to access it.", False, "no token is set"), ("you are not in the authorized list", True, "not accepted yet"),
+        ("Your request to access model a/b is awaiting a review from the repo authors.", True, "still waits"), ("has been rejected by the repo's authors", True, "denied"),
+    ],
+)  # fmt: skip
+def test_what_stands_between_a_person_and_a_gated_model_is_named(words: str, token: bool, said: str) -> None:
+    error = gated_error("a/b", "https://hub.example/a/b", words, has_token=token)
+    assert said in error.message and "https://hub.example/a/b" in error.hint and error.kind is ErrorKind.PERMISSION
 
 
 def test_retry_after_is_obeyed_in_both_forms_and_against_the_server_s_clock() -> None:
