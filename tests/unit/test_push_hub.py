@@ -88,6 +88,26 @@ def test_every_file_arrives_whole_in_a_private_repository(hub: FakeHub, folder: 
     assert uploading and uploading[-1].total == made.bytes and all(e.done <= e.total for e in uploading)
 
 
+def test_a_paused_upload_sends_nothing_until_it_goes_on(hub: FakeHub, folder: Path) -> None:
+    hub.uploads.rate = 8_000_000
+    child = task_child(folder.parent / "child.log")
+    child.start()
+    plan = PushPlan(path=str(folder), repo="merged", endpoint=hub.endpoint, token=TOKEN)
+    command = child.send(protocol.RunTask(task="push_hub", parameters=msgspec.json.encode(plan).decode()))
+    events: list[Any] = []
+    while not any(isinstance(e, protocol.ProgressEvent) and e.phase == "Uploading" and e.unit for e in events):
+        events.append(child.next_event())
+    child.send(protocol.Adjust(target=command, parameters='{"paused": true}'))
+    while (event := child.next_event(timeout=0.3)) is not None:  # what was under way
+        assert not isinstance(event, protocol.Done | protocol.Failed), "it is held"
+    assert not arrived(hub)
+    child.send(protocol.Adjust(target=command, parameters='{"paused": false}'))
+    while not isinstance(event := child.next_event(), protocol.Done | protocol.Failed):
+        pass
+    child.shutdown()
+    assert isinstance(event, protocol.Done) and len(arrived(hub)) == 4
+
+
 def test_public_only_when_asked(hub: FakeHub, folder: Path) -> None:
     assert not push(hub, folder, private=False).private and not hub.repos["alice/merged"].private
 
