@@ -15,6 +15,7 @@ from app.adapters.packed_grid import Grid
 BITS = (8, 4, 3, 2, 1)
 GROUP = 64
 _POWER, _BETA, _GROWTH, _TURNS = 0.7, 10.0, 1.01, 20  # as the paper has them
+_PIECE = 1 << 17  # weights that are worked on at a time: what a processor's cache holds
 _LARGEST_STEP = 2e4  # of 1 / scale, so that 16-bit floats hold it
 
 
@@ -28,31 +29,43 @@ def quantize(weight: Tensor, bits: int, group: int = GROUP) -> Grid:
     Returns:
         A grid whose scales and zeros are float16.
     """
-    out, inputs = weight.shape
-    values = weight.reshape(-1, group).float()
-    most = (1 << bits) - 1
+    values = weight.reshape(-1, group)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(len(values), 1, dtype=torch.float16, device=weight.device)
+    zero = torch.empty_like(scale)
+    rows = max(1, (_PIECE if weight.device.type == "cpu" else weight.numel()) // group)
+    for start in range(0, len(values), rows):
+        part = slice(start, start + rows)
+        codes[part], scale[part], zero[part] = _some(values[part].float(), (1 << bits) - 1)
+    return Grid(codes, scale, zero, (weight.shape[0], weight.shape[1]), bits)
+
+
+def _some(values: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (groups, group), scales and zeros (groups, 1) of some groups."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     span = high - low
     step = torch.where(span > 1e-4, most / span.clamp_min(1e-12), 1.0).clamp_max(_LARGEST_STEP)  # 1 / scale
-    zero = -low * step
-    zero = _moved(values, step, zero, most)
-    scale, zero = (1 / step).half(), zero.half()
-    codes = (values / scale.float() + zero.float()).round_().clamp_(0, most).to(torch.uint8)
-    return Grid(codes, scale, zero, (out, inputs), bits)
+    scale = (1 / step).half()
+    zero = _moved(values, 1 / scale.float(), -low * step, most).half()
+    codes = torch.addcmul(zero.float(), values, 1 / scale.float()).round_().clamp_(0, most)
+    return codes.to(torch.uint8), scale, zero
 
 
 def _moved(values: Tensor, step: Tensor, zero: Tensor, most: int) -> Tensor:
     """Zeros of the smallest error that was met."""
     best, found, beta = torch.inf, zero, _BETA
+    scaled, scale = values * step, 1 / step
     for _ in range(_TURNS):
-        codes = (values * step + zero).round_().clamp_(0, most)
-        error = values - (codes - zero) / step
-        size = float(error.abs().mean())
+        codes = (scaled + zero).round_().clamp_(0, most)
+        error = torch.addcmul(values, codes - zero, scale, value=-1)
+        magnitude = error.abs()
+        size = float(magnitude.mean())
         if size >= best:
             break
         best, found = size, zero
-        magnitude = error.abs()
-        shrunk = error.sign() * (magnitude - magnitude.clamp_min(1e-12).pow(_POWER - 1) / beta).clamp_min_(0)
-        zero = (codes - (values - shrunk) * step).mean(1, keepdim=True)
+        shrunk = (
+            magnitude.sub_(magnitude.clamp_min(1e-12).pow_(_POWER - 1), alpha=1 / beta).clamp_min_(0).copysign_(error)
+        )
+        zero = (codes - torch.addcmul(scaled, shrunk, step, value=-1)).mean(1, keepdim=True)
         beta *= _GROWTH
     return found

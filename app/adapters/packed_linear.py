@@ -4,8 +4,8 @@ Two ways of keeping a matrix:
 
 - `exact`: codes (two to a byte up to 4 bits), scales and zeros as they were saved. Each pass unpacks the matrix in float32, which is
   exact, works for everything, and lets gradients through to the input without keeping the matrix for them.
-- `int4`: PyTorch's own 4-bit kernel, on the processor; up to 4 bits in one matrix of it, more bits in two (sixteens and ones).
-  It computes with bfloat16 scales, 16-bit inputs, and groups of 32, 64, 128 or 256.
+- `int4`: PyTorch's own 4-bit kernels, of the processor and of NVIDIA's cards; up to 4 bits in one matrix of it, more bits in two
+  (sixteens and ones). They compute with bfloat16 scales, 16-bit inputs, and groups of 32, 64, 128 or 256.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from app.adapters.packed_grid import Grid
 
 GROUPS = (256, 128, 64, 32)  # that the 4-bit kernel knows
 _HALF = (torch.bfloat16, torch.float16)
-_BLOCK = 64  # rows that the kernel's order takes together
+_BLOCK = 64  # rows that the kernels' orders take together
+_TILES = 8  # of 16 inputs, which the cards' kernel takes together
 
 
 class PackedLinear(torch.nn.Linear):
@@ -86,8 +87,7 @@ class PackedLinear(torch.nn.Linear):
             offset = left.bfloat16()
             left = left - offset.float()  # what rounding has left, the next plane adds
             both = torch.stack([(rounded * factor).bfloat16(), offset], -1).transpose(0, 1).contiguous()
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(plane.to(torch.int32).contiguous(), 1)
-            self._hold(**{f"packed{number}": packed, f"scales{number}": both})
+            self._hold(**{f"packed{number}": to_int4pack(plane), f"scales{number}": both})
         self._planes = len(planes)
 
     # Reading it -------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class PackedLinear(torch.nn.Linear):
 
     def _planes_unpacked(self) -> Tensor:
         rows, inputs = self.out_features, self.in_features
-        made = torch.zeros(rows, inputs // self._size, self._size)
+        made = torch.zeros(rows, inputs // self._size, self._size, device=self.device)
         for number in range(self._planes):
             scales = self._buffers[f"scales{number}"].float()
             codes = from_int4pack(self._buffers[f"packed{number}"], rows, inputs).reshape(made.shape)
@@ -147,11 +147,11 @@ class PackedLinear(torch.nn.Linear):
         if self._ordered:
             flat = flat[:, self._buffers["order"]]
         flat = flat.to(torch.bfloat16).contiguous()
+        kernel = torch.ops.aten
+        multiply = kernel._weight_int4pack_mm_for_cpu if flat.device.type == "cpu" else kernel._weight_int4pack_mm
         y: Any = None
         for number in range(self._planes):
-            part = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                flat, self._buffers[f"packed{number}"], self._size, self._buffers[f"scales{number}"]
-            )
+            part = multiply(flat, self._buffers[f"packed{number}"], self._size, self._buffers[f"scales{number}"])
             y = part if y is None else y + part
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
@@ -175,45 +175,54 @@ class _Product(torch.autograd.Function):
 
 
 def fits_int4(grid: Grid, dtype: torch.dtype) -> bool:
-    """Whether the processor's 4-bit kernel takes a matrix, and a model of this dtype gains by it."""
+    """Whether a 4-bit kernel takes a matrix, and a model of this dtype gains by it."""
     rows, inputs = grid.shape
+    device = grid.codes.device.type
     return (
         dtype in _HALF
-        and grid.codes.device.type == "cpu"
+        and device in ("cpu", "cuda")
         and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
         and grid.bits <= 8
         and grid.group > 0
         and any(grid.group % size == 0 for size in GROUPS)
         and rows % 16 == 0
-        and inputs % 32 == 0
+        and inputs % (32 if device == "cpu" else 16 * _TILES) == 0
     )
+
+
+def to_int4pack(codes: Tensor) -> Tensor:
+    """Codes under 16, uint8 (rows, inputs), in the order of the kernel of their device."""
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).contiguous(), 1)
+    pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _TILES)
 
 
 def from_int4pack(packed: Tensor, rows: int, inputs: int) -> Tensor:
     """The codes out of the kernel's order, uint8 (rows, inputs)."""
-    flat = packed.reshape(-1)
-    out = torch.empty(rows, inputs, dtype=torch.uint8)
+    flat = packed.reshape(-1).view(torch.uint8)
+    out = torch.empty(rows, inputs, dtype=torch.uint8, device=packed.device)
     for start in range(0, rows, _BLOCK):
         count = min(_BLOCK, rows - start)
         data = flat[start * inputs // 2 : (start + count) * inputs // 2]
         nibbles = torch.cat([data & 15, data >> 4])
-        out[start : start + count] = nibbles[_places(count, inputs)].reshape(count, inputs)
+        out[start : start + count] = nibbles[_places(count, inputs, packed.device)].reshape(count, inputs)
     return out
 
 
 @functools.lru_cache(maxsize=16)
-def _places(rows: int, inputs: int) -> Tensor:
+def _places(rows: int, inputs: int, device: torch.device) -> Tensor:
     """Where the kernel's order has the nibble of each weight of a block, low nibbles of all bytes first.
 
     Found out by packing numbers digit by digit: the order differs between processors.
     """
     total = rows * inputs
-    number = torch.arange(total)
-    at = torch.zeros(total, dtype=torch.long)
+    number = torch.arange(total, device=device)
+    at = torch.zeros(total, dtype=torch.long, device=device)
     for digit in range(0, max(1, (total - 1).bit_length()), 4):
-        plane = ((number >> digit) & 15).to(torch.int32).reshape(rows, inputs)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(plane, 1).reshape(-1)
+        plane = ((number >> digit) & 15).to(torch.uint8).reshape(rows, inputs)
+        packed = to_int4pack(plane).reshape(-1).view(torch.uint8)
         at |= torch.cat([packed & 15, packed >> 4]).long() << digit
-    places = torch.empty(total, dtype=torch.long)
+    places = torch.empty(total, dtype=torch.long, device=device)
     places[at] = number
     return places

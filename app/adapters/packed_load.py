@@ -7,6 +7,7 @@ transformers provides for, puts a `PackedLinear` in the place of each.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -169,7 +170,7 @@ class PackedConfig(QuantizationConfigMixin):
     def layout_of(self, grid: Grid, dtype: torch.dtype) -> str:
         if self.kernel == "exact" or not fits_int4(grid, dtype):
             return "exact"
-        if self.kernel == "auto" and not _kernel_is_right():
+        if self.kernel == "auto" and not _kernel_is_right(grid.codes.device):
             return "exact"
         return "int4"
 
@@ -180,25 +181,22 @@ class PackedConfig(QuantizationConfigMixin):
         self.layouts[layout] = self.layouts.get(layout, 0) + 1
 
 
-_RIGHT: list[bool] = []
-
-
-def _kernel_is_right() -> bool:
-    """Whether this processor's 4-bit kernel multiplies as it should, and its order can be read: tried once on a small matrix."""
-    if not _RIGHT:
-        codes = (torch.arange(80 * 128) * 7919 % 16).to(torch.uint8).reshape(-1, 64)
-        grid = Grid(codes, torch.full((160, 1), 0.5), torch.full((160, 1), 7.0), (80, 128), 4)
-        x = (torch.arange(3 * 128) * 31 % 17).reshape(3, 128).to(torch.bfloat16) - 8
-        try:
-            module = PackedLinear(128, 80, bias=False, dtype=torch.bfloat16)
-            module.take(grid, "int4")
-            with torch.no_grad():
-                found, wanted = module(x).float(), x.float() @ grid.weight().T
-            close = bool((found - wanted).abs().max() <= 0.01 * wanted.abs().max())
-            _RIGHT.append(close and torch.equal(module.unpacked(), grid.weight()))
-        except (RuntimeError, NotImplementedError):
-            _RIGHT.append(False)
-    return _RIGHT[0]
+@functools.cache
+def _kernel_is_right(device: torch.device) -> bool:
+    """Whether a device's 4-bit kernel multiplies as it should, and its order can be read: tried once on a small matrix."""
+    codes = (torch.arange(80 * 256, device=device) * 7919 % 16).to(torch.uint8).reshape(-1, 64)
+    scale = torch.full((320, 1), 0.5, device=device)
+    grid = Grid(codes, scale, scale * 14, (80, 256), 4)
+    x = (torch.arange(3 * 256, device=device) * 31 % 17).reshape(3, 256).to(torch.bfloat16) - 8
+    try:
+        module = PackedLinear(256, 80, bias=False, dtype=torch.bfloat16)
+        module.take(grid, "int4")
+        with torch.no_grad():
+            found, wanted = module(x).float(), x.float() @ grid.weight().T
+        close = bool((found - wanted).abs().max() <= 0.01 * wanted.abs().max())
+        return close and torch.equal(module.unpacked(), grid.weight())
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 @register_quantizer(METHOD)

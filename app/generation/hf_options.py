@@ -120,7 +120,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal["auto", "exact", "int4"],
         option(
             "Kernel for packed weights",
-            "GPTQ, AWQ and HQQ: exact unpacks in 32 bits at each pass; int4 is the processor's fast kernel, with 16-bit scales. "
+            "GPTQ, AWQ and HQQ: exact unpacks in 32 bits at each pass; int4 is PyTorch's fast kernel, with 16-bit scales. "
             "Auto takes int4 for 16-bit models where it works.",
             group=BEHAVIOUR,
             advanced=True,
