@@ -264,7 +264,7 @@ def test_the_list_searches_all_text_groups_by_date_and_renames(desk: Desk) -> No
     assert model.conversations[0].title == "about zebras"
     desk.page.side.field.setText("")
     desk.qtbot.waitUntil(lambda: model.rowCount() == 3)
-    desk.page._rename_current()
+    desk.page.conversations.rename_current()
     editor = desk.page.side.list.findChild(QLineEdit)
     assert editor is not None
     editor.setText("Soup!")
@@ -277,7 +277,7 @@ def test_the_list_searches_all_text_groups_by_date_and_renames(desk: Desk) -> No
 def test_deleting_a_chat_offers_undo(desk: Desk) -> None:
     desk.ask("one", "1")
     id = desk.page.controller.conversation_id
-    desk.page._delete(id)
+    desk.page.conversations.delete(id)
     assert desk.page.model.rowCount() == 0
     undo = desk.notices[-1]
     assert undo.action == "Undo" and undo.run is not None
@@ -299,16 +299,16 @@ def test_ctrl_z_takes_back_deletions_and_typing_in_their_order(desk: Desk) -> No
     assert "more" not in desk.page.composer.text
     desk.press(Qt.Key.Key_Z, control)
     assert [message.content for message in desk.page.controller.path] == path
-    desk.page._delete(id)
+    desk.page.conversations.delete(id)
     assert desk.page.model.rowCount() == 0
     desk.press(Qt.Key.Key_Z, control)
     assert desk.page.controller.conversation_id == id
-    assert not desk.page._undos
-    desk.page._delete(id)
+    assert not desk.page.conversations.undos
+    desk.page.conversations.delete(id)
     undo = desk.notices[-1].run
     assert undo is not None
     undo()
-    assert not desk.page._undos, "the toast's Undo and Ctrl+Z take back one deletion once"
+    assert not desk.page.conversations.undos, "the toast's Undo and Ctrl+Z take back one deletion once"
 
 
 def test_ten_thousand_chats_stay_fluid(desk: Desk) -> None:

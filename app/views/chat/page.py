@@ -7,8 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from PySide6.QtCore import QCoreApplication, QEvent, QObject, Qt, QTimer, Slot
-from PySide6.QtGui import QKeyEvent, QKeySequence, QResizeEvent
+from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
+from PySide6.QtGui import QKeyEvent, QResizeEvent
 from PySide6.QtWidgets import QWidget
 
 from app.core.errors import WeftError
@@ -20,12 +20,12 @@ from app.viewmodels.chat_list import ConversationList
 from app.viewmodels.chat_presets import Presets, Values
 from app.views.chat.activity import Activity
 from app.views.chat.commands import chat_commands
+from app.views.chat.conversation_actions import ConversationActions
 from app.views.chat.frame import ChatFrame
 from app.views.chat.message_actions import MessageActions
 from app.views.chat.transcript import Entry
-from app.views.chat.undos import Undos
 from app.views.chat.warm_up import WarmUp
-from app.views.page import Notice, Page, PaletteCommand
+from app.views.page import Page, PaletteCommand
 from app.views.widgets import action
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class ChatPage(Page):
         self._store, self._loadout, self._settings = store, loadout, settings
         self.presets = Presets(settings)
         self._shown_conversation = -1
-        self._undos = Undos()
         self._warm_up = WarmUp(store, self)
         self.controller = ChatController(store, loadout, self._defaults, self)
         self.model = ConversationList(store, self)
@@ -73,6 +72,7 @@ class ChatPage(Page):
         self._title = frame.title
         self.setFocusProxy(self.composer.edit)
         self.messages = MessageActions(self.controller, frame, self)
+        self.conversations = ConversationActions(self.controller, self.model, frame, self._leave, self)
         self.activity = Activity(self.controller, loadout, frame, pick_model, self)
         self._connect()
         self._add_actions()
@@ -97,7 +97,7 @@ class ChatPage(Page):
         panel.system_changed.connect(self._set_system)
         panel.sampling_changed.connect(self._set_sampling)
         panel.failed.connect(self.failed)
-        panel.noticed.connect(self._undoable)
+        panel.noticed.connect(self.conversations.undoable)
         panel.closed.connect(self.toggle_panel)
         self._frame.add_panel(panel)
         self._fill_panel(panel)
@@ -151,33 +151,30 @@ class ChatPage(Page):
         controller.streamed.connect(self.transcript.feed)
         controller.activity_changed.connect(self._activity_changed)
         controller.conversations_changed.connect(self._refresh_list)
-        controller.undoable.connect(self._undoable)
         controller.failed.connect(self.failed)
         self.messages.notice.connect(self.notice)
+        self.conversations.notice.connect(self.notice)
+        self.conversations.failed.connect(self.failed)
         self.activity.conversation_wanted.connect(self.open)
         self.activity.page_wanted.connect(self.page_wanted)
-        self.composer.edit.installEventFilter(self)
         self.composer.sent.connect(self.send)
         self.composer.stopped.connect(controller.stop)
         self.composer.draft_changed.connect(self._draft_changed)
         self.welcome.asked.connect(self.send)
         self.side.chosen.connect(self.open)
         self.side.new_wanted.connect(self.new_chat)
-        self.side.pin_wanted.connect(self._pin)
-        self.side.delete_wanted.connect(self._delete)
         self.side.export_wanted.connect(self._ask_export)
         self.side.import_wanted.connect(self.ask_import)
-        self.model.renamed.connect(self._rename)
 
     def _add_actions(self) -> None:
         for text, run, shortcut in (
             ("New chat", self.new_chat, "Ctrl+N"),
-            ("Rename chat", self._rename_current, "F2"),
+            ("Rename chat", self.conversations.rename_current, "F2"),
             ("System prompt and sampling", self.toggle_panel, "Ctrl+Shift+B"),
             ("Message before", partial(self.messages.walk, -1), "Alt+Up"),
             ("Message after", partial(self.messages.walk, 1), "Alt+Down"),
             ("Answer again", self.messages.regenerate_last, "Ctrl+R"),
-            ("Undo the last deletion", self._undos.undo, "Ctrl+Z"),
+            ("Undo the last deletion", self.conversations.undos.undo, "Ctrl+Z"),
         ):
             made = action(self, text, run, shortcut)
             made.setShortcutContext(Qt.ShortcutContext.WidgetWithChildrenShortcut)
@@ -341,39 +338,6 @@ class ChatPage(Page):
         if self.controller.conversation is not None:
             self._title.setText(self.controller.conversation.title)
 
-    @Slot(int, str)
-    def _rename(self, conversation: int, title: str) -> None:
-        # Later: the view is still closing its editor, and the list is about to be read again.
-        QTimer.singleShot(0, self, lambda: self._try(lambda: self.controller.rename(conversation, title)))
-
-    def _rename_current(self) -> None:
-        focused = self.side.list.currentIndex() if self.side.list.hasFocus() else None
-        row_ = self.model.conversation(focused.row()) if focused is not None and focused.isValid() else None
-        id = row_.id if row_ is not None else self.controller.conversation_id
-        if id:
-            self.side.show()
-            self.side.rename(id)
-
-    @Slot(int, bool)
-    def _pin(self, conversation: int, pinned: bool) -> None:
-        self._try(lambda: self.controller.set_pinned(conversation, pinned))
-
-    @Slot(int)
-    def _delete(self, conversation: int) -> None:
-        self._leave()
-        self._try(lambda: self.controller.delete(conversation))
-
-    @Slot(str, object)
-    def _undoable(self, text: str, undo: Callable[[], object]) -> None:
-        once = self._undos.add(partial(self._try, undo), self.composer.text)
-        self.notice.emit(Notice(text=text, action="Undo", run=once))
-
-    def _undoes_typing(self) -> bool:
-        """Whether Ctrl+Z in the composer belongs to its text: something was typed since the last deletion, or none is left."""
-        if not self._undos:
-            return True
-        return self._undos.typed_since(self.composer.text) and self.composer.edit.document().isUndoAvailable()
-
     @Slot(list, str)
     def _ask_export(self, conversations: list[int], form: str) -> None:
         self.files.ask_export(conversations, form)
@@ -429,17 +393,6 @@ class ChatPage(Page):
             self.finding.open()
 
     # Events -----------------------------------------------------------------------------------------
-
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:
-        if (
-            event.type() == QEvent.Type.ShortcutOverride
-            and isinstance(event, QKeyEvent)
-            and event.matches(QKeySequence.StandardKey.Undo)
-            and not self._undoes_typing()
-        ):
-            event.ignore()  # the page's shortcut has it, not the text
-            return True
-        return super().eventFilter(watched, event)
 
     def keyPressEvent(self, event: QKeyEvent) -> None:
         if event.key() == Qt.Key.Key_Escape and self.controller.writing:
