@@ -176,14 +176,14 @@ def test_only_so_many_at_once_and_the_limit_holds_while_they_run(qtbot: QtBot, h
 
 def test_the_speed_limit_holds_at_once_and_for_all_together(qtbot: QtBot, hub: FakeHub, here: Manager) -> None:
     for number in range(2):
-        hub.add(f"user/m{number}", {f"m{number}.gguf": random_bytes(40 * MB)})
+        hub.add(f"user/m{number}", {f"m{number}.gguf": random_bytes(16 * MB)})
     here.downloads.set_limits(rate=2 * MB, at_once=2)
     for number in range(2):
         here.add(qtbot, f"user/m{number}")
     qtbot.waitUntil(lambda: here.downloads.speed > MB / 2, timeout=WAIT)
-    qtbot.wait(1500)
+    qtbot.wait(1000)
     first, started = sum(row.done for row in here.downloads.rows), time.monotonic()
-    qtbot.wait(3000)
+    qtbot.wait(2000)
     rate = (sum(row.done for row in here.downloads.rows) - first) / (time.monotonic() - started)
     assert 0.4 * 2 * MB < rate < 1.7 * 2 * MB
     here.downloads.set_limits(rate=0)

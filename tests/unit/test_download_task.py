@@ -47,7 +47,7 @@ def download(hub: FakeHub, folder: Path, *paths: str, **more: object):
         child.shutdown()
 
 
-def killed_at(hub: FakeHub, folder: Path, target: Path, count: int) -> int:
+def killed_at(hub: FakeHub, folder: Path, target: Path, count: int, slow: int = 8 * MB) -> int:
     """Start a child and kill it once so much is on disk, and no more than a little. Returns the bytes that were.
 
     The hub slows down shortly before, so that the kill comes when it is meant to: also at 99 %.
@@ -61,7 +61,7 @@ def killed_at(hub: FakeHub, folder: Path, target: Path, count: int) -> int:
         assert time.monotonic() < deadline and child.alive, (folder.parent / "child.log").read_text()
         assert not target.exists(), "it was complete before it could be killed"
         if hub.fetched() > count - 20 * MB:  # what lies in buffers is ahead of the disk
-            hub.total_rate = min(rate, 8 * MB)
+            hub.total_rate = min(rate, slow)
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     while child.alive:
@@ -72,7 +72,7 @@ def killed_at(hub: FakeHub, folder: Path, target: Path, count: int) -> int:
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_killed_anywhere_it_goes_on_and_the_checksum_holds(hub: FakeHub, tmp_path: Path, share: float) -> None:
-    size = 200 * MB  # a hundredth is more than one claim
+    size = 100 * MB  # a hundredth is more than one claim
     source = tmp_path / "source"
     with source.open("wb") as file:
         for _ in range(10):
@@ -98,7 +98,7 @@ def test_killed_again_and_again_it_still_ends_right(hub: FakeHub, tmp_path: Path
     hub.total_rate = 40 * MB
     folder = tmp_path / "tiny"
     for share in (0.1, 0.3, 0.35, 0.6, 0.9):
-        killed_at(hub, folder, folder / FILE, int(40 * MB * share))
+        killed_at(hub, folder, folder / FILE, int(40 * MB * share), slow=24 * MB)
     download(hub, folder)
     assert sha256(folder / FILE) == hub.repos["user/tiny"].revisions["main"][FILE].sha256
     assert hub.fetched() - 40 * MB <= 5 * TWICE

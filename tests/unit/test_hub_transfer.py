@@ -188,9 +188,13 @@ def test_a_store_whose_etag_changes_between_parts_starts_over(hub: FakeHub, tmp_
 
 
 @pytest.mark.parametrize("checksum", [True, False])
-def test_connections_that_open_at_once_never_mix_two_versions(hub: FakeHub, tmp_path: Path, checksum: bool) -> None:
+def test_connections_that_open_at_once_never_mix_two_versions(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksum: bool
+) -> None:
     """One of the first answers, when no ETag is known yet, is of another version."""
-    data = random_bytes(100 * 2**20)
+    monkeypatch.setattr(transfer, "STRETCH", 2**20)
+    hub.rate = 8 * MB  # so that all are open before one is through
+    data = random_bytes(6 * 2**20)
     hub.add("user/tiny", {FILE: data})
     hub.misbehave(Fault("other_etag", path=FILE, skip=1))
     assert fetch(hub, tmp_path / FILE, remote(hub, checksum=checksum)).read_bytes() == data
