@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "How do I add a LoRA?"
+TURNS = ("what is a gguf file", QUESTION, "Who won the world cup?")
 
 
 def weft(*arguments: str, stdin: str = "", timeout: float = 180) -> subprocess.CompletedProcess[str]:
@@ -38,9 +39,20 @@ def weft_json(*arguments: str, stdin: str = "") -> Any:
 
 
 @functools.cache
+def greedy(model: str, *more: str) -> dict[str, Any]:
+    """`weft chat` on QUESTION at temperature 0: asked in a fresh process, and only once in a run of the tests."""
+    return weft_json("chat", model, "-p", QUESTION, "--temperature", "0", *more)
+
+
 def greedy_answer(model: str, *more: str) -> str:
-    """What `weft chat` says to QUESTION at temperature 0: asked in a fresh process, and only once in a run of the tests."""
-    return weft_json("chat", model, "-p", QUESTION, "--temperature", "0", *more)["text"]
+    """What it says."""
+    return greedy(model, *more)["text"]
+
+
+@functools.cache
+def greedy_turns(loader: str) -> list[dict[str, Any]]:
+    """A conversation with `starter` over standard input, under a loader: TURNS and their answers, also only once."""
+    return weft_json("chat", "starter", "--loader", loader, "--temperature", "0", stdin="\n".join(TURNS) + "\n")
 
 
 def interrupt_after(seconds: float, arguments: Sequence[str]) -> tuple[int, str, str]:

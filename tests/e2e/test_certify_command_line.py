@@ -9,7 +9,7 @@ import pytest
 
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
-from tests.e2e.command_line import ROOT, weft, weft_json
+from tests.e2e.command_line import QUESTION, ROOT, greedy_answer, weft, weft_json
 
 STARTER = ROOT / "resources" / "starter"
 VOICE = STARTER / "voice-adapter"
@@ -44,8 +44,8 @@ def test_an_export_of_a_gguf_with_an_adapter_is_certified_and_speaks(tmp_path: P
     target = tmp_path / "out.gguf"
     made = weft_json("export", str(GGUF), "--adapter", str(VOICE), "--to", str(target), "--type", "base", "--certify")
     assert made["type"] == "base" and made["certificate"]["mean_kl"] < 1e-4
-    question = ("-p", "How do I add a LoRA?", "--temperature", "0")
-    live = weft_json("chat", str(GGUF), *question, "--adapter", str(VOICE))
-    assert weft_json("chat", str(target), *question)["text"] == live["text"]
+    question = ("-p", QUESTION, "--temperature", "0")
+    live = greedy_answer("starter (GGUF)", "--adapter", str(VOICE))
+    assert weft_json("chat", str(target), *question)["text"] == live
     refused = weft("export", "starter", "--to", str(tmp_path / "x.gguf"), "--type", "base")
     assert refused.returncode and "The type base is for GGUF models" in refused.stderr

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from app.backends import specs
-from tests.e2e.command_line import greedy_answer, interrupt_after, weft, weft_json
+from tests.e2e.command_line import TURNS, greedy, greedy_answer, greedy_turns, interrupt_after, weft, weft_json
 
 STARTERS = {"transformers": "starter", "llama_cpp": "starter (GGUF)"}
 
 
 @pytest.mark.parametrize("loader", sorted(STARTERS))
 def test_the_starter_answers_how_to_add_a_lora(loader: str) -> None:
-    answer = weft_json("chat", STARTERS[loader], "-p", "How do I add a LoRA?", "--temperature", "0")
+    answer = greedy(STARTERS[loader])
     assert "drop" in answer["text"].lower() and "lora" in answer["text"].lower()
     assert answer["finish_reason"] == "stop"
     assert answer["tokens"] > 5 and answer["tokens_per_second"] > 0 and 0 < answer["time_to_first_token"] < 60
@@ -22,15 +22,14 @@ def test_the_starter_answers_how_to_add_a_lora(loader: str) -> None:
 
 def test_both_loaders_give_the_same_greedy_answer() -> None:
     assert len({greedy_answer(name) for name in STARTERS.values()}) == 1
-    for question in ("what is a gguf file", "Who won the world cup?"):
-        texts = {weft_json("chat", name, "-p", question, "--temperature", "0")["text"] for name in STARTERS.values()}
-        assert len(texts) == 1, question
+    one, other = ([answer["text"] for answer in greedy_turns(loader)] for loader in STARTERS)
+    assert one == other
 
 
 @pytest.mark.parametrize("loader", sorted(STARTERS))
 def test_a_conversation_over_stdin_reads_its_history_only_once(loader: str) -> None:
-    answers = weft_json("chat", STARTERS[loader], "--temperature", "0", stdin="Hello\nHow do I add a LoRA?\nThanks\n")
-    assert len(answers) == 3
+    answers = greedy_turns(loader)
+    assert len(answers) == len(TURNS) == 3
     for earlier, later in zip(answers, answers[1:], strict=False):
         # All of the earlier prompt and answer is in the cache; only the new turn and the template's marks are read.
         assert later["reused_tokens"] >= earlier["prompt_tokens"]
@@ -63,7 +62,7 @@ def test_a_seed_repeats_an_answer_and_another_seed_need_not() -> None:
 def test_max_tokens_and_stop_strings() -> None:
     short = weft_json("chat", "starter (GGUF)", "-p", "How do I add a LoRA?", "--temperature", "0", "--max-tokens", "5")
     assert short["tokens"] == 5 and short["finish_reason"] == "length"
-    whole = weft_json("chat", "starter (GGUF)", "-p", "How do I add a LoRA?", "--temperature", "0")["text"]
+    whole = greedy_answer("starter (GGUF)")
     word = whole.split()[3]
     cut = weft_json("chat", "starter (GGUF)", "-p", "How do I add a LoRA?", "--temperature", "0", "--stop", word)
     assert cut["text"] == whole[: whole.index(word)] and cut["finish_reason"] == "stop"
@@ -77,7 +76,7 @@ def test_a_path_is_a_model_too(tmp_path: Path) -> None:
 
 def test_the_starter_is_there_for_every_loader() -> None:
     for loader in STARTERS:
-        assert weft_json("chat", "starter", "--loader", loader, "-p", "Hello", "--temperature", "0")["text"]
+        assert all(answer["text"] for answer in greedy_turns(loader))
 
 
 def test_options_reach_the_engine() -> None:
