@@ -28,10 +28,11 @@ def test_what_weft_merge_refuses_in_words(tmp_path: Path) -> None:
     target = str(tmp_path / "out")
     for arguments, word in (
         (("starter", "--adapter", f"{VOICE}=0"), "nothing to merge"),
+        (("starter",), "nothing to merge"),
         (("starter", "--adapter", str(VOICE), "--shard-size", "much"), "no size"),
         (("starter (gguf)", "--adapter", str(VOICE)), "GGUF"),
     ):
         ended = weft("merge", *arguments, "--to", target)
         assert ended.returncode == 1 and word in ended.stderr, ended.stderr
         assert not Path(target).exists()
-    assert weft("merge", "starter", "--to", target).returncode == 2
+    assert weft("merge", "starter").returncode == 2, "it is not said where to"
