@@ -24,6 +24,7 @@ from app.engine.environments import USABLE, Environments
 from app.store.toml_text import dump
 from app.terminal import ProgressLine
 from app.training import methods, run_file
+from app.training.distribution import check_configuration
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
 from app.training.run_resume import SUFFIX
 
@@ -134,6 +135,10 @@ def _launch(parameters: TrainParameters, config: Path, told: list[str]) -> dict[
         raise WeftError(
             ErrorKind.NOT_FOUND, f"There is no file {config}.", "Make one with `accelerate config --config_file FILE`."
         )
+    try:
+        check_configuration(config.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeftError(ErrorKind.BAD_INPUT, f"{config} cannot be read: {error}.", "Name accelerate's file.") from error
     paths = default_paths()
     python = Environments(paths.environments).python(ENVIRONMENT)
     metrics, news, line = _Metrics(), _news(told), ProgressLine()

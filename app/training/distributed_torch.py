@@ -33,6 +33,8 @@ def make_accelerator(config: RunConfig) -> Any:
 
     cpu = config.model.device == "cpu" or not torch.cuda.is_available()
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp:
+        check_distribution("FSDP", version=int(os.environ.get("FSDP_VERSION") or 1))
     backend = "cpu:gloo,cuda:nccl" if fsdp and not cpu else None
     group = InitProcessGroupKwargs(backend=backend, timeout=_SILENT)
     try:
@@ -54,7 +56,6 @@ def make_accelerator(config: RunConfig) -> Any:
     plugin = getattr(state, "fsdp_plugin", None)
     check_distribution(
         accelerator.distributed_type.value,
-        version=plugin.fsdp_version if plugin is not None else 2,
         wraps_checkpoints=bool(plugin is not None and plugin.activation_checkpointing),
         alone=accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from app.core.errors import ErrorKind, WeftError
 from app.training.run_config import RunConfig
 
@@ -42,6 +44,26 @@ def check_distribution(kind: str, *, version: int = 2, wraps_checkpoints: bool =
             "Several processes were asked for, and accelerate started one: with distributed_type MULTI_CPU it leaves that to MPI.",
             "Set distributed_type: MULTI_GPU and use_cpu: true in accelerate's config: it starts them itself then.",
         )
+
+
+def check_configuration(text: str) -> None:
+    """`check_distribution` of accelerate's configuration file (YAML or JSON), before it is launched.
+
+    Raises:
+        WeftError: UNSUPPORTED.
+    """
+    bare = re.sub(r"#.*", "", text)
+
+    def value(name: str) -> str:
+        found = re.search(rf"""\b{name}["']?\s*:\s*["']?(\w+)""", bare)
+        return found[1] if found else ""
+
+    version = value("fsdp_version")
+    check_distribution(
+        value("distributed_type").upper() or "NO",
+        version=int(version) if version.isdigit() else 1,
+        wraps_checkpoints=value("fsdp_activation_checkpointing").lower() == "true",
+    )
 
 
 def check_sharded(config: RunConfig, *, half: bool, quantized: bool = False) -> None:

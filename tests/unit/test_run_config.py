@@ -14,7 +14,7 @@ from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.core.options import describe
 from app.store.toml_text import dump
 from app.training import methods, run_file
-from app.training.distribution import check_distribution, check_sharded
+from app.training.distribution import check_configuration, check_distribution, check_sharded
 from app.training.estimate import estimate
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 
@@ -255,6 +255,28 @@ def test_ways_to_share_a_run_out() -> None:
         with pytest.raises(WeftError) as caught:
             check_distribution(**asked)
         assert way_out in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "served"),
+    [
+        ("distributed_type: MULTI_GPU\n", True),
+        ("distributed_type: 'NO'\n", True),
+        ("distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_activation_checkpointing: false\n", True),
+        ('{"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}', True),
+        ('{"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}', False),
+        ("distributed_type: FSDP\nfsdp_config:\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n", False),
+        ("distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_activation_checkpointing: true\n", False),
+        ("distributed_type: DEEPSPEED\n", False),
+    ],
+)
+def test_accelerates_file_is_read_before_it_is_launched(text: str, served: bool) -> None:
+    if served:
+        check_configuration(text)
+        return
+    with pytest.raises(WeftError) as caught:
+        check_configuration(text)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
