@@ -37,6 +37,10 @@ _MARGIN = 64 * 1024 * 1024
 _LARGEST_TEXT = 64 * 1024 * 1024  # bytes of the calibration text that are read; far more than is ever used
 
 
+class _UnusableLayersError(Exception):
+    """What an earlier run had kept cannot be gone on with: begin anew."""
+
+
 def run(parameters: QuantizePlan, report: Report) -> QuantizeResult:
     """Quantize.
 
@@ -59,6 +63,7 @@ class _Run:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.pausing = Pausing(report)
+        self.goes_on = False  # with layers that an earlier run had quantized
 
     def run(self) -> QuantizeResult:
         from app.adapters.quantize_shapes_torch import check_shapes, shapes_of
@@ -113,8 +118,7 @@ class _Run:
         known = msgspec.structs.replace(plan, stack=AdapterStack(), target="", base_name="")
         mark = fingerprint([VERSION, version, known, stack, stamp(Path(plan.model)), stamp(Path(plan.calibration))])
         gone = ["aside", "source"] if staging.left_by(mark) else ["aside", "source", "merged", "layers"]
-        if staging.left_by(mark) and (staging.root / "layers").is_dir():
-            self.notes.append("Layers that an earlier run had quantized were used.")
+        self.goes_on = staging.left_by(mark) and (staging.root / "layers").is_dir()
         staging.begin(mark, job_of("quantize", ENVIRONMENT, plan))
         for folder in (*(staging.root / name for name in gone), staging.folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -205,6 +209,20 @@ class _Run:
         return pieces
 
     def _quantize(self, model: Path, staging: Staging, pieces: list[list[int]], shapes: Shapes) -> None:
+        kept = self._kept_layers(model, staging)
+        try:
+            self._calibrate(model, staging, pieces, shapes, kept)
+        except _UnusableLayersError:
+            self.goes_on = False
+            for name in ("layers", "aside"):
+                shutil.rmtree(staging.root / name, ignore_errors=True)
+            self._calibrate(model, staging, pieces, shapes, kept)
+        if self.goes_on:
+            self.notes.append("Layers that an earlier run had quantized were used.")
+
+    def _calibrate(
+        self, model: Path, staging: Staging, pieces: list[list[int]], shapes: Shapes, kept: dict[str, Any]
+    ) -> None:
         import torch
         from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.looper.module_looper import StopMainLoop
@@ -229,7 +247,7 @@ class _Run:
                 batch_size=1,
                 calibration_data_min_length=1,
                 backend=BACKEND.AWQ_TORCH if self.plan.method == "awq" else BACKEND.AUTO,
-                **self._kept_layers(model, staging),
+                **kept,
             )
             self.pausing.check()
             self.report.progress("Writing")
@@ -257,8 +275,8 @@ class _Run:
 
     def _kept_layers(self, model: Path, staging: Staging) -> dict[str, Any]:
         """What has GPTQModel keep each layer on the disk as it is done, and go on from there."""
-        if model != staging.root / "source":
-            return {}
+        if model != staging.root / "source" or self.plan.method != "gptq":
+            return {}  # what it keeps of AWQ's layers it refuses to read again
         from gptqmodel.looper.checkpoint_store import CheckpointConfig
 
         return {"checkpoint": CheckpointConfig(path=staging.root / "layers", resume="auto")}
@@ -272,6 +290,7 @@ class _Run:
         def heard(**event: Any) -> Any:
             nonlocal furthest
             part = event.get("subset_index", 0) / max(1, event.get("subset_total", 1))
+            self.goes_on = self.goes_on and event.get("layer_idx") != 0  # nothing that it could go on with
             furthest = max(furthest, (event.get("layer_idx", 0) + part) / max(1, shapes.layers))
             self.report.progress(phase, min(1.0, furthest) * total, total, "bytes")
             return stopped if self.pausing.stopped() else None
@@ -290,6 +309,8 @@ class _Run:
         except Exception as error:
             if self.report.cancelled:
                 raise WeftError(ErrorKind.CANCELLED, "Cancelled.") from error
+            if type(error).__name__.startswith("Checkpoint") and self.goes_on:
+                raise _UnusableLayersError from error
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise WeftError(
                     ErrorKind.OUT_OF_MEMORY,

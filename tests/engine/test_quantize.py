@@ -221,6 +221,24 @@ def test_a_packed_base_is_unpacked_merged_into_and_packed_again(
     assert told.mean_kl < 0.1 * plain
 
 
+def test_layers_that_cannot_be_gone_on_with_are_made_anew(
+    tmp_path: Path, library: None, text: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model", seed)
+    wanted = plan(tmp_path / "model", tmp_path / "made", text)
+    with monkeypatch.context() as patched:  # a death while it writes: nothing is cleared away
+        patched.setattr(Staging, "discard", lambda _: None)
+        patched.setattr("app.tasks.quantize._Run._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(wanted, Report())
+    (staging,) = tmp_path.glob(".weft-*")
+    (current,) = (staging / "layers").rglob("CURRENT*")
+    current.write_text("{}", "utf-8")
+    made = run(wanted, Report())
+    assert made.matrices == 14 and not any("earlier run" in note for note in made.notes)
+    assert not list(tmp_path.glob(".weft-*"))
+
+
 def test_a_cancel_leaves_nothing(tmp_path: Path, library: None, text: Path, seed: int) -> None:
     make(tmp_path / "model", seed)
 
@@ -272,7 +290,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
     tmp_path: Path, library: None, text: Path, seed: int, method: str
 ) -> None:
-    """Merging, reading, each layer, writing: what has the final name is whole, and layers that were done are used."""
+    """Merging, reading, each layer, writing: what has the final name is whole, and what was done is used."""
     make(tmp_path / "model", seed, num_hidden_layers=6)
     lora = random_adapter(tmp_path / "lora", "llama", load(tmp_path / "model"), seed, r=8)
     stack = AdapterStack(adapters=(StackedAdapter(path=str(lora), weight=0.7),))
@@ -299,7 +317,8 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
             shutil.rmtree(tmp_path / "made")
     made = Child(tmp_path).run(plans[1], lambda _: False)
     assert made is not None and weights_of(tmp_path / "made") == whole
-    assert any("Layers that an earlier run" in note for note in made.notes), made.notes
+    used = "Layers that an earlier run" if method == "gptq" else "The merged model of an earlier run"
+    assert any(used in note for note in made.notes), made.notes
     assert not list(tmp_path.glob(".weft-*"))
 
 
