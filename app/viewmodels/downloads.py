@@ -403,9 +403,12 @@ class Downloads(QObject):
             self._tick.stop()
 
     def _share(self) -> None:
+        """Divide the limit. What waits for the hub takes no part, and has its share ready for when it goes on."""
         running = self.running
-        for row, rate in zip(running, shares(self.rate, [row.speed.now for row in running]), strict=True):
-            row.worker.set_rate(rate)  # type: ignore[union-attr]
+        busy = [row for row in running if row.news is None or not row.news.waiting]
+        rates = dict(zip(map(id, busy), shares(self.rate, [row.speed.now for row in busy]), strict=True))
+        for row in running:
+            row.worker.set_rate(rates.get(id(row), self.rate / len(running)))  # type: ignore[union-attr]
 
     @Slot(str)
     def _setting_changed(self, name: str) -> None:

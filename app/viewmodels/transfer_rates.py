@@ -18,6 +18,7 @@ class Speed:
         self._at = 0.0
         self._count = -1
         self._moved = 0.0
+        self._began = 0.0
         self.now = 0.0
 
     def add(self, count: int) -> None:
@@ -30,8 +31,11 @@ class Speed:
         if passed < 0.2:
             return
         fresh = (count - self._count) / passed
-        share = 1 - math.exp(-passed / SMOOTH)
-        self.now = fresh if self.now == 0 else self.now + share * (fresh - self.now)
+        if self.now == 0:
+            self._began = self._at
+        # The mean of all at first: else a beginning that is faster than the rest is promised for long.
+        share = max(1 - math.exp(-passed / SMOOTH), passed / (now - self._began))
+        self.now += share * (fresh - self.now)
         if count > self._count:
             self._moved = now
         elif now - self._moved > STALE * 4:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,9 +17,11 @@ from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind
 from app.core.scan import scan
+from app.hub.files import DownloadNews
 from app.store.downloads import DownloadState
 from app.viewmodels import download_files
 from app.viewmodels import downloads as downloads_module
+from app.viewmodels.download_row import Row
 from app.viewmodels.download_table import NAME, PROGRESS, DownloadTable, file_text, text_of
 from tests.fakes.hub import FakeHub, Fault
 from tests.fakes.hub_kit import random_bytes, sha256
@@ -189,6 +192,20 @@ def test_the_speed_limit_holds_at_once_and_for_all_together(qtbot: QtBot, hub: F
     here.downloads.set_limits(rate=0)
     for row in here.downloads.rows:
         until(qtbot, here, row.download.id, DownloadState.DONE)
+
+
+def test_what_waits_for_the_hub_leaves_its_share_of_the_limit(hub: FakeHub, here: Manager) -> None:
+    hub.add("user/tiny", {"model.gguf": b"GGUF"})
+    listing, rates = here.listing(), {}
+    for waiting in ("", "The hub asks to slow down."):
+        row = Row(here.store.add(listing, listing.files, f"/nowhere/{waiting}", "x"))
+        row.worker = SimpleNamespace(  # type: ignore[assignment]
+            latest=DownloadNews(waiting=waiting), set_rate=lambda rate, waiting=waiting: rates.update({waiting: rate})
+        )
+        here.downloads.rows.append(row)
+    here.downloads.set_limits(rate=MB)
+    assert list(rates.values()) == [MB, MB / 2]
+    here.downloads.rows.clear()
 
 
 def test_the_order_can_be_changed_and_is_kept(qtbot: QtBot, hub: FakeHub, here: Manager) -> None:

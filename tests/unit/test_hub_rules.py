@@ -478,6 +478,14 @@ def test_speed_is_smoothed_and_time_left_is_not_promised_when_nothing_comes() ->
     assert left is not None and 8 < left < 12
     now[0] += 10
     assert speed.left(10_000_000) is None
+    # Two seconds to connect, then a burst out of buffers, then 1 MB/s: what is shown is never more than the mean so far.
+    now, speed = [0.0], Speed(lambda: now[0])
+    for step in range(40):
+        now[0] = step * 0.5
+        came = 0 if step < 4 else 4_000_000 + (step - 4) * 500_000
+        speed.add(came)
+        assert speed.now <= came / max(0.5, now[0] - 1.5) * 1.001
+    assert speed.now == pytest.approx(1e6, rel=0.1)
 
 
 def test_a_reference_reads_as_it_is_written() -> None:
