@@ -128,12 +128,12 @@ def test_an_export_goes_on_in_the_background_and_is_told_when_it_ends_badly(
 def quantized(folder: Path, base: str) -> ModelEntry:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_name_or_path": base}), "utf-8")
-    return msgspec.structs.replace(starter(), name=folder.name, path=str(folder), format=ModelFormat.GPTQ)
+    return msgspec.structs.replace(starter(), name=folder.name, path=str(folder), format=ModelFormat.EXL2)
 
 
 def test_a_quantized_base_leads_to_the_model_in_the_library(house: House, qtbot: QtBot, tmp_path: Path) -> None:
     here = next(e for e in house.library.models() if e.format is ModelFormat.SAFETENSORS)
-    house.exports.open(quantized(tmp_path / "packed-GPTQ", f"weft/{here.name}"), voice_stack())
+    house.exports.open(quantized(tmp_path / "packed-exl2", f"weft/{here.name}"), voice_stack())
     first = house.exports.dialog
     assert first is not None
     qtbot.waitUntil(first.form.base_note.isVisible, timeout=WAIT)
@@ -151,7 +151,7 @@ def test_a_quantized_base_that_is_not_here_is_looked_for_on_the_hub(
     house: House, hub: FakeHub, qtbot: QtBot, tmp_path: Path
 ) -> None:
     hub.add("maker/whole-8B", {"config.json": b"{}", "model.safetensors": b"x" * 1000})
-    house.exports.open(quantized(tmp_path / "whole-8B-GPTQ", "maker/whole-8B"), voice_stack())
+    house.exports.open(quantized(tmp_path / "whole-8B-exl2", "maker/whole-8B"), voice_stack())
     dialog = house.exports.dialog
     assert dialog is not None
     qtbot.waitUntil(dialog.form.base_note.isVisible, timeout=WAIT)
