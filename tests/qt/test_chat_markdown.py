@@ -12,11 +12,11 @@ from PySide6.QtGui import QPaintEvent, QScreen, QTextBlock, QTextDocument, QText
 from pytestqt.qtbot import QtBot
 
 from app.views.chat.blocks import BlockSplitter
+from app.views.chat.layout import CODE_ID
 from app.views.chat.link_dialog import LinkDialog, shown_target
 from app.views.chat.markdown_view import MarkdownView
 from app.views.chat.parse import safe_link, split_links
 from app.views.chat.style import chat_style
-from app.views.chat.writer import CODE_ID
 
 SAMPLE = """# Heading
 

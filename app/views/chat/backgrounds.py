@@ -6,8 +6,9 @@ from PySide6.QtCore import QRect, QRectF
 from PySide6.QtGui import QPainter, QTextBlock, QTextDocument
 
 from app.views.chat.code_strips import CodeStrips
+from app.views.chat.layout import QUOTE_DEPTH, RULE
 from app.views.chat.style import ChatStyle
-from app.views.chat.writer import QUOTE_DEPTH, RULE, DocumentWriter
+from app.views.chat.writer import DocumentWriter
 
 RADIUS = 6
 BAR, STEP = 3, 16  # pixels: how broad a quotation's bar is, and how far from the next level's

@@ -12,8 +12,9 @@ from PySide6.QtWidgets import QTextBrowser
 
 from app.views.chat.code_block import CodeHeader
 from app.views.chat.highlight import CodeHighlighter
+from app.views.chat.layout import CODE_HEADER, CODE_PADDING
 from app.views.chat.style import ChatStyle
-from app.views.chat.writer import CODE_HEADER, CODE_PADDING, CodeBlock, DocumentWriter
+from app.views.chat.writer import CodeBlock, DocumentWriter
 
 
 class Progress:

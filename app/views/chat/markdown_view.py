@@ -16,8 +16,9 @@ from PySide6.QtWidgets import QFrame, QSizePolicy, QTextBrowser, QTextEdit, QWid
 from app.views.chat.backgrounds import paint_backgrounds
 from app.views.chat.block_stream import FRAME, BlockStream
 from app.views.chat.code_strips import CodeStrips, Progress
+from app.views.chat.layout import CODE_HEADER, CODE_ID, CODE_PADDING, PARAGRAPH
 from app.views.chat.style import GRID, ChatStyle
-from app.views.chat.writer import CODE_HEADER, CODE_ID, CODE_PADDING, PARAGRAPH, DocumentWriter
+from app.views.chat.writer import DocumentWriter
 
 SLICE = 0.004  # seconds of work at a time
 STREAM_SLICE = 0.002  # while text streams: somebody scrolls and types meanwhile

@@ -7,43 +7,19 @@ a streaming answer is rewritten alone.
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import msgspec
-from markdown_it.token import Token
 from PySide6.QtCore import Qt
-from PySide6.QtGui import (
-    QFont,
-    QTextBlockFormat,
-    QTextCharFormat,
-    QTextCursor,
-    QTextDocument,
-    QTextFormat,
-    QTextFrameFormat,
-    QTextLength,
-    QTextListFormat,
-    QTextTable,
-    QTextTableFormat,
-)
+from PySide6.QtGui import QTextBlockFormat, QTextCharFormat, QTextCursor, QTextDocument
 
 from app.views.chat.blocks import Block
-from app.views.chat.parse import parse, parse_inline, safe_link, split_links
-from app.views.chat.style import ChatStyle, mix
+from app.views.chat.layout import CODE_HEADER, CODE_ID, CODE_PADDING, PARAGRAPH, QUOTE_DEPTH
+from app.views.chat.parse import parse, parse_inline
+from app.views.chat.style import ChatStyle
+from app.views.chat.token_writer import TokenWriter
 
-CODE_ID = QTextFormat.Property.UserProperty.value + 1  # of a code line: which code block it belongs to
-QUOTE_DEPTH = QTextFormat.Property.UserProperty.value + 2
-RULE = QTextFormat.Property.UserProperty.value + 3
-CODE_HEADER = 28  # pixels above the first line, where the language and the copy button stand
-CODE_PADDING = 8
-PARAGRAPH = 10  # pixels between paragraphs
-INDENT = 24
 LINE = 4000  # characters of a line of code, before it is broken
-_HEADING_SCALE = {1: 1.45, 2: 1.28, 3: 1.14, 4: 1.0, 5: 1.0, 6: 1.0}
-_ALIGN = {
-    "text-align:center": Qt.AlignmentFlag.AlignHCenter,
-    "text-align:right": Qt.AlignmentFlag.AlignRight,
-}
 
 
 class CodeBlock(msgspec.Struct, kw_only=True):
@@ -74,34 +50,38 @@ class DocumentWriter:
         document: written to at its end only.
         style: colours and fonts.
         breaks: a single line break in a paragraph breaks the line.
+
+    Attributes:
+        cursor: where the next text goes. fresh: the last block of the document is empty and not yet used.
+        codes: the code blocks, from top to bottom. decorated: there are quotes or rules to paint.
     """
 
     def __init__(self, document: QTextDocument, style: ChatStyle, *, breaks: bool = False) -> None:
         self.document = document
         self.style = style
         self.codes: list[CodeBlock] = []
-        self.decorated = False  # there are quotes or rules to paint
-        self._breaks = breaks
+        self.decorated = False
+        self.breaks = breaks
         self._environment: dict[str, Any] = {}
-        self._fresh = True  # the last block of the document is empty and not yet used
+        self.fresh = True
         self._open_code: CodeBlock | None = None
-        self._cursor = QTextCursor(document)
+        self.cursor = QTextCursor(document)
 
     # -- marks ------------------------------------------------------------------------------------
 
     def mark(self) -> Mark:
         """The present end."""
-        self._cursor.movePosition(QTextCursor.MoveOperation.End)
+        self.cursor.movePosition(QTextCursor.MoveOperation.End)
         return Mark(
-            position=self._cursor.position(),
-            fresh=self._fresh,
+            position=self.cursor.position(),
+            fresh=self.fresh,
             codes=len(self.codes),
-            last_format=QTextBlockFormat(self._cursor.blockFormat()),
+            last_format=QTextBlockFormat(self.cursor.blockFormat()),
         )
 
     def rollback(self, mark: Mark) -> None:
         """Remove everything that was written after the mark."""
-        cursor = self._cursor
+        cursor = self.cursor
         cursor.setPosition(mark.position)
         cursor.movePosition(QTextCursor.MoveOperation.End, QTextCursor.MoveMode.KeepAnchor)
         cursor.removeSelectedText()
@@ -110,8 +90,8 @@ class DocumentWriter:
             block_list.remove(cursor.block())
         cursor.setBlockFormat(mark.last_format)
         if mark.fresh:
-            cursor.setBlockCharFormat(self._char())
-        self._fresh = mark.fresh
+            cursor.setBlockCharFormat(self.char())
+        self.fresh = mark.fresh
         self._open_code = None
         del self.codes[mark.codes :]
 
@@ -119,20 +99,20 @@ class DocumentWriter:
 
     def write(self, block: Block, *, final: bool = True) -> None:
         """Append one block. What an unfinished one seems to define as a link's target is not kept."""
-        self._cursor.beginEditBlock()
+        self.cursor.beginEditBlock()
         if block.kind == "code":
             self.open_code(block.language)
             self.append_code(block.text)
             self.close_code()
         elif block.kind == "math":
-            self._paragraph(self._block_format(0), self._math_char())
-            self._cursor.insertText(_math_text(block.text), self._math_char())
+            self.paragraph(self.block_format(0), self._math_char())
+            self.cursor.insertText(_math_text(block.text), self._math_char())
         elif block.kind == "plain":
             self._plain(block)
         else:
             self.join(block)
-            _TokenWriter(self, block).write(parse(block.text, self._scope(final)))
-        self._cursor.endEditBlock()
+            TokenWriter(self, block).write(parse(block.text, self._scope(final)))
+        self.cursor.endEditBlock()
 
     def _scope(self, final: bool) -> dict[str, Any]:
         if final:
@@ -141,35 +121,33 @@ class DocumentWriter:
 
     def write_inline(self, text: str) -> None:
         """Append a piece of a paragraph, with its markup, to the last block."""
-        self._cursor.movePosition(QTextCursor.MoveOperation.End)
-        self._cursor.beginEditBlock()
-        _TokenWriter(self, Block(kind="markdown", text=text)).inline(
-            parse_inline(text, self._scope(False)), self._char()
-        )
-        self._cursor.endEditBlock()
+        self.cursor.movePosition(QTextCursor.MoveOperation.End)
+        self.cursor.beginEditBlock()
+        TokenWriter(self, Block(kind="markdown", text=text)).inline(parse_inline(text, self._scope(False)), self.char())
+        self.cursor.endEditBlock()
 
     def append_text(self, text: str) -> None:
         """Append to the last paragraph as it is (the cheap way while it streams)."""
-        self._cursor.movePosition(QTextCursor.MoveOperation.End)
-        self._cursor.insertText(text.replace("\n", "\u2028"))
+        self.cursor.movePosition(QTextCursor.MoveOperation.End)
+        self.cursor.insertText(text.replace("\n", "\u2028"))
 
     def _plain(self, block: Block) -> None:
         self.join(block)
-        self._paragraph(self._block_format(0, top=0 if block.continues else PARAGRAPH), self._char())
-        self._cursor.insertText(block.text.replace("\n", "\u2028"), self._char())
+        self.paragraph(self.block_format(0, top=0 if block.continues else PARAGRAPH), self.char())
+        self.cursor.insertText(block.text.replace("\n", "\u2028"), self.char())
 
     def join(self, block: Block) -> None:
         """Close the gap before the rest of a paragraph that was broken for its length."""
-        if block.continues and not self._fresh:
-            self._cursor.movePosition(QTextCursor.MoveOperation.End)
-            form = self._cursor.blockFormat()
+        if block.continues and not self.fresh:
+            self.cursor.movePosition(QTextCursor.MoveOperation.End)
+            form = self.cursor.blockFormat()
             form.setBottomMargin(0)
-            self._cursor.setBlockFormat(form)
+            self.cursor.setBlockFormat(form)
 
     @property
-    def _empty(self) -> bool:
+    def empty(self) -> bool:
         """Nothing is written yet."""
-        return self._fresh and self.document.blockCount() == 1
+        return self.fresh and self.document.blockCount() == 1
 
     # -- code -------------------------------------------------------------------------------------
 
@@ -179,18 +157,18 @@ class DocumentWriter:
         form.setLayoutDirection(Qt.LayoutDirection.LeftToRight)
         form.setLeftMargin(indent + CODE_PADDING + 2)
         form.setRightMargin(CODE_PADDING)
-        form.setTopMargin(CODE_HEADER + CODE_PADDING + (0 if self._empty else PARAGRAPH))
+        form.setTopMargin(CODE_HEADER + CODE_PADDING + (0 if self.empty else PARAGRAPH))
         form.setBottomMargin(CODE_PADDING + PARAGRAPH)
         form.setProperty(CODE_ID, len(self.codes) + 1)
-        self._paragraph(form, self._code_char())
-        code = CodeBlock(id=len(self.codes) + 1, language=language, text="", position=self._cursor.position())
+        self.paragraph(form, self._code_char())
+        code = CodeBlock(id=len(self.codes) + 1, language=language, text="", position=self.cursor.position())
         code.end = code.position
         self.codes.append(code)
         self._open_code = code
 
     def append_code(self, text: str) -> None:
         """Append source to the open code block."""
-        code, cursor = self._open_code, self._cursor
+        code, cursor = self._open_code, self.cursor
         assert code is not None
         code.text += text
         shown = self._broken(code, text)
@@ -236,22 +214,23 @@ class DocumentWriter:
 
     # -- formats ----------------------------------------------------------------------------------
 
-    def _paragraph(self, form: QTextBlockFormat, char: QTextCharFormat) -> None:
+    def paragraph(self, form: QTextBlockFormat, char: QTextCharFormat) -> None:
         """Go to a new block at the end of the document."""
-        cursor = self._cursor
+        cursor = self.cursor
         cursor.movePosition(QTextCursor.MoveOperation.End)
-        if self._empty and not form.hasProperty(CODE_ID):
+        if self.empty and not form.hasProperty(CODE_ID):
             form.setTopMargin(0)
-        if self._fresh:
+        if self.fresh:
             cursor.setBlockFormat(form)
             cursor.setBlockCharFormat(char)
         else:
             cursor.insertBlock(form, char)
-        self._fresh = False
+        self.fresh = False
 
-    def _block_format(
+    def block_format(
         self, indent: int, *, top: float = PARAGRAPH, bottom: float = PARAGRAPH, quote: int = 0
     ) -> QTextBlockFormat:
+        """Of a block of text: margins in pixels, and how many quotations deep it is."""
         form = QTextBlockFormat()
         form.setLeftMargin(indent)
         form.setTopMargin(top)
@@ -262,7 +241,8 @@ class DocumentWriter:
             self.decorated = True
         return form
 
-    def _char(self) -> QTextCharFormat:
+    def char(self) -> QTextCharFormat:
+        """Of plain text."""
         form = QTextCharFormat()
         form.setForeground(self.style.text)
         return form
@@ -277,265 +257,6 @@ class DocumentWriter:
         form = self._code_char()
         form.setFontItalic(True)
         return form
-
-
-class _TokenWriter:
-    """Writes the tokens of one block."""
-
-    def __init__(self, writer: DocumentWriter, block: Block) -> None:
-        self._writer = writer
-        self._block = block
-        self._lists: list[QTextListFormat] = []
-        self._list_objects: list[Any] = []
-        self._quote = 0
-        self._item_starts = False
-        self._in_list_item = 0
-
-    def write(self, tokens: list[Token]) -> None:
-        index = 0
-        while index < len(tokens):
-            token = tokens[index]
-            if token.type == "table_open":
-                end = next(i for i in range(index, len(tokens)) if tokens[i].type == "table_close")
-                self._table(tokens[index + 1 : end])
-                index = end
-            elif token.type == "inline":
-                self._inline_block(token, tokens[index - 1])
-            else:
-                self._structure(token)
-            index += 1
-
-    def _structure(self, token: Token) -> None:
-        kind = token.type
-        if kind in ("bullet_list_open", "ordered_list_open"):
-            self._open_list(token)
-        elif kind in ("bullet_list_close", "ordered_list_close"):
-            self._lists.pop()
-            self._list_objects.pop()
-        elif kind == "list_item_open":
-            self._item_starts = True
-        elif kind == "list_item_close" and self._item_starts:
-            self._text_block(None)  # an empty item still has its bullet
-        elif kind == "blockquote_open":
-            self._quote += 1
-        elif kind == "blockquote_close":
-            self._quote -= 1
-        elif kind in ("fence", "code_block"):
-            self._item_starts = False
-            self._writer.open_code(token.info.strip().split(" ")[0], indent=self._indent())
-            self._writer.append_code(token.content.rstrip("\n"))
-            self._writer.close_code()
-        elif kind == "hr":
-            form = self._writer._block_format(0, top=PARAGRAPH / 2, bottom=PARAGRAPH)
-            form.setProperty(RULE, True)
-            self._writer.decorated = True
-            self._writer._paragraph(form, self._writer._char())
-
-    def _indent(self) -> int:
-        return INDENT * len(self._lists) + 16 * self._quote
-
-    def _open_list(self, token: Token) -> None:
-        form = QTextListFormat()
-        depth = len(self._lists) + 1
-        if token.type == "ordered_list_open":
-            form.setStyle(QTextListFormat.Style.ListDecimal)
-            start = int(token.attrs.get("start", 1))
-            if self._block.ordinal is not None and depth == 1:
-                start = self._block.ordinal
-            form.setStart(start)
-            form.setNumberSuffix(".")
-        else:
-            styles = (
-                QTextListFormat.Style.ListDisc,
-                QTextListFormat.Style.ListCircle,
-                QTextListFormat.Style.ListSquare,
-            )
-            form.setStyle(styles[(depth - 1) % 3])
-        form.setIndent(depth)
-        self._lists.append(form)
-        self._list_objects.append(None)
-
-    def _text_block(self, parent: Token | None) -> QTextCharFormat:
-        """Start a block for text in the present containers; returns its character format."""
-        writer, style = self._writer, self._writer.style
-        char = writer._char()
-        form = writer._block_format(16 * self._quote, quote=self._quote)
-        if self._quote:
-            char.setForeground(mix(style.text, style.base, 0.25))
-        if parent is not None and parent.type == "heading_open":
-            level = int(parent.tag[1])
-            font = QFont(style.font)
-            font.setPointSizeF(max(1.0, style.font.pointSizeF()) * _HEADING_SCALE[level])
-            font.setWeight(QFont.Weight.DemiBold)
-            char.setFont(font)
-            form.setTopMargin(PARAGRAPH if level < 3 else PARAGRAPH / 2)
-            form.setBottomMargin(6)
-            form.setHeadingLevel(level)
-        if self._block.continues:
-            form.setTopMargin(0)
-        if self._lists:
-            form.setTopMargin(4)
-            form.setBottomMargin(4)
-            if not self._item_starts:
-                form.setIndent(len(self._lists))
-        writer._paragraph(form, char)
-        if self._lists and self._item_starts:
-            self._item_starts = False
-            if self._list_objects[-1] is None:
-                self._list_objects[-1] = writer._cursor.createList(self._lists[-1])
-            else:
-                self._list_objects[-1].add(writer._cursor.block())
-        return char
-
-    def _inline_block(self, token: Token, parent: Token) -> None:
-        marker = None
-        children = list(token.children or [])
-        if self._lists and self._item_starts and children and children[0].type == "text":
-            head = children[0].content[:4].lower()
-            if head in ("[ ] ", "[x] "):
-                marker = (
-                    QTextBlockFormat.MarkerType.Checked if head == "[x] " else QTextBlockFormat.MarkerType.Unchecked
-                )
-                children[0].content = children[0].content[4:]
-        char = self._text_block(parent)
-        if marker is not None:
-            form = self._writer._cursor.blockFormat()
-            form.setMarker(marker)
-            self._writer._cursor.setBlockFormat(form)
-        self.inline(children, char)
-
-    def inline(self, children: list[Token], char: QTextCharFormat) -> None:
-        """Write inline tokens at the cursor."""
-        cursor, style = self._writer._cursor, self._writer.style
-        stack = [char]
-        for token in children:
-            kind, form = token.type, stack[-1]
-            if kind.endswith("_open"):
-                form = QTextCharFormat(form)
-                if kind == "em_open":
-                    form.setFontItalic(True)
-                elif kind == "strong_open":
-                    form.setFontWeight(QFont.Weight.Bold)
-                elif kind == "s_open":
-                    form.setFontStrikeOut(True)
-                elif kind == "link_open":
-                    self._link(form, str(token.attrs.get("href", "")))
-                stack.append(form)
-            elif kind.endswith("_close"):
-                if len(stack) > 1:
-                    stack.pop()
-            elif kind == "text":
-                self._text(token.content, form)
-            elif kind == "code_inline":
-                code = QTextCharFormat(form)
-                code.setFontFamilies(style.mono.families())
-                code.setFontFixedPitch(True)
-                code.setBackground(style.inline_code)
-                cursor.insertText(token.content, code)
-            elif kind == "math":
-                math = QTextCharFormat(form)
-                math.setFontFamilies(style.mono.families())
-                math.setFontItalic(True)
-                cursor.insertText(token.content, math)
-            elif kind == "hardbreak" or (kind == "softbreak" and self._writer._breaks):
-                cursor.insertText("\u2028", form)
-            elif kind == "softbreak":
-                cursor.insertText(" ", form)
-            elif kind == "image":
-                image = QTextCharFormat(form)
-                self._link(image, str(token.attrs.get("src", "")))
-                cursor.insertText(f"Image: {token.content or 'without a description'}", image)
-
-    def _text(self, text: str, form: QTextCharFormat) -> None:
-        cursor = self._writer._cursor
-        for broken, part in enumerate(text.replace("<br/>", "<br>").replace("<br />", "<br>").split("<br>")):
-            if broken:
-                cursor.insertText("\u2028", form)
-            if form.isAnchor():
-                cursor.insertText(part, form)
-                continue
-            for piece, link in split_links(part):
-                styled = form
-                if link:
-                    styled = QTextCharFormat(form)
-                    self._link(styled, link)
-                cursor.insertText(piece, styled)
-
-    def _link(self, form: QTextCharFormat, target: str) -> None:
-        if safe := safe_link(target):
-            form.setAnchor(True)
-            form.setAnchorHref(safe)
-            form.setToolTip(f"<qt>{html.escape(safe)}</qt>")  # else it might be read as HTML
-            form.setForeground(self._writer.style.link)
-            form.setFontUnderline(True)
-
-    def _table(self, tokens: list[Token]) -> None:
-        rows: list[list[tuple[Token, Token]]] = []
-        for index, token in enumerate(tokens):
-            if token.type == "tr_open":
-                rows.append([])
-            elif token.type == "inline":
-                rows[-1].append((tokens[index - 1], token))
-        columns = max((len(row) for row in rows), default=0)
-        if not columns:
-            return
-        writer, cursor, style = self._writer, self._writer._cursor, self._writer.style
-        cursor.movePosition(QTextCursor.MoveOperation.End)
-        if writer._fresh:  # a table needs a block before it; make that one vanish
-            cursor.setBlockFormat(_tiny_block())
-            cursor.setBlockCharFormat(_tiny_char())
-        form = QTextTableFormat()
-        form.setBorder(1)
-        form.setBorderBrush(style.border)
-        form.setBorderStyle(QTextFrameFormat.BorderStyle.BorderStyle_Solid)
-        form.setBorderCollapse(True)
-        form.setCellPadding(6)
-        form.setCellSpacing(0)
-        # A frame's margin does not merge with that of the block before, which Qt leaves out before a frame.
-        before = cursor.block()
-        after_code = before.blockFormat().hasProperty(CODE_ID)
-        form.setTopMargin(2 if writer._empty else PARAGRAPH + (CODE_PADDING if after_code else 0))
-        form.setBottomMargin(PARAGRAPH)
-        form.setHeaderRowCount(1)
-        form.setColumnWidthConstraints([QTextLength()] * columns)
-        table: QTextTable = cursor.insertTable(len(rows), columns, form)
-        for r, row in enumerate(rows):
-            for c, (parent, inline) in enumerate(row):
-                self._cell(table, r, c, parent, inline)
-        cursor.movePosition(QTextCursor.MoveOperation.End)
-        cursor.setBlockFormat(_tiny_block())
-        cursor.setBlockCharFormat(_tiny_char())
-        writer._fresh = True
-
-    def _cell(self, table: QTextTable, row: int, column: int, parent: Token, inline: Token) -> None:
-        writer = self._writer
-        cell = table.cellAt(row, column)
-        char = writer._char()
-        if row == 0:
-            char.setFontWeight(QFont.Weight.DemiBold)
-            form = cell.format()
-            form.setBackground(writer.style.code_background)
-            cell.setFormat(form)
-        saved = writer._cursor
-        writer._cursor = cell.firstCursorPosition()
-        align = QTextBlockFormat()
-        align.setAlignment(_ALIGN.get(str(parent.attrs.get("style", "")), Qt.AlignmentFlag.AlignLeft))
-        writer._cursor.setBlockFormat(align)
-        writer._cursor.setBlockCharFormat(char)
-        self.inline(list(inline.children or []), char)
-        writer._cursor = saved
-
-
-def _tiny_block() -> QTextBlockFormat:
-    form = QTextBlockFormat()
-    form.setLineHeight(1, QTextBlockFormat.LineHeightTypes.FixedHeight.value)
-    return form
-
-
-def _tiny_char() -> QTextCharFormat:
-    form = QTextCharFormat()
-    form.setFontPointSize(1)
-    return form
 
 
 def _math_text(text: str) -> str:
