@@ -29,7 +29,7 @@ def make_accelerator(config: RunConfig) -> Any:
     # Else all but one process would hold nothing while packing is checked and the adapter begins.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
     cpu = config.model.device == "cpu" or not torch.cuda.is_available()
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -37,8 +37,9 @@ def make_accelerator(config: RunConfig) -> Any:
         check_distribution("FSDP", version=int(os.environ.get("FSDP_VERSION") or 1))
     backend = "cpu:gloo,cuda:nccl" if fsdp and not cpu else None
     group = InitProcessGroupKwargs(backend=backend, timeout=_SILENT)
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed weights are buffers, and never change
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group])
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group, buffers])
     except (ValueError, ImportError, KeyError) as error:
         raise WeftError(
             ErrorKind.BAD_INPUT,

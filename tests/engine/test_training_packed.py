@@ -16,6 +16,7 @@ from app.tasks import train_modules
 from app.training import trainer_torch
 from app.training.module_names import ModulesParameters
 from tests.engine import packed_kit, training_kit
+from tests.engine.launch_kit import DDP, FSDP, launched
 from tests.engine.training_kit import Captured, Remembering, config, forward, train
 
 SEED = random.randrange(10**6)
@@ -75,6 +76,21 @@ def test_qlora_learns_on_a_packed_base(
     assert (found - captured.logits).abs().max() < near * captured.logits.abs().max()
     with plain.disable_adapter():
         assert (forward(plain, ids) - found).abs().max() > 1e-2  # it is the adapter that made the difference
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_on_a_packed_base(base: Path, data: Path, tmp_path: Path) -> None:
+    packed = packed_kit.pack(base, tmp_path / "packed", "gptq", seed=SEED)
+    given: dict[str, Any] = {"train": {"max_steps": 4, "learning_rate": 3e-3}, "model": {"device": "cpu"}}
+    one = train(config(tmp_path / "one", packed.entry, data, **given), packed.entry)
+    made = config(tmp_path / "two", packed.entry, data, **given)
+    events = launched(made, packed.entry, tmp_path / "two", DDP)
+    assert events[0]["processes"] == 2
+    assert events[-1]["result"]["losses"] == pytest.approx(one.losses, rel=1e-3)
+    refused = launched(
+        config(tmp_path / "three", packed.entry, data, **given), packed.entry, tmp_path / "three", FSDP, fails=True
+    )
+    assert refused[-1]["kind"] == "failed" and "Packed weights" in refused[-1]["message"]
 
 
 def test_what_a_packed_base_cannot_do_is_said(base: Path, data: Path, tmp_path: Path) -> None:

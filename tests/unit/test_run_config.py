@@ -246,12 +246,13 @@ def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
 def test_ways_to_share_a_run_out() -> None:
     for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         check_distribution(kind)
-    for asked, way_out in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"kind": "DEEPSPEED"}, "FSDP"),
         ({"kind": "FSDP", "version": 1}, "fsdp_version: 2"),
         ({"kind": "FSDP", "wraps_checkpoints": True}, "gradient_checkpointing"),
         ({"kind": "NO", "alone": True}, "use_cpu: true"),
-    ):
+    )
+    for asked, way_out in refused:
         with pytest.raises(WeftError) as caught:
             check_distribution(**asked)
         assert way_out in caught.value.hint
