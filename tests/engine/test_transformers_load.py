@@ -599,5 +599,6 @@ def test_no_folder_is_left_behind(plain: ModelEntry, tmp_path: Path, monkeypatch
 
 
 def test_the_spec_claims_what_is_tested() -> None:
-    assert SPEC.formats == {ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN, ModelFormat.BITSANDBYTES}
+    packed = {ModelFormat.BITSANDBYTES, ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ}  # test_packed.py
+    assert SPEC.formats == {ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN} | packed
     assert SPEC.environment == "core"

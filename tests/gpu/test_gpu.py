@@ -13,11 +13,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed in this inte
 if not torch.cuda.is_available():
     pytest.skip("PyTorch finds no NVIDIA card here (torch.cuda.is_available() is false)", allow_module_level=True)
 
+from app.adapters.packed_linear import PackedLinear
 from app.backends.transformers import Backend
 from app.core.library import ModelEntry
 from app.core.memory import Gpu, Machine
 from app.core.options import OptionValue
-from tests.engine import tiny_models
+from tests.engine import packed_kit, tiny_models
 from tests.engine.backend_kit import ask, loaded
 
 pytestmark = pytest.mark.gpu
@@ -101,6 +102,24 @@ def test_a_limit_on_the_card_leaves_the_rest_in_main_memory(model: ModelEntry, o
         assert torch.cuda.memory_allocated() <= half * 2**30 + 32 * 2**20
         assert distance(logits(backend), on_cpu) < 5e-3
         assert ask(backend, TEXT, max_tokens=8)[1].tokens == 8
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq"])
+def test_packed_weights_are_the_processors(tmp_path: Path, method: str) -> None:
+    base = packed_kit.make(tmp_path / "base", 3, hidden_size=256, intermediate_size=512)
+    made = packed_kit.pack(base, tmp_path / method, method, group=64)
+    with torch.inference_mode():
+        wanted = made.reference(input_ids=torch.arange(5, 29)[None]).logits[0].float()
+    for kernel, dtype, most in (("exact", "float32", 5e-3), ("exact", "bfloat16", 0.1), ("auto", "bfloat16", 0.1)):
+        with loaded(Backend(), made.entry, packed_kernel=kernel, dtype=dtype) as (backend, event):
+            assert isinstance(backend, Backend)
+            layouts = {m.layout for m in backend._model.modules() if isinstance(m, PackedLinear)}
+            with torch.inference_mode():
+                found = backend._model(input_ids=torch.arange(5, 29, device="cuda")[None]).logits[0].float().cpu()
+            far = distance(found, wanted)
+            print(f"\n{method}, {dtype}, {kernel} ({', '.join(layouts)}) on {event.device}: distance {far:.2e}")
+            assert far < most
+            assert ask(backend, TEXT, max_tokens=8)[1].finish_reason
 
 
 @pytest.mark.parametrize(
