@@ -53,12 +53,29 @@ class SidePanel(QFrame):
         self.system.setTabChangesFocus(True)
         self.system.setFixedHeight(120)
         self.system.textChanged.connect(self._system_typed)
+        self._make_presets()
+        self._lay_out(heading)
+        self.defaults: tuple[str, dict[str, OptionValue]] = ("", {})
+        self._timer = QTimer(self)
+        self._timer.setSingleShot(True)
+        self._timer.setInterval(SAVE_MS)
+        self._timer.timeout.connect(self._report_system)
+        self._fill_presets()
+
+    def _make_presets(self) -> None:
         self.preset = QComboBox()
         self.preset.setAccessibleName("Sampling preset")
         self.preset.activated.connect(self._preset_chosen)
-        more = icon_button("more", "Save, rename or delete presets")
-        more.clicked.connect(self._preset_menu)
-        self._more = more
+        self._more = icon_button("more", "Save, rename or delete presets")
+        self._more.clicked.connect(self._preset_menu)
+        self.name = QLineEdit()  # in the list's place, while a preset gets its name
+        self.name.setAccessibleName("Name of the preset")
+        self.name.setPlaceholderText("Name of the preset")
+        self.name.setMaxLength(100)
+        self.name.installEventFilter(self)
+        self.name.hide()
+
+    def _lay_out(self, heading: str) -> None:
         self._reset = button("Reset", tip="Back to the values that new chats begin with", icon_name="undo")
         self._reset.clicked.connect(self._reset_all)
         self._body = QWidget()
@@ -71,13 +88,7 @@ class SidePanel(QFrame):
             margins=(16, 4, 16, 16),
             parent=self._body,
         )
-        self.name = QLineEdit()  # in the list's place, while a preset gets its name
-        self.name.setAccessibleName("Name of the preset")
-        self.name.setPlaceholderText("Name of the preset")
-        self.name.setMaxLength(100)
-        self.name.installEventFilter(self)
-        self.name.hide()
-        presets_row = row(self.preset, self.name, more, spacing=4)
+        presets_row = row(self.preset, self.name, self._more, spacing=4)
         presets_row.setStretch(0, 1)
         presets_row.setStretch(1, 1)
         self._layout.addLayout(presets_row)
@@ -96,12 +107,6 @@ class SidePanel(QFrame):
         layout = column(spacing=0, parent=self)
         layout.addLayout(head)
         layout.addWidget(scroll, 1)
-        self.defaults: tuple[str, dict[str, OptionValue]] = ("", {})
-        self._timer = QTimer(self)
-        self._timer.setSingleShot(True)
-        self._timer.setInterval(SAVE_MS)
-        self._timer.timeout.connect(self._report_system)
-        self._fill_presets()
 
     # Content ----------------------------------------------------------------------------------------
 
