@@ -15,6 +15,7 @@ from pathlib import Path
 
 from app.core import adapter_note
 from app.core.adapter_file import WEIGHT_FILES
+from app.core.disk import sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
 from app.core.library import AdapterEntry
@@ -138,18 +139,8 @@ def publish(stage: Path, target: Path) -> Path:
         stem = re.sub(r" \(\d+\)$", "", stem)
         target = target.with_name(f"{stem} ({number}){suffix}")
     stage.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     return target
-
-
-def _sync(place: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def library_name(adapter: Path, top: Path) -> str:

@@ -23,6 +23,7 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
+from app.core.disk import sync_folder, sync_tree
 from app.core.errors import ErrorKind, WeftError
 from app.training.run_resume import SUFFIX
 
@@ -203,26 +204,6 @@ def newest(
         except (OSError, ValueError, KeyError) as error:
             say(f"The checkpoint {folder.name} cannot be used ({error}); the one before it is taken.")
     return None
-
-
-def sync_tree(folder: Path) -> None:
-    """fsync every file of a folder, and the folder."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder's entries, where the system can."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def replace_folder(staged: Path, target: Path) -> None:

@@ -16,10 +16,11 @@ import torch
 
 from app.core.adapter_note import NAME as NOTE
 from app.core.adapter_note import AdapterNote, note_bytes
+from app.core.disk import sync_tree
 from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
 from app.training import card, methods_save_torch
-from app.training.checkpoint_torch import RunFolder, replace_folder, sync_tree
+from app.training.checkpoint_torch import RunFolder, replace_folder
 from app.training.distributed_torch import shared
 from app.training.run_config import TrainParameters, TrainResult
 from app.training.run_data_torch import RunData, data_numbers

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from app.core.errors import WeftError
 from app.core.library import ModelEntry
+from app.training.distribution import check_configuration
 from app.training.run_config import TrainParameters
 from app.training.run_export import export
 from tests import seeds
@@ -129,6 +130,8 @@ def test_an_exported_run_trains_from_its_folder_alone(model: ModelEntry, data: P
         export(parameters, tmp_path / "away", "", "")
     away = tmp_path / "elsewhere"
     (tmp_path / "away").rename(away)
+    for name in ("accelerate.yaml", "accelerate-fsdp.yaml"):
+        check_configuration((away / name).read_text())
     text = (away / "run.json").read_text()
     assert str(tmp_path) not in text and not (tmp_path / "never").exists()
     ran = subprocess.run(
