@@ -309,27 +309,26 @@ def _size(path: Path) -> int:
 
 
 @pytest.mark.fault
-def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(tmp_path: Path) -> None:
+def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(tmp_path: Path, export: Exporter) -> None:
     model = base(tmp_path / "base", "llama", SEED, hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
     given = (random_adapter(tmp_path / "a", "llama", model, SEED + 1), 1.0)
-    first = Exporter(tmp_path)
-    whole = Path(first(plan(tmp_path, "f16", given, name="whole")).file).read_bytes()
+    whole = Path(export(plan(tmp_path, "f16", given, name="whole")).file).read_bytes()
     chance = random.Random(SEED)
-    killed, child = 0, first
+    killed, child = 0, Exporter(tmp_path)
     for attempt in range(12):
         # On a busy machine a child may be done before anybody looks: then again, and sooner.
         limit = chance.uniform(0, 0.9 if attempt < 4 else 0.1) * len(whole)
         if _killed_while_writing(child, plan(tmp_path, "f16", given), limit):
             killed += 1
             child.client.shutdown()
-            child = Exporter(tmp_path)
             if killed == 2:
                 break
+            child = Exporter(tmp_path)
         else:
             assert (tmp_path / "out.gguf").read_bytes() == whole
             (tmp_path / "out.gguf").unlink()
-    resumed = child(plan(tmp_path, "f16", given)).resumed
     child.client.shutdown()
+    resumed = export(plan(tmp_path, "f16", given)).resumed
     print(f"killed {killed} times, {resumed:,} of {len(whole):,} bytes were there already")
     assert killed, "no child was killed: the test proved nothing"
     assert (tmp_path / "out.gguf").read_bytes() == whole
@@ -349,8 +348,9 @@ def test_killed_at_fifty_points_of_all_phases(tmp_path: Path) -> None:
     whole = tensors(Path(child(plan(tmp_path, "q4_k_m", given, name="whole", **more)).file))
     lasted = time.monotonic() - started
     chance = random.Random(SEED)
-    killed = 0
-    for number in range(50):
+    killed, tries = 0, 0
+    while killed < 50 and tries < 300:  # what goes on from a kill may be done before the next one
+        tries += 1
         command = child.start(plan(tmp_path, "q4_k_m", given, **more))
         deadline = time.monotonic() + chance.uniform(0, lasted)
         while time.monotonic() < deadline:
@@ -364,12 +364,12 @@ def test_killed_at_fifty_points_of_all_phases(tmp_path: Path) -> None:
             child.client.shutdown()
             child = Exporter(tmp_path)
         if (tmp_path / "out.gguf").exists():
-            assert tensors(tmp_path / "out.gguf") == whole, f"kill {number}"
+            assert tensors(tmp_path / "out.gguf") == whole, f"kill {killed}"
             (tmp_path / "out.gguf").unlink()
     made = child(plan(tmp_path, "q4_k_m", given, name="last", **more))
     child.client.shutdown()
-    print(f"killed {killed} of 50 times")
-    assert killed >= 25 and tensors(Path(made.file)) == whole
+    print(f"killed {killed} times in {tries} tries")
+    assert killed == 50 and tensors(Path(made.file)) == whole
     left = {p.name for p in tmp_path.glob(".weft-*")}
     assert len(left) <= 1, "one staging folder of the target that was killed last may stand, for its retry"
 
