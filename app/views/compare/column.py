@@ -40,7 +40,7 @@ class CompareColumn(QFrame):
         self.text = QPlainTextEdit()
         self.text.setObjectName("answer")
         self.text.setReadOnly(True)
-        self.text.setPlaceholderText("Choose this column's adapters above, then ask all columns below.")
+        self.text.setPlaceholderText("Choose adapters above, then ask all columns below.")
         self.text.setUndoRedoEnabled(False)
         self.text.setFrameShape(QFrame.Shape.NoFrame)
         self.text.setAccessibleName(f"Answer of column {place + 1}")
