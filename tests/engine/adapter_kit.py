@@ -215,6 +215,11 @@ def merged_logits(model: Any, stack: Sequence[tuple[Path, float]], ids: torch.Te
     return logits(merged(model, stack), ids)
 
 
+def rms(difference: torch.Tensor) -> float:
+    """Root mean square. Unlike the largest of a thousand differences, it hardly depends on chance."""
+    return float(difference.double().pow(2).mean().sqrt())
+
+
 def close(found: torch.Tensor, exact: Any, ids: torch.Tensor, at: Any = ...) -> bool:
     """Whether logits in float32 are those of an exact model, but for rounding.
 

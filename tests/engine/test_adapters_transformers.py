@@ -18,7 +18,7 @@ from app.core.library import ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import Load
 from tests.engine import tiny_models
-from tests.engine.adapter_kit import differences, random_adapter
+from tests.engine.adapter_kit import differences, random_adapter, rms
 from tests.engine.backend_kit import FakeReport, ask, ask_surely, assistant, loaded, user
 
 
@@ -230,11 +230,11 @@ def test_adapters_work_on_a_quantized_base(tmp_path: Path, bits: str) -> None:
             for name, d in total.items():
                 reference.get_parameter(name).add_(d.float())
             expected = reference(input_ids=ids).logits
-        noise = (base - quantized_base).abs().max()  # of the packed kernels themselves
-        assert (ours - expected).abs().max() < 3 * noise + 1e-3
-        assert (ours - base).abs().max() > 10 * (ours - expected).abs().max() or (
-            expected - quantized_base
-        ).abs().max() > 1
+        noise = rms(base - quantized_base)  # of the packed kernels themselves
+        if bits == "load_in_8bit":  # they round activations too, which are larger under the adapters
+            noise *= 3
+        assert rms(ours - expected) < 3 * noise + 1e-4
+        assert rms(ours - expected) < 0.25 * rms(expected - quantized_base)
 
 
 def test_an_adapter_that_repeats_layers_comes_and_goes_between_two_answers(made: Any, tmp_path: Path) -> None:

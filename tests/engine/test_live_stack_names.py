@@ -16,7 +16,7 @@ from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
 from app.core.errors import WeftError
 from tests import seeds
-from tests.engine.adapter_kit import logits, merged, random_adapter, random_model, tokens
+from tests.engine.adapter_kit import logits, merged, random_adapter, random_model, rms, tokens
 
 
 @pytest.fixture
@@ -145,10 +145,10 @@ def test_sixteen_bit_models_are_no_further_from_the_merge_than_from_themselves(
     for folder in folders:
         stack.add(str(folder), open_adapter(folder))
     stack.apply({str(folder): 0.6 for folder in folders})
-    ours = (logits(model, ids).double() - logits(merged(plain, pairs), ids)).abs().max()
+    ours = rms(logits(model, ids).double() - logits(merged(plain, pairs), ids))
     stack.close()
     rounded = merged(plain, pairs).to(dtype)
-    rounding = (logits(rounded, ids).double() - logits(merged(plain, pairs), ids)).abs().max()
+    rounding = rms(logits(rounded, ids).double() - logits(merged(plain, pairs), ids))
     print(f"{family} {dtype}: live {ours:.4f}, merged in 16 bits {rounding:.4f}")
     assert ours < 3 * rounding
 
