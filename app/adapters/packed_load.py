@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from app.adapters import hqq_quantize
 from app.adapters.merge_files import TORCH_NAMES
-from app.adapters.packed_grid import Grid, awq, damaged, gptq, hqq
+from app.adapters.packed_grid import LARGEST, Grid, awq, damaged, gptq, hqq
 from app.adapters.packed_linear import PackedLinear, fits_int4
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import JsonObject, SafetensorsTensor, read_safetensors_header
@@ -92,7 +92,11 @@ class Stored:
             )
         for stem, parts in self.parts.items():
             for key, tensor in parts.items():
-                if tensor.dtype not in TORCH_NAMES or math.prod(tensor.shape) > 2**34 or len(tensor.shape) > 2:
+                if (
+                    tensor.dtype not in TORCH_NAMES
+                    or not 0 < math.prod(tensor.shape) < LARGEST
+                    or len(tensor.shape) > 2
+                ):
                     raise damaged(stem, f"its {key} is {tensor.dtype} {tensor.shape}")
 
     def grid(self, name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Grid:
@@ -351,6 +355,8 @@ def _place_empty(model: Any, config: PackedConfig, dtype: torch.dtype) -> None:
         made.transposed = transposed  # type: ignore[assignment]
         model.set_submodule(name, made)
         count += 1
+    if any(parameter.dim() == 3 for parameter in model.parameters()):
+        config.notes.append("The experts of this mixture stay as they are: HQQ packs single matrices only.")
     if not count:
         config.notes.append("HQQ found no layer of this model that it can pack; it is loaded as it is.")
 

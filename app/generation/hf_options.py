@@ -333,6 +333,61 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             replaced="ExLlama's first kernel is gone. What reads GPTQ models here lets LoRAs train.",
         ),
     ] = False
+    triton: Annotated[
+        bool,
+        option(
+            "Triton (GPTQ)",
+            "Use Triton's kernels for GPTQ models.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="GPTQ models go through PyTorch's own kernels; see the kernel for packed weights.",
+        ),
+    ] = False
+    no_inject_fused_attention: Annotated[
+        bool,
+        option(
+            "No fused attention (GPTQ)",
+            "Do not put AutoGPTQ's fused attention into GPTQ models.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="There is no fused attention any more: the attention is chosen under Attention.",
+        ),
+    ] = False
+    no_inject_fused_mlp: Annotated[
+        bool,
+        option(
+            "No fused MLP (GPTQ)",
+            "Do not put AutoGPTQ's fused MLP into GPTQ models.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="There is no fused MLP any more: adapters need the matrices apart.",
+        ),
+    ] = False
+    no_use_cuda_fp16: Annotated[
+        bool,
+        option(
+            "No 16-bit CUDA kernels (GPTQ)",
+            "Do not let AutoGPTQ's old CUDA kernels compute in 16 bits.",
+            group=BEHAVIOUR,
+            advanced=True,
+            replaced="Choose float32 under Precision, or the exact kernel for packed weights.",
+        ),
+    ] = False
+    pre_layer: (
+        Annotated[
+            int,
+            option(
+                "Layers on the card (GPTQ)",
+                "How many layers of a GPTQ model go to the graphics card.",
+                ge=0,
+                group=MEMORY,
+                automatic="as many as fit",
+                advanced=True,
+                replaced="GPU memory says how much of the model a card takes.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 def estimate(model: ModelEntry, options: Options, machine: Machine) -> Estimate:

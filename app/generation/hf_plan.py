@@ -44,7 +44,7 @@ def plan_precision(config: Any, plan: Plan, options: Options) -> None:
     name = "bfloat16" if options.bf16 else options.dtype
     if name == "auto":
         plan.dtype = checkpoint_dtype(config, plan.weights, plan.form)
-        if options.cpu:
+        if options.cpu and not plan.packed:  # the processor's kernel for packed weights computes in 16 bits
             plan.dtype = torch.float32
         elif plan.dtype is torch.float16 and not (cuda or _has_mps()):
             plan.dtype = torch.bfloat16

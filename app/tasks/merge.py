@@ -290,7 +290,7 @@ def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
     raise WeftError(
         ErrorKind.UNSUPPORTED,
         f"{folder.name} is quantized ({found.format.value} {found.label}): a merge into it would be rounded away.",
-        (f"{hint}, {base}: get it with `weft download {base}`." if base else f"{hint}.")
+        (f"{hint}, {base}: get it with `weft download {base}`." if "/" in base else f"{hint}.")
         + (
             " Or let it be unpacked first (--packed 16bit), with the loss that it has."
             if found.format in UNPACKABLE
@@ -331,9 +331,12 @@ def check_plan(plan: MergePlan) -> None:
     for adapter in plan.stack.adapters:
         if not math.isfinite(adapter.weight):
             raise WeftError(ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number.")  # fmt: skip
-    unpacks = plan.packed == "16bit" and Path(plan.model).is_dir() and packing_of(Path(plan.model)) in UNPACKABLE
-    if not unpacks and not any(a.weight for a in plan.stack.adapters):
-        raise WeftError(ErrorKind.BAD_INPUT, "No adapter is on: there is nothing to merge.", "Add one with a weight other than 0.")  # fmt: skip
+    unpackable = Path(plan.model).is_dir() and packing_of(Path(plan.model)) in UNPACKABLE
+    if not any(a.weight for a in plan.stack.adapters) and not (unpackable and plan.packed == "16bit"):
+        hint = "Add one with a weight other than 0" + (
+            ", or unpack the model with --packed 16bit." if unpackable else "."
+        )
+        raise WeftError(ErrorKind.BAD_INPUT, "No adapter is on: there is nothing to merge.", hint)
     if plan.shard_size < 0:
         raise WeftError(ErrorKind.BAD_INPUT, "A negative shard size means nothing.", "Give a size in bytes, or 0.")
     model, target = Path(plan.model), Path(plan.target)

@@ -316,6 +316,7 @@ Q = "model.layers.1.mlp.down_proj."
         ("gptq", lambda t: t.update({Q + "qweight": t[Q + "qweight"][:-1].clone()}), "qweight"),
         ("gptq", lambda t: t.update({Q + "qzeros": t[Q + "qzeros"][:-1].clone()}), "qzeros"),
         ("gptq", lambda t: t.pop(Q + "scales"), "scales"),
+        ("gptq", lambda t: t.update({Q + "qzeros": t[Q + "qzeros"][:0].clone()}), "qzeros"),
         ("gptq", lambda t: [t.pop(Q + k) for k in ("qweight", "qzeros", "scales", "g_idx")], "lack weights"),
         ("awq", lambda t: t.update({Q + "qweight": t[Q + "qweight"].T.contiguous()}), "layout of AWQ"),
         ("hqq", lambda t: t[Q + "nbits"].fill_(2), "W_q"),
