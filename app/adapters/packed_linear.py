@@ -125,11 +125,12 @@ class PackedLinear(torch.nn.Linear):
 
     def _planes_unpacked(self) -> Tensor:
         rows, inputs = self.out_features, self.in_features
-        made = torch.zeros(rows, inputs // self._size, self._size, device=self.device)
+        made: Any = None
         for number in range(self._planes):
-            scales = self._buffers[f"scales{number}"].float()
-            codes = from_int4pack(self._buffers[f"packed{number}"], rows, inputs).reshape(made.shape)
-            made += (codes.float() - 8) * scales[..., 0].T[..., None] + scales[..., 1].T[..., None]
+            scale, offset = self._buffers[f"scales{number}"].float().permute(2, 1, 0)[..., None]
+            codes = from_int4pack(self._buffers[f"packed{number}"], rows, inputs)
+            values = codes.float().reshape(rows, -1, self._size).mul_(scale).add_(offset - 8 * scale)
+            made = values if made is None else made.add_(values)
         return made.reshape(rows, inputs)
 
     # Computing --------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def from_int4pack(packed: Tensor, rows: int, inputs: int) -> Tensor:
         count = min(_BLOCK, rows - start)
         data = flat[start * inputs // 2 : (start + count) * inputs // 2]
         nibbles = torch.cat([data & 15, data >> 4])
-        out[start : start + count] = nibbles[_places(count, inputs, packed.device)].reshape(count, inputs)
+        out[start : start + count] = nibbles.take(_places(count, inputs, packed.device)).reshape(count, inputs)
     return out
 
 
