@@ -57,12 +57,16 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp_eva": (FSDP, {"method": {"init": "eva", "calibration_samples": 6, "targets": "q_proj, lm_head"}}),
     "fsdp_preferences": (FSDP, {"train": {"objective": "dpo"}, "method": {"init": "olora"}}),
     "fsdp_bf16": (FSDP, {"train": {"precision": "bf16"}}),
+    "fsdp_gemma2": (FSDP, {"family": "gemma2"}),  # tied embeddings, logits that are capped
+    "fsdp_mixtral": (FSDP, {"family": "mixtral"}),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_learn_what_one_learns(way: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
     how, sections = WAYS[way]
+    if "family" in sections:
+        model = tiny_models.make(tmp_path / "model", sections["family"], seed=SEED)
     train_section = {"max_steps": 6, "learning_rate": 3e-3, "evaluate_every": 3, **sections.get("train", {})}
     if train_section.get("objective") == "dpo":
         data = training_kit.preferences(tmp_path / "pairs.jsonl", SEED)
