@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from app.adapters import hqq_quantize
 from app.adapters.merge_files import TORCH_NAMES
+from app.adapters.packed_experts import PARTS, PackedExperts, standable
 from app.adapters.packed_grid import LARGEST, Grid, awq, damaged, gptq, hqq
 from app.adapters.packed_linear import PackedLinear, fits_int4
 from app.core.errors import ErrorKind, WeftError
@@ -319,22 +320,58 @@ def _place_stored(model: Any, stored: Stored, dtype: torch.dtype) -> None:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     names = model.state_dict()
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _TOLD}
+    experts: dict[str, dict[str, str]] = {}  # owner: name of the module to be, stem
     for stem, parts in stored.parts.items():
         key, converted = rename_source_key(f"{stem}.weight", renamings, converters, model.base_model_prefix, names)
         name = key.removesuffix(".weight")
-        size = _linear(model.get_submodule(name)) if key in names else None
+        size = _linear(model.get_submodule(name)) if converted is None and key in names and name != key else None
+        if converted is not None and key in names:
+            owner = key.rpartition(".")[0]
+            mark = next(key for key in _MARKS if key in parts)
+            own, _ = rename_source_key(f"{stem}.{mark}", renamings, [], model.base_model_prefix, names)
+            if own.startswith(f"{owner}.") and standable(model.get_submodule(owner)):
+                experts.setdefault(owner, {})[own.removesuffix(f".{mark}")] = stem
+                continue
         if converted is not None or size is None:
-            raise WeftError(
-                ErrorKind.UNSUPPORTED,
-                f"{stem[-100:]} is packed, and this architecture keeps it in a way that takes no packed weights"
-                + (" (experts are kept together)." if "experts" in stem else "."),
-                "Use the model's GGUF form, or its 16-bit original with load_in_4bit.",
-            )
+            raise _no_place(stem)
         inputs, outputs, _ = size
         bias = model.get_submodule(name).bias is not None or "bias" in parts
-        with torch.device("meta"):
-            module = _Stored(stored, stem, inputs, outputs, bias=bias, dtype=dtype)
-        model.set_submodule(name, module)
+        _put(model, name, stored, stem, (outputs, inputs), bias, dtype)
+    for owner, found in experts.items():
+        _place_experts(model, owner, found, stored, dtype)
+
+
+def _put(
+    model: Any, name: str, stored: Stored, stem: str, shape: tuple[int, int], bias: bool, dtype: torch.dtype
+) -> None:
+    with torch.device("meta"):
+        module = _Stored(stored, stem, shape[1], shape[0], bias=bias, dtype=dtype)
+    model.set_submodule(name, module)
+
+
+def _place_experts(model: Any, owner: str, found: Mapping[str, str], stored: Stored, dtype: torch.dtype) -> None:
+    """Experts one by one, in the place of those that transformers keeps together. Found: name to stem."""
+    old = model.get_submodule(owner)
+    parts = {name.rpartition(".")[2] for name in found}
+    wanted = {f"{owner}.{number}.{part}" for number in range(old.num_experts) for part in parts}
+    if len(parts) != 3 or not parts <= PARTS.keys():
+        raise _no_place(next(iter(found.values())))
+    if lacking := sorted(wanted - set(found)):
+        raise damaged(lacking[0], "the files lack it")
+    _, width, hidden = old.gate_up_proj.shape
+    model.set_submodule(owner, PackedExperts(old, parts))
+    for name, stem in found.items():
+        shape = (hidden, width // 2) if PARTS[name.rpartition(".")[2]] == "down" else (width // 2, hidden)
+        _put(model, name, stored, stem, shape, "bias" in stored.parts[stem], dtype)
+
+
+def _no_place(stem: str) -> WeftError:
+    return WeftError(
+        ErrorKind.UNSUPPORTED,
+        f"{stem[-100:]} is packed, and this architecture keeps it in a way that takes no packed weights"
+        + (" (experts are kept together)." if "experts" in stem else "."),
+        "Use the model's GGUF form, or its 16-bit original with load_in_4bit.",
+    )
 
 
 def _place_empty(model: Any, config: PackedConfig, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ The reference is a plain model that holds what the packed numbers stand for, in 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from app.core.recognise import recognise_model
 from tests.engine import tiny_models
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+MATRICES = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight")
 SLABS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
 
@@ -158,10 +160,10 @@ def pack(
     for path in base.iterdir():
         if path.suffix in (".json", ".jinja", ".model") and path.name != "config.json":
             (folder / path.name).write_bytes(path.read_bytes())
-    reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(base / "model.safetensors")
-    for key in [k for k in tensors if ".layers." in k and k.endswith("_proj.weight")]:
+    plain = dict(tensors)
+    for key in [k for k in tensors if ".layers." in k and k.endswith(MATRICES)]:
         weight, stem = tensors.pop(key), key.removesuffix(".weight")
         size = group if group > 0 else weight.shape[1]
         if method == "gptq":
@@ -174,10 +176,13 @@ def pack(
         tensors |= {f"{stem}.{part}": value for part, value in parts.items()}
         if biases:
             tensors[f"{stem}.bias"] = torch.zeros(weight.shape[0], dtype=torch.float16)
-        with torch.no_grad():
-            reference.get_parameter(key).copy_(back)
+        plain[key] = back.contiguous()
     save_file(tensors, folder / name, {"format": "pt"})
     config = json.loads((base / "config.json").read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as unpacked:
+        save_file(plain, Path(unpacked) / "model.safetensors", {"format": "pt"})
+        (Path(unpacked) / "config.json").write_text(json.dumps(config), "utf-8")
+        reference = transformers.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
     table: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": group}
     if method == "gptq":
         table |= {"desc_act": act_order, "checkpoint_format": "gptq_v2" if version == 2 else "gptq"}

@@ -162,6 +162,18 @@ def stored_grid(made: Packed, name: str) -> Grid:
     return Stored([path], table_of(config, path.parent)).grid(name, tensors, (out, inputs))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_experts_answer_and_take_adapters(tmp_path: Path, method: str) -> None:
+    base = packed_kit.make(tmp_path / "base", SEED, "mixtral")
+    made = packed_kit.pack(base, tmp_path / "m", method, seed=SEED)
+    lora = random_adapter(tmp_path / "lora", "mixtral", made.reference, SEED, r=4)
+    with opened(made.entry) as model:
+        assert sum(".experts." in name for name in modules(model)) == 2 * 3 * 3
+        assert off(logits(model), logits(made.reference)) < EXACT
+        ModelStack(model).set(stack((lora, 0.7)), lambda *_: None)
+        assert off(logits(model), merged_logits(made.reference, [(lora, 0.7)], IDS)) < EXACT
+
+
 def test_a_file_of_another_name_without_metadata_loads(tmp_path: Path, base: Path) -> None:
     made = packed_kit.pack(
         base, tmp_path / "m", "gptq", bits=8, metadata=False, name="llama-8bit-32g.safetensors", seed=SEED
