@@ -15,6 +15,7 @@ from types import TracebackType
 
 import msgspec
 
+from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
 
 PREFIX = ".weft-merge-"
@@ -244,24 +245,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
 
 SPARE = 16 * 1024 * 1024  # bytes that a drive keeps free beside what is written
@@ -52,19 +53,9 @@ def write_peft(target: Path, config: Mapping[str, Any], tensors: Mapping[str, An
         (stage / "adapter_config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf-8")
         (stage / "README.md").write_text(card, "utf-8")
         for file in stage.iterdir():
-            _sync(file)
-        _sync(stage)
+            sync_file(file)
+        sync_folder(stage)
         stage.rename(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot sync a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

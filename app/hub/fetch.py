@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from app.core.disk import sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.unfinished import NOTE, DownloadNote, Verified, read_note, write_note
 from app.hub.board import Board, Entry
@@ -20,7 +21,7 @@ from app.hub.files import DownloadNews, DownloadResult, RemoteFile
 from app.hub.journal import PartHeader, beside
 from app.hub.limits import RateLimit
 from app.hub.local_copies import take_copy
-from app.hub.part import Locked, PartFile, arrived_bytes, move_away, remove_parts, sync_folder, write_error
+from app.hub.part import Locked, PartFile, arrived_bytes, move_away, remove_parts, write_error
 from app.hub.places import local_path, refuse_collisions
 from app.hub.positional import folder_lock
 from app.hub.source import HttpSource

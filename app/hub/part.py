@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from app.core.disk import sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.hub.journal import ENDINGS, PartHeader, beside, merged, read_journal
 from app.hub.positional import PositionalFile, boot_mark, try_lock
@@ -298,19 +299,6 @@ def move_away(target: Path) -> Path | None:
         return place
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder durable, where the system lets a folder be opened."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems have no such thing
-            raise
-    finally:
-        os.close(handle)
 
 
 def write_error(error: OSError, path: Path) -> WeftError:

@@ -5,12 +5,12 @@ Needs numpy alone. The model's weights are not read, only its headers.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.core.convert_plan import Converted, ConvertPlan
+from app.core.disk import sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header
 from app.core.library import ModelEntry, ModelFormat
@@ -44,7 +44,7 @@ def run(parameters: ConvertPlan, report: Report) -> Converted:
         if report.cancelled:
             raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
         made.rename(target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     report.progress("Converting", 1, 1, "adapters")
     files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
     return Converted(adapter=str(target), bytes=sum(path.stat().st_size for path in files), notes=notes)
@@ -100,14 +100,3 @@ def _matrices(model: ModelEntry) -> dict[str, tuple[int, int]]:
                 if tensor.name.endswith(".weight") and shape is not None:
                     found[name] = shape
     return found
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-

@@ -22,10 +22,9 @@ from app.adapters.merge_staging import (
     job_of,
     require_space,
     stamp,
-    sync_file,
-    sync_folder,
     write_error,
 )
+from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergePlan
