@@ -16,7 +16,10 @@ _stream = random.Random(RUN)
 
 
 def begin(test: str) -> None:
-    """A test starts: what it draws depends on the run and its name, not on the tests before it."""
+    """A test starts: what it draws depends on the run and its name, not on the tests before it.
+
+    A fixture of a whole module draws from `of(__name__)`: else its numbers would be those of whichever test came first.
+    """
     _stream.seed(f"{RUN} {test}")
     random.seed(f"{RUN} {test}")
 

@@ -23,7 +23,8 @@ from app.engine.heartbeat import Heartbeat
 from app.engine.log_file import LogFile
 from app.engine.pipes import PipeReader, PipeWriter
 from app.engine.process_tree import ProcessTree
-from app.engine.surroundings import child_environment, empty_folder, in_scratch, remove_scratch, scratch_folder
+from app.engine.scratch import Scratch
+from app.engine.surroundings import child_environment, empty_folder
 from app.engine.wire import LineSplitter, LineTooLong, encode
 
 __all__ = ["EngineClient", "EngineEvent", "EngineExit", "Responsiveness", "error_of"]
@@ -59,7 +60,7 @@ class EngineClient:
         self.backend = backend
         self.log_path = log_path
         self._environment = dict(environment or {})
-        self._scratch: Path | None = None
+        self._scratch: Scratch | None = None
         self._module = module
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -108,15 +109,16 @@ class EngineClient:
         self._oom_kills = oom_kills()
         try:
             folder = empty_folder(self.log_path.parent)
-            self._scratch = scratch_folder()
+            with contextlib.suppress(OSError):  # no room: what needs temporary files says so
+                self._scratch = Scratch()
             tree = ProcessTree(
                 [str(self.python), "-m", self._module, "--backend", self.backend],
-                environment=child_environment(in_scratch(self._scratch) | self._environment),
+                environment=child_environment((self._scratch.variables if self._scratch else {}) | self._environment),
                 folder=folder,
             )
         except OSError as error:
             if self._scratch is not None:
-                remove_scratch(self._scratch)
+                self._scratch.remove()
             problem = WeftError(
                 ErrorKind.ENVIRONMENT,
                 f"The engine's Python {self.python} cannot be started: {error.strerror}.",
@@ -392,7 +394,7 @@ class EngineClient:
             if folder.name != "empty":
                 folder.rmdir()
         if self._scratch is not None:  # before the death is told: a command line ends then
-            remove_scratch(self._scratch)
+            self._scratch.remove()
         with self._lock:
             end = describe_exit(
                 status,

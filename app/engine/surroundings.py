@@ -1,4 +1,4 @@
-"""What a child is started into: a clean environment, an empty working folder, a folder of its own for temporary files.
+"""What a child is started into: a clean environment and an empty working folder.
 
 Children import nothing but what they are meant to: no file that lies in the working folder, no setting of
 the user's own Python. They get no secret: neither in the environment nor as an argument.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-
-import psutil
 
 import app
 
@@ -30,7 +27,6 @@ _FOREIGN = (
     "VIRTUAL_ENV",
 )
 _FEW_CPUS = 4
-_SCRATCH = "weft-scratch-"
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -66,27 +62,3 @@ def empty_folder(beside: Path) -> Path:
     except OSError:
         pass  # a read-only place: the system's folder for temporary files serves
     return Path(tempfile.mkdtemp(prefix="weft-empty-"))
-
-
-def scratch_folder() -> Path:
-    """A new folder in the system's folder for temporary files: what a child leaves in it when it is killed, offloaded weights
-    among it, goes with it. Folders that a killed window has left are removed.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
-        owner = left.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
-
-
-def in_scratch(folder: Path) -> dict[str, str]:
-    """The variables that have a child keep its temporary files there."""
-    return dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-
-
-def remove_scratch(folder: Path) -> None:
-    """Remove it with all that lies in it; what the system does not let go is left to the next start."""
-    shutil.rmtree(folder, ignore_errors=True)

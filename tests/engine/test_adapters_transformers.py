@@ -17,6 +17,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import Load
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import differences, random_adapter, rms
 from tests.engine.backend_kit import FakeReport, ask, ask_surely, assistant, loaded, user
@@ -30,7 +31,7 @@ def stack(*pairs: tuple[Path, float]) -> AdapterStack:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelEntry, list[Path], Path]:
     """A model folder, three adapters for it, and the root."""
     root = tmp_path_factory.mktemp("stack")
-    seed = random.randrange(1 << 30)
+    seed = seeds.of(__name__)
     print("seed", seed)
     entry = tiny_models.make(root / "model", "llama", seed=seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(entry.path)

@@ -108,7 +108,7 @@ def test_each_row_has_the_logits_of_its_merged_model(tmp_path: Path, family: str
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelEntry, list[Path]]:
     """A model folder and four adapters for it."""
     root = tmp_path_factory.mktemp("batch")
-    chance = random.randrange(1 << 30)
+    chance = seeds.of(__name__)
     print("seed", chance)
     entry = tiny_models.make(root / "model", "llama", seed=chance)
     model = transformers.AutoModelForCausalLM.from_pretrained(entry.path)

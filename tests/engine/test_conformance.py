@@ -99,8 +99,8 @@ MAKE: dict[ModelFormat, Callable[[Path, int], Made]] = {
 
 @pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    seed = seeds.given()
-    print(f"seed {seed} (WEFT_TEST_SEED={seed} repeats it)")
+    seed = seeds.of(f"{__name__} {request.param}")  # not of the test that comes first
+    print(f"seed {seed}")
     return MAKE[request.param](tmp_path_factory.mktemp("model") / "made", seed)
 
 

@@ -17,6 +17,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
 from app.engine.client import EngineClient, EngineEvent, EngineExit, Responsiveness
 from app.engine.restart import RestartPolicy
+from app.engine.scratch import Scratch
 from tests.fakes.fake_engine import Script, fake_client, fake_model
 
 pytestmark = [
@@ -109,11 +110,14 @@ def test_what_a_killed_engine_kept_in_temporary_files_goes_with_it(
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    (left := place / f"weft-scratch-{ended.pid}-x").mkdir()  # of a window that was killed
+    # What a window that was killed has left, beside what belongs to one that runs.
+    code = "import os; from app.engine.scratch import Scratch; print(Scratch().path, flush=True); os.kill(os.getpid(), 9)"
+    variables = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": os.pathsep.join(sys.path)}
+    left = Path(subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True).stdout.strip())
     (left / "layer.dat").write_bytes(b"x" * 1000)
-    (other := place / f"weft-scratch-{os.getppid()}-x").mkdir()  # of one that runs
+    running = Scratch()
+    assert left.parent == place and not left.exists()
+    other = running.path
     client = start(clients, tmp_path, Script())
     (scratch,) = set(place.iterdir()) - {other}
     assert psutil.Process(client.pid).environ()["TMPDIR"] == str(scratch)
@@ -122,6 +126,8 @@ def test_what_a_killed_engine_kept_in_temporary_files_goes_with_it(
     os.kill(client.pid, signal.SIGKILL)
     until_exit(client)
     assert list(place.iterdir()) == [other]
+    running.remove()
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize(
