@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from PySide6.QtCore import QEventLoop, QSettings, QTimer
+from PySide6.QtCore import QEventLoop, QPoint, QSettings, QTimer
+from PySide6.QtGui import QCursor
 from PySide6.QtWidgets import QApplication, QWidget
 
 from app import logs
@@ -49,6 +50,7 @@ def wait_until(what: Callable[[], bool], why: str) -> None:
 
 
 def shoot(widget: QWidget, folder: Path, name: str) -> None:
+    QCursor.setPos(widget.mapToGlobal(QPoint(widget.width() - 2, widget.height() // 2)))  # over nothing that lights up
     wait(250)
     widget.grab().save(str(folder / f"{name}.png"))
     print(folder / f"{name}.png", flush=True)
@@ -186,6 +188,8 @@ def shoot_export(house: House, folder: Path) -> None:
 
 def shoot_all(house: House, folder: Path, names: list[str]) -> None:
     window = house.window
+    for toast in window.toasts.shown:
+        toast.close()
     for look in ("light", "dark"):
         house.theme.set_appearance(look)
         for width, height in SIZES:
