@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-import app
 from app.cli_library import find_model
 from app.cli_task import run_task
 from app.core.errors import ErrorKind, WeftError
@@ -21,6 +19,7 @@ from app.core.jobs import Progress
 from app.core.library import ModelEntry
 from app.core.paths import default_paths, resources
 from app.engine.environments import USABLE, Environments
+from app.engine.surroundings import child_environment
 from app.store.toml_text import dump
 from app.terminal import ProgressLine
 from app.training import methods, run_file
@@ -83,8 +82,10 @@ def run(parsed: argparse.Namespace) -> int:
         raise
     if parsed.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
-    else:
+    elif result:
         _print_result(result)
+    else:
+        print("note: this machine's processes are done; the adapter lies on the first machine", file=sys.stderr)
     return 0
 
 
@@ -149,10 +150,14 @@ def _launch(parameters: TrainParameters, config: Path, told: list[str]) -> dict[
         file.write_bytes(msgspec.json.encode(parameters))
         command = [str(python), "-m", "accelerate.commands.launch", "--config_file", str(config.absolute())]
         command += ["-m", "app.training.run_launched", str(file)]
-        root = str(Path(app.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": root, "PYTHONSAFEPATH": "1"}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=place, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",  # child_environment's
+            errors="replace",
+            cwd=place,
+            env=child_environment(),
         )
         try:
             found = _follow(process, metrics, news, line)
@@ -162,39 +167,64 @@ def _launch(parameters: TrainParameters, config: Path, told: list[str]) -> dict[
         finally:
             line.clear()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
     if "result" in found:
         return found["result"]
-    if found:
-        raise WeftError(ErrorKind(found["error"]), found["message"], found["hint"])
+    if "error" in found:
+        raise WeftError(ErrorKind(found["error"]), _failed_where(found), found["hint"])
+    if not found and process.returncode == 0:  # a further machine, where the first process does not run
+        return {}
     raise WeftError(
-        ErrorKind.CRASHED, f"The launched processes ended with status {process.returncode}.", f"The log {log} says why."
+        ErrorKind.CRASHED,
+        f"The launched processes ended with status {process.returncode}.",
+        f"The log {log} says why; where several machines train together, see what the others say, too.",
     )
+
+
+def _failed_where(event: dict[str, Any]) -> str:
+    """The message of `failed`; of another process than the first with its number and machine."""
+    if not event.get("process"):
+        return event["message"]
+    return f"{event['message']} (Process {event['process']}, on {event['machine']}.)"
 
 
 def _follow(
     process: subprocess.Popen[str], metrics: _Metrics, news: Callable[[str], str | None], line: ProgressLine
 ) -> dict[str, Any]:
-    """Print what the first process says. Returns its last word, {} when it died without one."""
+    """Print what the first process says.
+
+    Returns:
+        `done`, or the first `failed` of any process (what the others say after it follows from it), or `started` where
+        the first process then fell silent, or {} where it never spoke.
+    """
     assert process.stdout is not None
     last: dict[str, Any] = {}
     for text in process.stdout:
         if not text.startswith("{"):
             continue  # a library's own print
-        event = msgspec.json.decode(text)
+        try:
+            event = msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            continue  # a library's, too, or two processes' words in each other
         said: str | None = None
-        match event["kind"]:
+        match event.get("kind"):
             case "progress":
                 line.show(Progress(phase=event["phase"], done=event["done"], total=event["total"], unit=event["unit"]))
             case "metric":
                 said = metrics(event["step"], event["values"])
             case "news":
                 said = news(event["json"])
-            case "started" if event["processes"] > 1:
-                said = f"{event['processes']} processes ({event['distribution']})"
+            case "started":
+                last = last or event
+                if event["processes"] > 1:
+                    said = f"{event['processes']} processes ({event['distribution']})"
             case "log" if event["level"] in ("warning", "error"):
                 said = f"{event['level']}: {event['text']}"
-            case "done" | "failed":
+            case "done":
                 last = event
+            case "failed" if "error" not in last or (event["message"], event["process"]) == (last["message"], 0):
+                last = event  # what all of them say is said by the first
             case _:
                 pass
         if said:
