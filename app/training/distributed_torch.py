@@ -16,7 +16,10 @@ from app.core.errors import ErrorKind, WeftError
 from app.training.distribution import check_distribution
 from app.training.run_config import RunConfig
 
-_SILENT = datetime.timedelta(hours=2)  # how long the others wait, while the first initialises an adapter
+# How long a process waits for the others: while machines of unlike speed read the model and the first initialises the adapter, and
+# at the end, while the first reads the base for its hashes; and in between. It also is how long the loss of a machine goes unseen.
+_LONG = datetime.timedelta(hours=2)
+_SHORT = datetime.timedelta(minutes=30)
 
 
 def make_accelerator(config: RunConfig) -> Any:
@@ -36,7 +39,7 @@ def make_accelerator(config: RunConfig) -> Any:
     if fsdp:
         check_distribution("FSDP", version=int(os.environ.get("FSDP_VERSION") or 1))
     backend = "cpu:gloo,cuda:nccl" if fsdp and not cpu else None
-    group = InitProcessGroupKwargs(backend=backend, timeout=_SILENT)
+    group = InitProcessGroupKwargs(backend=backend, timeout=_LONG)
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed weights are buffers, and never change
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group, buffers])
@@ -61,6 +64,15 @@ def make_accelerator(config: RunConfig) -> Any:
         alone=accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ,
     )
     return accelerator
+
+
+def wait_long(accelerator: Any, long: bool) -> None:
+    """Have what is begun from now on wait long for the other processes, or less. Without several processes nothing happens."""
+    if accelerator is None or not torch.distributed.is_initialized():
+        return
+    from torch.distributed.distributed_c10d import _set_pg_timeout  # has no public name
+
+    _set_pg_timeout(_LONG if long else _SHORT)
 
 
 def is_sharded(accelerator: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from app.training.distributed_torch import shared
 from app.training.packing_torch import still
 
 IGNORED = -100
@@ -59,13 +60,17 @@ def sft_chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tenso
     return chunked_loss(hidden[at], wanted[at], head, finish)
 
 
-def try_head(model: Any, tokens: Sequence[int]) -> None:
-    """Find out whether the head can be taken apart from a model which FSDP is about to share out."""
+def try_head(model: Any, tokens: Sequence[int], accelerator: Any = None) -> None:
+    """Find out whether the head can be taken apart from a model which FSDP is about to share out.
+
+    Processors of different make may round to different verdicts, and a head is gathered by all processes or by none: the
+    first one's counts. All of them ask.
+    """
     causal = _causal(model)
     head = _head(causal)
     if head is not None:
         few = torch.tensor([list(tokens[:8])], device=next(causal.parameters()).device)
-        _known[causal] = _agrees(causal, head, _finish(causal), {"input_ids": few})
+        _known[causal] = shared(accelerator, _agrees(causal, head, _finish(causal), {"input_ids": few}))
 
 
 def _sharded_loss(

@@ -21,7 +21,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
 from app.training import card, methods_save_torch
 from app.training.checkpoint_torch import RunFolder, replace_folder
-from app.training.distributed_torch import shared
+from app.training.distributed_torch import shared, wait_long
 from app.training.run_config import TrainParameters, TrainResult
 from app.training.run_data_torch import RunData, data_numbers
 from app.training.run_model_torch import Base
@@ -100,6 +100,7 @@ def finish(made: Made, trainer: Trainer, ended: str, note: Callable[[str], None]
         notes=tuple(made.notes),
     )
     trained = trainer.state() if trainer.sharded else None
+    wait_long(made.accelerator, True)  # for the first one's hashes
     if made.folder is not None:
         report.progress("Saving")
         _save(made, trainer, result, trained, report)

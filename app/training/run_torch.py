@@ -19,7 +19,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
 from app.training import methods, methods_save_torch, methods_torch
 from app.training.checkpoint_torch import Counters, RunFolder
-from app.training.distributed_torch import agreed, is_sharded, prepare, put, shared
+from app.training.distributed_torch import agreed, is_sharded, prepare, put, shared, wait_long
 from app.training.distribution import check_sharded
 from app.training.estimate import checkpoint_bytes, estimate, words
 from app.training.loss_torch import try_head
@@ -121,7 +121,7 @@ class Run:
         hashes = BaseHashes(base.files if self.main else [])
         wrapped = model
         if self.sharded:
-            try_head(model, data.examples[0].input_ids)
+            try_head(model, data.examples[0].input_ids, self.accelerator)
         if self.accelerator is not None:
             wrapped, optimizer = prepare(self.accelerator, model, optimizer)
         if self.sharded:
@@ -154,6 +154,7 @@ class Run:
             self._note(
                 f"{len(silent)} expert tensors got no gradient on the longest batch: the router did not choose them there."
             )
+        wait_long(self.accelerator, False)
         self.control.tell("state", text="running")
         ended = trainer.run()
         made = Made(
