@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.core.adapter_file import config_beside
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack
 
@@ -294,7 +295,8 @@ def signature(path: Path) -> str:
         WeftError: NOT_FOUND.
     """
     try:
-        files = sorted(p for p in path.iterdir() if p.name.startswith("adapter")) if path.is_dir() else [path]
+        named = [path, *config_beside(path)]
+        files = sorted(p for p in path.iterdir() if p.name.startswith("adapter")) if path.is_dir() else named
         return ";".join(f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in files for s in (p.stat(),))
     except OSError as error:
         raise WeftError(

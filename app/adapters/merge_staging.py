@@ -15,8 +15,10 @@ from types import TracebackType
 
 import msgspec
 
+from app.core.adapter_file import config_beside
 from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
+from app.core.recognise_gguf import parts_of
 
 PREFIX = ".weft-merge-"
 LOCK, JOB = "lock", "job"
@@ -95,15 +97,18 @@ class Staging:
         known, boot = self._state()
         done: frozenset[int] = frozenset()
         try:
-            if known == fingerprint and self.folder.is_dir():
+            if known != fingerprint:
+                self.forget()
+            elif self.folder.is_dir():
                 done = self._complete(same_boot=bool(boot) and boot == boot_id())
-            else:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                (self.root / _JOURNAL).unlink(missing_ok=True)
             self.folder.mkdir(exist_ok=True)
             if job:
                 write_atomically(self.root / JOB, job)
-            # Whatever is not certain to be on the disk is done again, and so does not stand in the new journal.
+            if done:
+                # What a killed run has written may still be in memory alone: the new journal says that it is on the disk.
+                for path in self.folder.iterdir():
+                    sync_file(path)
+                sync_folder(self.folder)
             lines = "".join(f"{number}\n" for number in sorted(done)) + (f"s{len(done)}\n" if done else "")
             write_atomically(self.root / _JOURNAL, lines.encode())
             write_atomically(self.root / _STATE, f"{fingerprint}\n{boot_id()}\n".encode())
@@ -113,6 +118,22 @@ class Staging:
                 self.discard()
             raise write_error(self.root, error) from error
         return done
+
+    def forget(self) -> None:
+        """Take away all that an earlier run has left; its mark goes first, so that a kill on the way leaves nothing to trust.
+
+        Raises:
+            OSError: something of it cannot be removed.
+        """
+        (self.root / _STATE).unlink(missing_ok=True)
+        sync_folder(self.root)
+        for path in self.root.iterdir():
+            if path.name == LOCK:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _state(self) -> tuple[str, str]:
         try:
@@ -245,8 +266,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-
-
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Refuse what does not fit on the drive.
 
@@ -286,6 +305,38 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def stamp(path: Path) -> tuple[object, ...]:
-    """What tells a file, or the files of a folder, from others: names, sizes and times."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+    """What tells a model or an adapter from others: names, sizes and times of the files that are read for it.
+
+    Args:
+        path: a folder; a GGUF file, whose other parts count as well; or another file, with the adapter's config beside it.
+
+    Raises:
+        WeftError: NOT_FOUND.
+    """
+    try:
+        if path.is_dir():
+            files = sorted(path.iterdir())
+        else:
+            path.stat()
+            files = parts_of(path)[0] if path.suffix.lower() == ".gguf" else [path, *config_beside(path)]
+        return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
+    except FileNotFoundError as error:
+        raise WeftError(ErrorKind.NOT_FOUND, f"There is no {path}.", "Check the path.") from error
+
+
+def require_unchanged(inputs: Iterable[tuple[Path, tuple[object, ...]]]) -> None:
+    """Refuse to give a result its name when what it was made of is no longer as it was.
+
+    Args:
+        inputs: paths with the stamps that they had at first. Files that came to a folder since do not matter.
+
+    Raises:
+        WeftError: CORRUPT, NOT_FOUND.
+    """
+    for path, before in inputs:
+        if not set(before) <= set(stamp(path)):
+            raise WeftError(
+                ErrorKind.CORRUPT,
+                f"{path} changed while it was read.",
+                "Begin again when nothing writes to it any more.",
+            )

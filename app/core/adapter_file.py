@@ -189,6 +189,12 @@ def locate(path: Path) -> tuple[AdapterConfig, Path]:
     return parsed, weights
 
 
+def config_beside(path: Path) -> list[Path]:
+    """The config that `locate` reads for an adapter named by its file; none for any other file."""
+    config = path.with_name("adapter_config.json")
+    return [config] if path.name in WEIGHT_FILES and config.is_file() else []
+
+
 def adapter_from_tensors(path: Path, config: AdapterConfig, tensors: Iterable[TensorInfo]) -> AdapterFile:
     """Sort an adapter's tensors by module."""
     found = AdapterFile(path=path, config=config, modules={}, unknown=[], problems=[])
