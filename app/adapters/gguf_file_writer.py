@@ -96,6 +96,8 @@ def write_parts(
         out.seek(found)
         if not found:
             out.write(head)
+        elif made_of:
+            os.fsync(out.fileno())  # what a killed run has written may still be in memory alone
         place, synced, boot = len(head), found, boot_id()
         advance(0)
         for part in parts:
