@@ -7,6 +7,8 @@ is checked after, and nothing bears the target's name before all of it is on the
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import json
 import os
 import re
@@ -18,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from app.adapters.merge_staging import Staging, fingerprint, job_of, require_space, stamp, write_error
+from app.adapters.merge_staging import (
+    Staging,
+    fingerprint,
+    job_of,
+    require_space,
+    require_unchanged,
+    stamp,
+    write_error,
+)
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import MergePlan
 from app.core.quantize_plan import ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
@@ -63,6 +73,7 @@ class _Run:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.pausing = Pausing(report)
+        self.inputs: list[tuple[Path, tuple[object, ...]]] = []
         self.goes_on = False  # with layers that an earlier run had quantized
 
     def run(self) -> QuantizeResult:
@@ -92,9 +103,10 @@ class _Run:
                         self._measure(ready, stage if merged else None, staging.folder)
                     self.pausing.check()
                     self.report.progress("Waiting for the disk")
+                    require_unchanged(self.inputs)
                     staging.publish()
                 except OSError as error:
-                    raise write_error(staging.folder, error) from error
+                    raise _in_words(error, staging) from error
                 finally:
                     staging.discard()  # only a death leaves something to go on from
         return QuantizeResult(
@@ -114,13 +126,14 @@ class _Run:
         from gptqmodel import __version__ as version
 
         plan = self.plan
-        stack = [(a.path, a.weight, stamp(Path(a.path))) for a in plan.stack.adapters if a.weight]
+        weights = [(a.path, a.weight) for a in plan.stack.adapters if a.weight]
+        paths = [Path(plan.model), Path(plan.calibration), *(Path(path) for path, _ in weights)]
+        self.inputs = [(path, stamp(path)) for path in paths]
         known = msgspec.structs.replace(plan, stack=AdapterStack(), target="", base_name="")
-        mark = fingerprint([VERSION, version, known, stack, stamp(Path(plan.model)), stamp(Path(plan.calibration))])
-        gone = ["aside", "source"] if staging.left_by(mark) else ["aside", "source", "merged", "layers"]
+        mark = fingerprint([VERSION, version, known, weights, [each for _, each in self.inputs]])
         self.goes_on = staging.left_by(mark) and (staging.root / "layers").is_dir()
-        staging.begin(mark, job_of("quantize", ENVIRONMENT, plan))
-        for folder in (*(staging.root / name for name in gone), staging.folder):
+        staging.begin(mark, job_of("quantize", ENVIRONMENT, plan))  # what another job had left goes here
+        for folder in (staging.root / "aside", staging.root / "source", staging.folder):
             shutil.rmtree(folder, ignore_errors=True)
         for attempt in (staging.root / "layers").glob("attempt-*"):
             shutil.rmtree(attempt, ignore_errors=True)
@@ -212,7 +225,12 @@ class _Run:
         kept = self._kept_layers(model, staging)
         try:
             self._calibrate(model, staging, pieces, shapes, kept)
+            usable = True
         except _UnusableLayersError:
+            usable = False
+        if not usable:
+            # Not where the exception is handled: what it holds of the first attempt is the whole model.
+            gc.collect()
             self.goes_on = False
             for name in ("layers", "aside"):
                 shutil.rmtree(staging.root / name, ignore_errors=True)
@@ -238,7 +256,7 @@ class _Run:
         data = [{"input_ids": piece, "attention_mask": [1] * len(piece)} for piece in pieces]
         heard = self._listener(shapes, StopMainLoop)
         # The library writes a folder `logs` where it stands: let it stand in a folder that goes.
-        with self._in_words(StopMainLoop), contextlib.chdir(aside):
+        with self._told(StopMainLoop), contextlib.chdir(aside):
             quantizer = GPTQModel.load(str(model), self._config(aside), trust_remote_code=False)
             quantizer.layer_callback = heard
             quantizer.subset_callback = heard
@@ -298,7 +316,7 @@ class _Run:
         return heard
 
     @contextlib.contextmanager
-    def _in_words(self, stopped: type[BaseException]) -> Iterator[None]:
+    def _told(self, stopped: type[BaseException]) -> Iterator[None]:
         """What the library raises, as something a person can act on."""
         try:
             yield
@@ -405,3 +423,30 @@ def forget(value: Any, key: str) -> None:
         value.pop(key, None)
         for part in value.values():
             forget(part, key)
+
+
+def _in_words(error: OSError, staging: Staging) -> WeftError:
+    """What the system has refused: to write the result, or to read what it is made of."""
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS)
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    # The library stands in the staging folder: there its relative paths lead.
+    ours = named is not None and (not named.is_absolute() or named.is_relative_to(staging.root))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or ours or (named is None and error.errno in refused):
+        return write_error(staging.folder, error)
+    if error.errno == errno.ENOMEM:
+        return WeftError(
+            ErrorKind.OUT_OF_MEMORY,
+            "The memory did not suffice to quantize this model.",
+            "Close other programs, or use fewer or shorter pieces of the text (--samples, --length).",
+        )
+    if named is not None:
+        return WeftError(
+            ErrorKind.PERMISSION if error.errno in refused else ErrorKind.CORRUPT,
+            f"{named} cannot be read: {error.strerror or type(error).__name__}.",
+            "Check the file, and that nothing else writes to it; then quantize again.",
+        )
+    return WeftError(
+        ErrorKind.UNSUPPORTED,
+        f"GPTQModel cannot quantize this model: {str(error).strip()[:300] or type(error).__name__}",
+        "Check that the model's folder is whole, or export a GGUF with `weft export`.",
+    )
