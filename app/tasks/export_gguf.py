@@ -21,6 +21,7 @@ from app.adapters.merge_staging import (
     fingerprint,
     job_of,
     require_space,
+    require_unchanged,
     stamp,
     write_error,
 )
@@ -56,13 +57,19 @@ class _Export:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.resumed = 0
+        self.inputs: list[tuple[Path, tuple[object, ...]]] = []
+        self.mark = ""
         self._stopped = Pausing(report).stopped  # asked as it goes
 
     def run(self) -> ExportResult:
         check_plan(self.plan)
         intermediate = 0
+        plan = self.plan
+        paths = [plan.model, *(a.path for a in plan.stack.adapters if a.weight), *filter(None, [plan.imatrix])]
+        self.inputs = [(Path(path), stamp(Path(path))) for path in paths]
+        self.mark = self._mark()
         with Staging(self.target) as staging:
-            staging.begin(self._mark(), job_of("export_gguf", "export", self.plan))
+            staging.begin(self.mark, job_of("export_gguf", "export", self.plan))
             try:
                 made = staging.folder / "model.gguf"
                 if Path(self.plan.model).suffix.lower() == ".gguf":
@@ -86,27 +93,21 @@ class _Export:
         return result
 
     def _mark(self) -> str:
+        """What the bytes depend on: a staging folder with another mark is begun anew."""
+        import llama_cpp
         import torch
 
-        model = Path(self.plan.model)
-        base = list(stamp(model))
-        stack = [(a.path, a.weight, *stamp(Path(a.path))) for a in self.plan.stack.adapters if a.weight]
+        from app.adapters.gguf_source import converter_folder
+
         plan = self.plan
-        text = stamp(Path(plan.imatrix)) if plan.imatrix else ()
-        return fingerprint(
-            [
-                VERSION,
-                torch.__version__,
-                plan.model,
-                plan.type,
-                plan.name,
-                plan.pre_tokenizer,
-                plan.imatrix_chunks,
-                text,
-                base,
-                stack,
-            ]
-        )
+        versions: list[object] = [VERSION, torch.__version__, llama_cpp.__version__]
+        if Path(plan.model).is_dir():
+            place = converter_folder()
+            parts = (place / "conversion", place / "gguf-py" / "gguf")
+            versions += [stamp(part) for part in parts if part.is_dir()]
+        weights = [(a.path, a.weight) for a in plan.stack.adapters if a.weight]
+        read = [(str(path), each) for path, each in self.inputs]
+        return fingerprint([*versions, plan.type, plan.name, plan.pre_tokenizer, plan.imatrix_chunks, weights, read])
 
     # From a folder -------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ class _Export:
                     name=self._name(),
                     pre_tokenizer=self.plan.pre_tokenizer,
                 )
-                done, found = write_model(model, file, self._mark(), self._progress("Converting"), self._stopped)
+                done, found = write_model(model, file, self.mark, self._progress("Converting"), self._stopped)
             except Exception as error:
                 told = (
                     refusal(error)
@@ -171,8 +172,10 @@ class _Export:
             try:
                 merge = Merge(plan, stage.weights, stage.config, str(stage.path))
             except NeedsPeft:
-                made = merge_into_folder(plan, self.report)
-                self.notes += made.notes
+                if Path(plan.target).is_dir():  # it gets its name when it is whole, and goes when the mark is another
+                    self.notes.append("The merged model of an earlier run was used.")
+                else:
+                    self.notes += merge_into_folder(plan, self.report).notes
                 stage.close()
                 plan = MergePlan(model=plan.target, stack=AdapterStack(), target=str(staging.root / "unused"))
                 stage = stage_of(Path(plan.model))
@@ -237,7 +240,7 @@ class _Export:
             if self._is_whole(staging, merged):
                 self.notes.append("The merged file of an earlier run was used.")
             else:
-                made_of = f"{self._mark()} {MERGE_VERSION}"
+                made_of = f"{self.mark} {MERGE_VERSION}"
                 self.resumed += merge.write(merged, self._progress("Merging"), self._stopped, made_of)
                 self._is_made(staging)
             return merged
@@ -263,7 +266,7 @@ class _Export:
             requantize=requantize,
             progress=self._progress("Quantizing"),
             cancelled=self._stopped,
-            made_of=f"{self._mark()} {weighed}",
+            made_of=f"{self.mark} {weighed}",
         )
 
     def _imatrix(self, source: Path, file: Path) -> tuple[dict[str, Any], str]:
@@ -296,6 +299,7 @@ class _Export:
         # What cannot be read and loaded again never gets its name.
         header = read_gguf_header(made)
         check_loads(made)
+        require_unchanged(self.inputs)
         if self.target.exists():
             raise WeftError(
                 ErrorKind.BAD_INPUT, f"{self.target} has appeared in the meantime.", "Export under another name."
