@@ -26,6 +26,7 @@ from app.generation.hf_options import PACKED
 Parameters = MergePlan
 VERSION = 1  # of what a merge's bytes depend on, beside its plan
 UNPACKABLE = PACKED | {ModelFormat.BITSANDBYTES}
+_CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")  # of a base: how its tensors are read
 _MARGIN = 16 * 1024 * 1024  # bytes for headers, the index and the journal
 
 
@@ -65,7 +66,7 @@ class _Run:
                     raise WeftError(
                         ErrorKind.UNSUPPORTED,
                         f"This stack cannot be merged into packed weights: {reason}.",
-                        "Unpack the model first, with --packed 16bit and no adapter, and merge into that.",
+                        "Unpack the model first, with `weft merge … --packed 16bit` and no adapter, and merge into that.",
                     ) from reason
                 return self._with_peft(stage, str(reason))
         finally:
@@ -166,30 +167,45 @@ class _Run:
         """What the bytes depend on: a staging folder with another mark is begun anew."""
         import torch
 
-        from app.adapters.merge_staging import fingerprint
+        from app.adapters.merge_staging import fingerprint, stamp
 
         plan = self.plan
         base = [
             (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted({t.source.file for t in merge.tensors})
         ]
         stack = [(a.path, a.weight, signature(Path(a.path))) for a in plan.stack.adapters if a.weight]
+        told = [stamp(file) for name in _CONFIGS if (file := Path(plan.model) / name).is_file()]
         shapes = [(t.name, t.dtype, t.shape) for t in merge.tensors]
         return fingerprint(
-            [VERSION, torch.__version__, plan.model, plan.dtype, plan.packed, plan.shard_size, base, stack, shapes]
+            [
+                VERSION,
+                torch.__version__,
+                plan.model,
+                plan.dtype,
+                plan.packed,
+                plan.shard_size,
+                base,
+                told,
+                stack,
+                shapes,
+            ]
         )
 
     def _with_peft(self, stage: Stage, reason: str) -> MergeResult:
         from app.adapters.merge_folder import write_side_files
         from app.adapters.merge_peft_torch import merge_with_peft
-        from app.adapters.merge_staging import Staging, job_of, require_space, write_error
+        from app.adapters.merge_staging import Staging, job_of, require_space, require_unchanged, stamp, write_error
 
         plan = self.plan
+        paths = [Path(plan.model), *(Path(adapter.path) for adapter in plan.stack.adapters if adapter.weight)]
+        inputs = [(path, stamp(path)) for path in paths]
         note = f"Merged by PEFT with the whole model in memory, since streaming could not: {reason}."
         self.report.log("warning", note)
         size = sum(path.stat().st_size for path in stage.weights)
         with Staging(Path(plan.target)) as staging:
             check_target(Path(plan.target))
-            staging.begin("peft", job_of("merge", "core", plan))
+            # A mark that no other run has: nothing of it can be gone on with.
+            staging.begin(f"peft-{os.urandom(8).hex()}", job_of("merge", "core", plan))
             try:
                 require_space(staging.root, size * (2 if plan.dtype == "float32" else 1) + _MARGIN, "The merged model")
                 self.report.progress("Merging with PEFT, the whole model in memory")
@@ -205,6 +221,7 @@ class _Run:
                 }
                 notes = [note, *write_side_files(plan, stage.original, kept, staging.folder, [note])]
                 written = sum(p.stat().st_size for p in staging.folder.glob("*.safetensors"))
+                require_unchanged(inputs)
                 staging.publish()
             except OSError as error:
                 staging.discard()
@@ -292,7 +309,7 @@ def refuse_quantized(folder: Path, *, packed: bool = False) -> None:
         f"{folder.name} is quantized ({found.format.value} {found.label}): a merge into it would be rounded away.",
         (f"{hint}, {base}: get it with `weft download {base}`." if "/" in base else f"{hint}.")
         + (
-            " Or let it be unpacked first (--packed 16bit), with the loss that it has."
+            " Or unpack it first with `weft merge … --packed 16bit`, with the loss that it has."
             if found.format in UNPACKABLE
             else ""
         ),
@@ -304,10 +321,7 @@ def quantization_of(folder: Path) -> Quantization | None:
     from app.core.formats import read_safetensors_header
     from app.core.quantization import from_config, from_tensors
 
-    tables = [
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("quantize_config.json", "quant_config.json")
-    ]
+    tables = [read_json(folder / name) if (folder / name).is_file() else {} for name in _CONFIGS[1:]]
     found = from_config(read_json(folder / "config.json"), *tables)
     if found is None:
         with contextlib.suppress(WeftError):  # a damaged file is named by who reads it
@@ -334,7 +348,7 @@ def check_plan(plan: MergePlan) -> None:
     unpackable = Path(plan.model).is_dir() and packing_of(Path(plan.model)) in UNPACKABLE
     if not any(a.weight for a in plan.stack.adapters) and not (unpackable and plan.packed == "16bit"):
         hint = "Add one with a weight other than 0" + (
-            ", or unpack the model with --packed 16bit." if unpackable else "."
+            ", or unpack the model with `weft merge … --packed 16bit`." if unpackable else "."
         )
         raise WeftError(ErrorKind.BAD_INPUT, "No adapter is on: there is nothing to merge.", hint)
     if plan.shard_size < 0:
