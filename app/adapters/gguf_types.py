@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def chosen_types(
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         # It opens no file to write in a dry run, whatever the name.
-        status = llama_cpp.llama_model_quantize(str(source).encode(), b"", ctypes.byref(parameters))
+        status = llama_cpp.llama_model_quantize(os.fsencode(source), b"", ctypes.byref(parameters))
     finally:
         llama_cpp.llama_log_set(_silence(), ctypes.c_void_p(0))
     if status != 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import io
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +175,7 @@ def measure(
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = gpu_layers
-    loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), parameters)
+    loaded = llama_cpp.llama_model_load_from_file(os.fsencode(model), parameters)
     if not loaded:
         raise WeftError(
             ErrorKind.CORRUPT, f"llama.cpp could not load {model.name}.", "Export without an importance matrix."
