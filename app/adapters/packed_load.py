@@ -149,6 +149,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Attributes:
         layouts: how many matrices ended in each layout. notes: sentences worth showing.
+        problem: what went wrong while packing: transformers keeps an error to itself until it has loaded the rest.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.stored, self.bits, self.group, self.kernel, self.skip = stored, bits, group, kernel, skip
         self.cancelled = cancelled
+        self.problem: WeftError | None = None
         self.layouts: dict[str, int] = {}
         self.notes: list[str] = []
 
@@ -229,6 +231,8 @@ class PackedQuantizer(HfQuantizer):
         return _PackWhileLoading(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.quantization_config.problem is not None:
+            raise self.quantization_config.problem
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
                 if self.quantization_config.cancelled():
@@ -301,7 +305,10 @@ class _PackWhileLoading(ConversionOps):
             group = math.gcd(self.config.group, module.in_features)
             del module._parameters["weight"]
             module.__class__ = PackedLinear
-            self.config.give(module, hqq_quantize.quantize(value, self.config.bits, group))
+            try:
+                self.config.give(module, hqq_quantize.quantize(value, self.config.bits, group))
+            except WeftError as error:
+                self.config.problem = self.config.problem or error
         return {}
 
 
