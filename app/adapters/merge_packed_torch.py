@@ -49,6 +49,9 @@ class PackedFiles(BaseFiles):
             self._original = dict(self.tensors)
             self._turned = model_type in _TURNED
             item = _SAFETENSORS.get(dtype, "BF16")
+            for name in self._original:
+                if not name.endswith(".bias") and self._belongs(name):
+                    del self.tensors[name]
             for stem in self._stored.parts:
                 self._put(stem, item)
         except BaseException:
@@ -56,12 +59,18 @@ class PackedFiles(BaseFiles):
             raise
         self.method = self._stored.method
 
+    def _belongs(self, name: str) -> bool:
+        """Whether a tensor is of a packed matrix. Looked up by name: mixtures have tens of thousands of each."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._stored.parts:
+                return True
+        return False
+
     def _put(self, stem: str, item: str) -> None:
         parts = self._stored.parts[stem]
         first = self._original[f"{stem}.{'W_q' if 'W_q' in parts else 'qweight'}"]
         out, inputs = self._shapes[stem] = self._shape(stem)
-        for name in [n for n in self.tensors if n.startswith(f"{stem}.") and not n.endswith(".bias")]:
-            del self.tensors[name]
         shape = (inputs, out) if self._turned else (out, inputs)
         size = out * inputs * getattr(torch, TORCH_NAMES[item]).itemsize
         self.tensors[f"{stem}.weight"] = StoredTensor(f"{stem}.weight", item, shape, first.file, -1, size)
