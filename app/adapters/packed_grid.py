@@ -2,8 +2,9 @@
 
 Layouts, all in words of 32 bits unless said otherwise; W is (out, in), q the codes:
 
-- GPTQ: `qweight` (in · bits / 32, out), a stream of bits down each column; `qzeros` (groups, out · bits / 32) the same along each row,
-  one too small in format 1 (wrapping at the largest code); `scales` (groups, out); `g_idx` (in,) the group of each input.
+- GPTQ: `qweight` (in · bits / 32, out), a stream of bits down each column; `qzeros` (groups, out · bits / 32) the same along each row;
+  `scales` (groups, out); `g_idx` (in,) the group of each input. In format 1 zeros are one too small. GPTQModel takes the ones from whole
+  words (a zero of 0 borrows from its neighbour), with 3 bits code by code.
 - AWQ, gemm: `qweight` (in, out / 8), the nibbles of a word standing for columns 0 2 4 6 1 3 5 7; `qzeros` so too; `scales` (groups, out).
 - HQQ: `W_q`, groups as rows (axis 1) or columns (axis 0), packed by slabs of rows, the first slab in the highest bits; 3 bits ten to a word;
   `scale` and `zero` beside it, zeros no whole numbers.
@@ -24,6 +25,7 @@ from app.core.errors import ErrorKind, WeftError
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # column of a nibble, counted from the lowest
 _SLABS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # HQQ: codes in an element
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every code of a word
 LARGEST = 2**34  # weights of a matrix: beyond this a header lies
 
 
@@ -93,22 +95,34 @@ def gptq(name: str, parts: Mapping[str, Tensor], inputs: int, *, version: int = 
     packed, zeros, scales = (_part(name, parts, key, 2) for key in ("qweight", "qzeros", "scales"))
     groups, out = scales.shape
     bits, rest = divmod(packed.shape[0] * 32, inputs)
-    if rest or bits not in (2, 3, 4, 5, 6, 8) or packed.shape[1] != out or packed.dtype is not torch.int32:
+    if rest or bits not in range(2, 9) or packed.shape[1] != out or packed.dtype is not torch.int32:
         raise damaged(name, f"its qweight is {tuple(packed.shape)} for {inputs} inputs and {out} outputs")
+    if bits in (5, 6, 7):
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{name[-80:]} has {bits} bits, which GPTQ's programs save in a layout of planes (gptq_p) that is not read here.",
+            "Get the model in 2, 3, 4 or 8 bits, or its 16-bit original.",
+        )
     if 32 % bits and (packed.shape[0] % bits or zeros.shape[1] % bits):
         raise damaged(name, f"{bits} bits do not fill its words")
     if zeros.dtype is not torch.int32 or zeros.shape[0] != groups or zeros.shape[1] * 32 < out * bits:
         raise damaged(name, f"its qzeros are {tuple(zeros.shape)} for {groups} groups")
+    if version == 1 and bits in _ONES:
+        zeros = zeros + _ONES[bits]  # int32 wraps, as it did when the ones were taken away
     zero = _stream(zeros.T.contiguous(), bits)[:out].T  # (groups, out)
-    if version == 1:
+    if version == 1 and bits not in _ONES:
         zero = (zero + 1) & ((1 << bits) - 1)
     codes = _stream(packed, bits)[:inputs]
     owner = parts.get("g_idx")
     order: Tensor | None = None
+    if owner is not None and groups > 1 and not bool(owner.any()):
+        owner = None  # nobody filled it in: other readers take it for absent too
     if owner is not None:
         owner = owner.reshape(-1).long()
         if owner.shape[0] != inputs or int(owner.min()) < 0 or int(owner.max()) >= groups:
             raise damaged(name, "its g_idx names groups that there are not")
+        if not bool(torch.bincount(owner, minlength=groups).all()):
+            raise damaged(name, "its g_idx leaves out a group")
         if bool((owner[1:] < owner[:-1]).any()):
             order = owner.argsort(stable=True)
             codes, owner = codes[order], owner[order]
@@ -179,7 +193,7 @@ def hqq(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Grid:
             "Quantize the 16-bit model again, with load_in_hqq.",
         )
     packed, scale, zero = _part(name, parts, "W_q", 2), parts["scale"], parts["zero"]
-    bits = int(parts["nbits"].item()) if "nbits" in parts else 0
+    bits = _number(name, parts, "nbits") or 0
     if packed.is_floating_point():  # view_as_float: the same bytes under another name
         packed = packed.view(torch.int32 if bits == 3 else torch.uint8)
     count = shape[0] * shape[1]
@@ -190,7 +204,8 @@ def hqq(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Grid:
         raise damaged(name, f"it has {bits} bits in {packed.dtype}")
     if scale.dim() != 2 or scale.shape != zero.shape or 1 not in scale.shape:
         raise damaged(name, f"its scale is {tuple(scale.shape)}, its zero {tuple(zero.shape)}")
-    across = int(parts["axis"].item()) == 0 if "axis" in parts else scale.shape[0] == 1
+    axis = _number(name, parts, "axis")
+    across = scale.shape[0] == 1 if axis is None else axis == 0
     groups = scale.numel()
     if (
         groups == 0
@@ -207,6 +222,15 @@ def hqq(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Grid:
     if not 0 <= codes.shape[0] - rows < slabs:
         raise damaged(name, f"its W_q is {tuple(packed.shape)} for {count} weights")
     return Grid(codes[:rows], scale, zero, shape, bits)
+
+
+def _number(name: str, parts: Mapping[str, Tensor], key: str) -> int | None:
+    found = parts.get(key)
+    if found is None:
+        return None
+    if found.numel() != 1 or not math.isfinite(found.item()) or found.item() % 1:
+        raise damaged(name, f"its {key} is no whole number")
+    return int(found.item())
 
 
 def _part(name: str, parts: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:

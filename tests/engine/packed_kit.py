@@ -79,18 +79,32 @@ def rounded(
     return codes.reshape(weight.shape), scale, zero, back.reshape(weight.shape)
 
 
+def one_sided(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """A matrix some of whose groups hold nothing below 0."""
+    changed = weight.clone()
+    changed[::7, :group] = changed[::7, :group].abs()
+    return changed
+
+
 def gptq_parts(weight: torch.Tensor, bits: int, group: int, version: int, order: torch.Tensor | None) -> Any:
-    """GPTQ's tensors of a matrix, and what they stand for."""
-    taken = weight if order is None else weight[:, order]
+    """GPTQ's tensors of a matrix, and what they stand for. Some groups have a zero of 0.
+
+    Format 1 as GPTQModel writes it: a one taken from each code, with 2, 4 and 8 bits all of a word's in one subtraction.
+    """
+    taken = one_sided(weight if order is None else weight[:, order], group)
     codes, scale, zero, back = rounded(taken, bits, group)
     owner = torch.arange(weight.shape[1]) // group
     if order is not None:
         place = order.argsort()
         codes, back, owner = codes[:, place], back[:, place], owner[place]
-    stored = (zero - 1 if version == 1 else zero).long() & (2**bits - 1)
+    whole = version == 1 and 32 % bits == 0
+    zeros = words_of((zero - 1 if version == 1 and not whole else zero).long() & (2**bits - 1), bits)
+    if whole:
+        words = zeros.long() - sum(1 << place for place in range(0, 32, bits))
+        zeros = torch.where(words < -(2**31), words + 2**32, words).to(torch.int32)
     return {
         "qweight": words_of(codes.T, bits),
-        "qzeros": words_of(stored, bits).T.contiguous(),
+        "qzeros": zeros.T.contiguous(),
         "scales": scale.T.contiguous(),
         "g_idx": owner.to(torch.int32),
     }, back

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from app.adapters import hqq_quantize
 from app.adapters.base_torch import weight_of
 from app.adapters.hf_stack import ModelStack
-from app.adapters.packed_grid import Grid
+from app.adapters.merge_files import BaseFiles
+from app.adapters.merge_packed_torch import PackedFiles
+from app.adapters.packed_grid import Grid, gptq
 from app.adapters.packed_linear import PackedLinear, fits_int4
 from app.adapters.packed_load import PackedConfig, Stored, table_of
 from app.backends.transformers import Backend
@@ -160,6 +163,34 @@ def stored_grid(made: Packed, name: str) -> Grid:
     config = json.loads((path.parent / "config.json").read_text("utf-8"))
     out, inputs = made.weights[name].shape
     return Stored([path], table_of(config, path.parent)).grid(name, tensors, (out, inputs))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_are_read_as_either_program_writes_them(bits: int) -> None:
+    """GPTQModel takes the ones from whole words, AutoGPTQ from code by code: one and the same unless a zero is 0."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(SEED))
+    parts, back = packed_kit.gptq_parts(weight, bits, 32, 1, None)
+    codes = packed_kit.rounded(packed_kit.one_sided(weight, 32), bits, 32)[2]
+    assert (codes == 0).any()
+    assert torch.equal(gptq("m", parts, 96).weight(), back)
+    parts["qzeros"] = packed_kit.words_of(codes.clamp(min=1) - 1, bits).T.contiguous()
+    second = {**parts, "qzeros": packed_kit.words_of(codes.clamp(min=1), bits).T.contiguous()}
+    assert torch.equal(gptq("m", parts, 96).weight(), gptq("m", second, 96, version=2).weight())
+
+
+def test_a_g_idx_that_nobody_filled_in_counts_as_absent() -> None:
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(SEED))
+    parts, back = packed_kit.gptq_parts(weight, 4, 32, 1, None)
+    parts["g_idx"].zero_()
+    assert torch.equal(gptq("m", parts, 96).weight(), back)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_bits_that_exist_in_planes_only_are_refused(bits: int) -> None:
+    parts, _ = packed_kit.gptq_parts(torch.ones(32, 64), bits, 32, 2, None)
+    with pytest.raises(WeftError, match="gptq_p") as refused:
+        gptq("m", parts, 64, version=2)
+    assert refused.value.kind is ErrorKind.UNSUPPORTED
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -307,6 +338,26 @@ def test_hqq_loses_no_more_than_its_authors_program() -> None:
         assert float((grid.weight() - weight).abs().mean()) < 1.005 * lost, bits
 
 
+@pytest.mark.parametrize("bits", [8, 4, 1])
+@pytest.mark.parametrize("level", [1e4, -1e4, 9.0, -0.3])
+def test_a_group_that_hardly_varies_stays_finite(bits: int, level: float) -> None:
+    noise = torch.randn(8, 64, generator=torch.Generator().manual_seed(SEED)) * 3e-4
+    weight = torch.cat([level + noise, noise])
+    found = hqq_quantize.quantize(weight, bits).weight()
+    assert ((found - weight).abs() <= 1e-3 * weight.abs() + 2e-3).all()
+
+
+def test_numbers_that_no_grid_holds_are_refused_while_loading(tmp_path: Path, base: Path) -> None:
+    for bad in (float("nan"), float("inf"), 1e30):
+        with pytest.raises(WeftError, match="HQQ"):
+            hqq_quantize.quantize(torch.full((2, 64), bad).index_fill_(1, torch.tensor([0]), 0.0), 4)
+    folder = shutil.copytree(base, tmp_path / "m")
+    damage(folder, lambda t: t["model.layers.1.mlp.down_proj.weight"][3, 5].fill_(torch.nan))
+    with pytest.raises(WeftError, match="HQQ") as refused, opened(packed_kit.entry_of(folder), bits=4):
+        pass
+    assert refused.value.kind is ErrorKind.BAD_INPUT and refused.value.hint
+
+
 # Damage -----------------------------------------------------------------------------------------
 
 
@@ -325,6 +376,7 @@ Q = "model.layers.1.mlp.down_proj."
     [
         ("gptq", lambda t: t[Q + "g_idx"].fill_(99), "g_idx"),
         ("gptq", lambda t: t[Q + "g_idx"].fill_(-1), "g_idx"),
+        ("gptq", lambda t: t[Q + "g_idx"].masked_fill_(t[Q + "g_idx"] == 2, 1), "g_idx"),
         ("gptq", lambda t: t.update({Q + "qweight": t[Q + "qweight"][:-1].clone()}), "qweight"),
         ("gptq", lambda t: t.update({Q + "qzeros": t[Q + "qzeros"][:-1].clone()}), "qzeros"),
         ("gptq", lambda t: t.pop(Q + "scales"), "scales"),
@@ -332,6 +384,8 @@ Q = "model.layers.1.mlp.down_proj."
         ("gptq", lambda t: [t.pop(Q + k) for k in ("qweight", "qzeros", "scales", "g_idx")], "lack weights"),
         ("awq", lambda t: t.update({Q + "qweight": t[Q + "qweight"].T.contiguous()}), "layout of AWQ"),
         ("hqq", lambda t: t[Q + "nbits"].fill_(2), "W_q"),
+        ("hqq", lambda t: t.update({Q + "nbits": torch.tensor([4, 4])}), "nbits"),
+        ("hqq", lambda t: t.update({Q + "axis": torch.tensor([1, 1])}), "axis"),
         ("hqq", lambda t: t.update({Q + "scale": t[Q + "scale"][:-1].clone()}), "scale"),
         ("hqq", lambda t: t.update({Q + "W_q": t[Q + "W_q"][:-1].clone()}), "W_q"),
     ],
@@ -376,6 +430,33 @@ def test_merging_unpacks_on_demand_only(tmp_path: Path, packed: Packed, adapters
     for name, wanted in packed.weights.items():
         (stored,) = [load_file(p)[f"{name}.weight"] for p in (tmp_path / "plain").glob("*.safetensors")]
         assert stored.dtype is torch.float16 and torch.equal(stored, wanted.half())
+
+
+def test_names_are_gone_through_a_few_times_however_many_matrices(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = 0
+
+    class Counted(dict[str, Any]):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal passes
+            passes += 1
+            return super().__iter__()
+
+    plain = BaseFiles.__init__
+
+    def counted(self: BaseFiles, files: Any) -> None:
+        plain(self, files)
+        self.tensors = Counted(self.tensors)
+
+    monkeypatch.setattr(BaseFiles, "__init__", counted)
+    table = table_of(json.loads((Path(packed.entry.path) / "config.json").read_text("utf-8")), Path(packed.entry.path))
+    files = PackedFiles([Path(path) for path in packed.entry.files], table, "llama", "float16")
+    files.close()
+    assert {name for name in files.tensors if ".layers." in name and "norm" not in name} == {
+        f"{name}.weight" for name in packed.weights
+    }
+    assert passes < 5 < len(packed.weights)
 
 
 @pytest.fixture(autouse=True)
