@@ -72,6 +72,7 @@ class TaskQueue(QObject):
         self._waiting: list[Job] = []
         self._running: dict[str, Any] = {}  # by resource
         self._latest: dict[int, Progress] = {}
+        self._over: set[int] = set()  # jobs that have ended, while their threads have not
         self._closing = False
 
     def submit(
@@ -203,7 +204,9 @@ class TaskQueue(QObject):
     # Inside
 
     def _worker(self, job_id: int) -> Any:
-        return next((worker for worker in self._running.values() if worker.job.id == job_id), None)
+        """Of a job that has not ended: whoever hears that one has must not be told that it still runs."""
+        held = self._running.values()
+        return next((worker for worker in held if worker.job.id == job_id and job_id not in self._over), None)
 
     @Slot()
     def _next(self) -> None:
@@ -256,6 +259,7 @@ class TaskQueue(QObject):
         self._outcome(worker, result, error)
 
     def _outcome(self, worker: Any, result: object, error: WeftError | None) -> None:
+        self._over.add(worker.job.id)
         job = self._store.get(worker.job.id)
         self.ended.emit(job, result, error)
         steps = (_envelope(job) or {}).get("then") or []
@@ -273,10 +277,12 @@ class TaskQueue(QObject):
 
     @Slot()
     def _finished(self) -> None:
+        done = self.sender()
         for resource, worker in list(self._running.items()):
-            if worker.isFinished():
+            if worker is done:  # another one that has finished too may not have been heard to its end
                 del self._running[resource]
                 self._latest.pop(worker.job.id, None)
+                self._over.discard(worker.job.id)
                 worker.deleteLater()
         self._next()
 

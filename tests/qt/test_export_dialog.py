@@ -26,6 +26,7 @@ from app.viewmodels.export import ExportDraft, ExportOptions
 from app.viewmodels.export_choices import SAFETENSORS, choices, default_name
 from app.views.export.dialog import ExportDialog
 from tests.qt.shell_parts import GB, model
+from tests.qt.test_tasks import WAIT, Bench
 
 STACK = AdapterStack(
     adapters=(
@@ -468,6 +469,45 @@ def test_what_a_merge_takes_is_asked_of_the_headers(queue: Queue, jobs: Jobs, qt
     assert real <= draft.need().disk <= real + 40 * 1024 * 1024
     draft.set_options(ExportOptions(dtype="float32"))
     qtbot.waitUntil(lambda: draft.need().disk > 1.5 * real)
+
+
+class Pretending(Bench):
+    """The real queue: its children run a pretended task in the place of an export."""
+
+    parameters: dict[str, object]
+    really: Any
+
+    def begin(self, _task: str, title: str, _plan: object, *, environment: str, then: object) -> Job:
+        return self.really("pretend", title, self.parameters, environment=environment)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_an_export_that_a_real_child_does_not_finish_comes_back_to_the_form(
+    jobs: Jobs, qtbot: QtBot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(export_module, "free_at", lambda _folder: 100 * GB)
+    bench = Pretending(tmp_path)
+    bench.really = bench.queue.submit
+    cancelled = end == "cancelled"
+    bench.parameters = {"steps": 1000, "seconds": 0.02} if cancelled else {"how": "badly"}
+    monkeypatch.setattr(bench.queue, "submit", bench.begin)
+    try:
+        dialog = made_dialog(folder_model(), bench.queue, jobs, tmp_path, qtbot)  # type: ignore[arg-type]
+        dialog.start.click()
+        assert dialog.stop.isVisible() and not dialog.start.isVisible()
+        if cancelled:
+            qtbot.waitUntil(lambda: "of 1,000 steps" in dialog.figures.text(), timeout=WAIT)
+            dialog.stop.click()
+        qtbot.waitUntil(lambda: bool(bench.ends), timeout=WAIT)
+        assert dialog.start.isVisible() and dialog.start.isEnabled() and not dialog.stop.isVisible()
+        assert dialog.error.isVisible() is not cancelled
+        qtbot.waitUntil(lambda: not bench.queue.busy, timeout=WAIT)
+        dialog.start.click()  # and it can be tried again
+        assert dialog.stop.isVisible()
+        dialog.stop.click()
+        qtbot.waitUntil(dialog.start.isVisible, timeout=WAIT)
+    finally:
+        bench.close()
 
 
 @pytest.mark.skipif(not os.environ.get("WEFT_PYTHON_CORE"), reason="WEFT_PYTHON_CORE names no interpreter with PyTorch")

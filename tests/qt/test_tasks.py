@@ -80,6 +80,7 @@ class Bench:
         self.metrics: list[tuple[int, int, float]] = []
         self.news: list[str] = []
         self.warnings: list[str] = []
+        self.still: list[bool] = []  # whether each end was told while the queue said that it goes on
         self.queue.ended.connect(self._ended)
         self.queue.metric.connect(self._metric)
         self.queue.news.connect(self._news)
@@ -106,6 +107,7 @@ class Bench:
 
     def _ended(self, job: Job, result: object, error: WeftError | None) -> None:
         self.ends.append((job, result, error))
+        self.still.append(self.queue.is_active(job.id) or self.queue.is_running(job.id))
 
     def _metric(self, _job: int, step: int, values: dict[str, float]) -> None:
         self.metrics.append((_job, step, values["loss"]))
@@ -171,6 +173,7 @@ def test_a_failure_a_death_and_a_missing_environment_are_told(qtbot: QtBot, benc
     assert bench.warnings == ["This will not do."]
     assert bench.state(jobs[1]) in (JobState.CRASHED, JobState.FAILED)
     assert bench.store.get(jobs[2].id).message == "It is not installed."
+    assert bench.still == [False] * 3, "whoever hears of an end is not told that it goes on"
 
 
 def test_an_adjustment_reaches_the_task(qtbot: QtBot, bench: Bench) -> None:
