@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from app.core.amounts import readable_bytes as readable_bytes
 from app.core.errors import WeftError
 from app.core.jobs import Progress
 
@@ -63,15 +64,6 @@ def print_error(error: WeftError) -> None:
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
-
-
-def readable_bytes(count: float) -> str:
-    """`4.1 GB`, in powers of 1000 as disks and downloads are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def readable_count(count: float) -> str:

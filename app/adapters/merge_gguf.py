@@ -186,7 +186,7 @@ class MergeIntoGguf:
             WeftError: DISK_FULL before anything is written, or later; PERMISSION, CORRUPT, UNSUPPORTED, CANCELLED.
         """
         there = target.stat().st_size if made_of and target.is_file() else 0
-        require_space(target.parent, self.bytes + _MARGIN - there, "The merged GGUF file")
+        require_space(target.parent, self.bytes - there, "The merged GGUF file", _MARGIN)
         try:
             with contextlib.ExitStack() as opened:
                 pool = opened.enter_context(ThreadPoolExecutor(threads()))

@@ -16,12 +16,14 @@ from types import TracebackType
 import msgspec
 
 from app.core.adapter_file import config_beside
+from app.core.amounts import readable_bytes
 from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.recognise_gguf import parts_of
 
 PREFIX = ".weft-merge-"
 LOCK, JOB = "lock", "job"
+_ATTEMPTS = 20  # to make a folder that others may be removing
 _STATE, _JOURNAL, _MODEL = "state", "journal", "model"
 
 
@@ -55,12 +57,20 @@ class Staging:
         self._lock = self._take_lock()
 
     def _take_lock(self) -> int:
+        missing = 0
         while True:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
-                continue  # removed between the two by a merge that ended
+            except FileNotFoundError as error:
+                missing += 1
+                if missing < _ATTEMPTS:
+                    continue  # removed between the two by a merge that ended
+                raise WeftError(
+                    ErrorKind.NOT_FOUND,
+                    f"There is no folder {self.root.parent}, and none can be made there.",
+                    "Check the path, and that its drive is there; or choose another folder.",
+                ) from error
             except OSError as error:
                 raise write_error(self.root, error) from error
             if not _locked(descriptor):
@@ -266,19 +276,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str, reserve: int = 0) -> None:
     """Refuse what does not fit on the drive.
 
+    Args:
+        folder: where it lies; a staging folder for its target's.
+        needed: bytes. reserve: more of them, which stay free.
+
     Raises:
-        WeftError: DISK_FULL, with both numbers.
+        WeftError: DISK_FULL, with all numbers.
     """
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    place = folder.absolute()
+    place = place.parent if place.name.startswith(PREFIX) else place
+    existing = next(p for p in [place, *place.parents] if p.exists())
     free = shutil.disk_usage(existing).free
-    if needed > free:
+    if needed + reserve > free:
+        kept = f" (and {readable_bytes(reserve)} are kept free)" if reserve else ""
         raise WeftError(
             ErrorKind.DISK_FULL,
-            f"{what} takes {needed / 1e9:,.2f} GB on the drive of {existing}, and {free / 1e9:,.2f} GB are free.",
-            f"Free {(needed - free) / 1e9:,.2f} GB there, or choose a folder on another drive.",
+            f"{what} takes {readable_bytes(max(0, needed))}{kept} on the drive of {existing}, "
+            f"and {readable_bytes(free)} are free.",
+            f"Free {readable_bytes(needed + reserve - free)} there, or choose a folder on another drive.",
         )
 
 

@@ -210,7 +210,7 @@ class _Export:
                 f"A 16-bit file of {converted / 1e9:.2f} GB is made on the way to {self.type.name}, and removed again.",
             )
         require_space(
-            staging.root, int(total) + _MARGIN - staging.allocated(), "The GGUF file, with what is made on the way,"
+            staging.root, int(total) - staging.allocated(), "The GGUF file, with what is made on the way,", _MARGIN
         )
 
     # From a GGUF ---------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ class _Export:
                     "info",
                     f"A merged file of {merge.bytes / 1e9:.2f} GB is made on the way to {self.type.name}, and removed again.",
                 )
-            needed = merge.bytes + after + _MARGIN - staging.allocated()
-            require_space(staging.root, needed, "The GGUF file, with what is made on the way,")
+            needed = merge.bytes + after - staging.allocated()
+            require_space(staging.root, needed, "The GGUF file, with what is made on the way,", _MARGIN)
             self.notes += merge.notes
             if self._is_whole(staging, merged):
                 self.notes.append("The merged file of an earlier run was used.")
@@ -245,8 +245,8 @@ class _Export:
                 self._is_made(staging)
             return merged
         weights = sum(math.prod(t.shape) for t in header.tensors)
-        needed = int(weights * self.type.bits / 8) + _MARGIN - staging.allocated()
-        require_space(staging.root, needed, "The GGUF file")
+        needed = int(weights * self.type.bits / 8) - staging.allocated()
+        require_space(staging.root, needed, "The GGUF file", _MARGIN)
         self.notes.append("It was made from a GGUF: what was rounded there stays rounded.")
         return base
 

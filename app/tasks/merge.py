@@ -96,7 +96,7 @@ class _Run:
                 done = staging.begin(mark, job_of("merge", "core", plan))
                 try:
                     files = sum(shard.size for shard in shards)
-                    require_space(staging.root, files + beside + _MARGIN - staging.allocated(), "The merged model")
+                    require_space(staging.root, files + beside - staging.allocated(), "The merged model", _MARGIN)
                     writer = Writer(merge, shards, staging, done, self.control, lambda now: self._progress(now, total))
                     writer.run(threads())
                     if len(shards) > 1:
@@ -207,7 +207,7 @@ class _Run:
             # A mark that no other run has: nothing of it can be gone on with.
             staging.begin(f"peft-{os.urandom(8).hex()}", job_of("merge", "core", plan))
             try:
-                require_space(staging.root, size * (2 if plan.dtype == "float32" else 1) + _MARGIN, "The merged model")
+                require_space(staging.root, size * (2 if plan.dtype == "float32" else 1), "The merged model", _MARGIN)
                 self.report.progress("Merging with PEFT, the whole model in memory")
                 count = merge_with_peft(plan, str(stage.path), staging.folder, self.control.check)
                 config = read_json(staging.folder / "config.json")

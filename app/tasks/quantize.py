@@ -148,8 +148,8 @@ class _Run:
         if merged:
             self.report.log("info", f"A merged folder of {sixteen / 1e9:.2f} GB is made on the way, and removed again.")
         there = sum(p.stat().st_size for name in ("merged", "layers") for p in (staging.root / name).rglob("*"))
-        needed = int(made + between) + _MARGIN - there
-        require_space(staging.root, needed, "The model, with what is made on the way,")
+        needed = int(made + between) - there
+        require_space(staging.root, needed, "The model, with what is made on the way,", _MARGIN)
 
     def _merge(self, staging: Staging) -> Path:
         """The 16-bit model with the stack merged in, in the staging folder."""

@@ -133,7 +133,8 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
     error = refused(*parts, tmp_path / "out")
     assert error.kind is ErrorKind.DISK_FULL
-    assert "GB are free" in error.message
+    assert "MB are kept free" in error.message and "are free" in error.message
+    assert f"drive of {tmp_path}" in error.message
 
 
 @pytest.mark.parametrize("call", ["pwrite", "copy_file_range", "posix_fallocate", "fsync"])
