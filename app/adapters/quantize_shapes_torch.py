@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.quantize_plan import GROUPS, QuantizePlan
+from app.generation.hf_files import read_json
 
 _INSIDE_A_LAYER = re.compile(r"\.\d+\.")
 
@@ -71,6 +72,34 @@ def shapes_of(folder: Path, original: Mapping[str, Any]) -> Shapes:
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     return Shapes(matrices, max(0, total - sum(i * o for _, i, o in matrices)), layers)
+
+
+def stored_dtype(folder: Path) -> Any:
+    """The torch dtype that most of a model's weights are stored in; None where that cannot be told."""
+    import torch
+
+    from app.core.formats import read_safetensors_header
+
+    names = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    bytes_of: dict[str, int] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            for tensor in read_safetensors_header(file.resolve()).tensors:
+                bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.bytes
+    except WeftError:
+        return None  # who reads it says what it is
+    if bytes_of:
+        return names.get(max(bytes_of, key=lambda name: bytes_of[name]))
+    config = read_json(folder / "config.json")
+    told = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return next((each for each in names.values() if str(each) == f"torch.{told}"), None)
+
+
+def own_dtype(folder: Path) -> Any:
+    """The 16-bit torch dtype that a model is quantized in: its own, so that nothing is rounded that need not be."""
+    import torch
+
+    return torch.float16 if stored_dtype(folder) == torch.float16 else torch.bfloat16
 
 
 def check_shapes(plan: QuantizePlan, shapes: Shapes) -> None:

@@ -31,6 +31,7 @@ from app.adapters.merge_staging import (
 )
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import MergePlan
+from app.core.plain_text import read_plain
 from app.core.quantize_plan import ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from app.adapters.quantize_shapes_torch import Shapes
 
 Parameters = QuantizePlan
-VERSION = 1  # of what the result's bytes depend on, beside the plan
+VERSION = 2  # of what the result's bytes depend on, beside the plan
 _GOES_ON = ("llama", "qwen3_moe")  # of which GPTQModel can keep what it has done
 _MARGIN = 64 * 1024 * 1024
 _LARGEST_TEXT = 64 * 1024 * 1024  # bytes of the calibration text that are read; far more than is ever used
@@ -74,6 +75,7 @@ class _Run:
         self.notes: list[str] = []
         self.pausing = Pausing(report)
         self.inputs: list[tuple[Path, tuple[object, ...]]] = []
+        self.all_of_it = False  # the whole text was used
         self.goes_on = False  # with layers that an earlier run had quantized
 
     def run(self) -> QuantizeResult:
@@ -196,18 +198,10 @@ class _Run:
         import transformers
 
         path = Path(self.plan.calibration)
-        try:
-            with path.open("rb") as file:
-                text = file.read(_LARGEST_TEXT).decode("utf-8", "replace")
-        except FileNotFoundError:
-            raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {path}.", "Check the path.") from None
-        except OSError as error:
-            raise WeftError(
-                ErrorKind.PERMISSION, f"{path} cannot be read: {error.strerror}.", "Check the file."
-            ) from error
+        text = read_plain(path, _LARGEST_TEXT)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        length = self.plan.length
+        length = self._length(folder)
         pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
         if len(pieces) > 1 and len(pieces[-1]) < length:
             pieces.pop()  # the library pads; whole pieces weigh alike
@@ -217,9 +211,18 @@ class _Run:
                 f"{path.name} has {len(ids)} tokens: too short to calibrate on.",
                 "Give a text of some hundred kilobytes, like what the model will read.",
             )
-        if len(pieces) > self.plan.samples:
+        self.all_of_it = len(pieces) <= self.plan.samples
+        if not self.all_of_it:
             pieces = [pieces[i * len(pieces) // self.plan.samples] for i in range(self.plan.samples)]
         return pieces
+
+    def _length(self, folder: Path) -> int:
+        """Tokens of a piece: no more than the model reads."""
+        context = read_json(folder / "config.json").get("max_position_embeddings")
+        if not isinstance(context, int) or not SHORTEST <= context < self.plan.length:
+            return self.plan.length
+        self.notes.append(f"Pieces of {context:,} tokens, not {self.plan.length:,}: the model reads no longer ones.")
+        return context
 
     def _quantize(self, model: Path, staging: Staging, pieces: list[list[int]], shapes: Shapes) -> None:
         kept = self._kept_layers(model, staging)
@@ -245,11 +248,13 @@ class _Run:
         from gptqmodel import BACKEND, GPTQModel
         from gptqmodel.looper.module_looper import StopMainLoop
 
+        from app.adapters.quantize_shapes_torch import own_dtype
+
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
         aside = staging.root / "aside"
         aside.mkdir()
         tokens = sum(map(len, pieces))
-        if tokens < 50_000:
+        if tokens < 50_000 and self.all_of_it:
             self.notes.append(
                 f"Calibrated on {tokens:,} tokens: a longer text, like what the model will read, loses less."
             )
@@ -257,7 +262,7 @@ class _Run:
         heard = self._listener(shapes, StopMainLoop)
         # The library writes a folder `logs` where it stands: let it stand in a folder that goes.
         with self._told(StopMainLoop), contextlib.chdir(aside):
-            quantizer = GPTQModel.load(str(model), self._config(aside), trust_remote_code=False)
+            quantizer = GPTQModel.load(str(model), self._config(aside), trust_remote_code=False, dtype=own_dtype(model))
             quantizer.layer_callback = heard
             quantizer.subset_callback = heard
             quantizer.quantize(
@@ -349,6 +354,7 @@ class _Run:
         from app.adapters.quantize_shapes_torch import check_weights
 
         matrices = check_weights(folder)
+        self._tell_type(ready, folder)
         (folder / "quant_log.csv").unlink(missing_ok=True)
         for name in ("config.json", "quantize_config.json"):
             made = read_json(folder / name)
@@ -364,6 +370,16 @@ class _Run:
         card = self._card(source, pieces)
         (folder / "README.md").write_text(card, "utf-8")
         return sum(path.stat().st_size for path in folder.glob("*.safetensors")), matrices
+
+    def _tell_type(self, ready: Stage, folder: Path) -> None:
+        """Say when what is not quantized could not keep its type."""
+        from app.adapters.quantize_shapes_torch import own_dtype, stored_dtype
+
+        own, made = stored_dtype(ready.path), str(read_json(folder / "config.json").get("dtype", ""))
+        if own is not None and made and made != str(own).removeprefix("torch."):
+            forced = str(own_dtype(ready.path)) != f"torch.{made}"
+            why = ": GPTQModel has no other for this architecture" if forced else ""
+            self.notes.append(f"What is not quantized was {str(own).removeprefix('torch.')} and became {made}{why}.")
 
     def _measure(self, ready: Stage, before: Stage | None, folder: Path) -> None:
         """Say what quantizing has changed. before: the model that adapters were merged into."""

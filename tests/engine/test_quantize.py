@@ -79,9 +79,10 @@ def make(folder: Path, seed: int, **changes: Any) -> Any:
         "intermediate_size": 256,
         "num_hidden_layers": 2,
         "initializer_range": 0.1,
+        "dtype": torch.bfloat16,
         **changes,
     }
-    return tiny_models.make(folder, "llama", seed=seed, dtype=torch.bfloat16, **settings)
+    return tiny_models.make(folder, "llama", seed=seed, **settings)
 
 
 def plan(model: Path, target: Path, text: Path, **more: Any) -> QuantizePlan:
@@ -178,6 +179,24 @@ def check_folder(tmp_path: Path, method: str, bits: int) -> None:
             assert str(tmp_path.parent) not in file.read_text("utf-8") and "/tmp" not in file.read_text("utf-8"), file
     assert "quantized to" in (folder / "README.md").read_text("utf-8")
     assert not list(tmp_path.glob(".weft-*"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_float16_model_stays_float16_and_the_text_is_cut_to_what_it_reads(
+    tmp_path: Path, library: None, text: Path, seed: int, method: str
+) -> None:
+    make(tmp_path / "model", seed, num_hidden_layers=1, max_position_embeddings=64, dtype=torch.float16)
+    (before,) = (tmp_path / "model").glob("*.safetensors")
+    wanted = plan(tmp_path / "model", tmp_path / "made", text, method=method, length=100_000, samples=8)
+    made = run(wanted, Report())
+    assert json.loads((tmp_path / "made" / "config.json").read_text("utf-8"))["dtype"] == "float16"
+    found = {n: t for path in (tmp_path / "made").glob("*.safetensors") for n, t in load_file(path).items()}
+    assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {torch.float16}
+    for name, tensor in load_file(before).items():
+        if "layers" not in name:
+            assert torch.equal(tensor, found[name]), name
+    assert made.tokens == 8 * 64 and any("Pieces of 64 tokens, not 100,000" in note for note in made.notes)
+    assert not any("a longer text" in note for note in made.notes), "the number of pieces was the limit"
 
 
 def test_adapters_are_merged_in_before(tmp_path: Path, library: None, text: Path, seed: int) -> None:
@@ -330,8 +349,9 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
         ({"num_key_value_heads": 1, "num_attention_heads": 8}, {}, ErrorKind.UNSUPPORTED, "packs them by 32"),
         ({}, {"length": 16, "text": "too short"}, ErrorKind.BAD_INPUT, "too short"),
         ({}, {"text": None}, ErrorKind.NOT_FOUND, "There is no text"),
+        ({}, {"text": "\0\1\2" * 9999}, ErrorKind.BAD_INPUT, "is no text in UTF-8"),
     ],
-    ids=["group", "odd inputs", "odd outputs", "short text", "no text"],
+    ids=["group", "odd inputs", "odd outputs", "short text", "no text", "a program"],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
     tmp_path: Path, library: None, text: Path, seed: int, changes: dict, more: dict, kind: ErrorKind, said: str
