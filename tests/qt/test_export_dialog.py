@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from PySide6.QtCore import QObject, Qt, Signal
+from PySide6.QtWidgets import QWidget
 from pytestqt.qtbot import QtBot
 
 from app.core.certify_plan import Certificate
@@ -372,7 +373,9 @@ def test_the_upload_follows_the_certificate_also_when_that_fails(
     assert dialog.uploaded.text() == "Uploaded privately: https://hub/alice/pirate"
 
 
-def made_dialog(entry: Any, queue: Queue, jobs: Jobs, folder: Path, qtbot: QtBot, find: Any = None) -> ExportDialog:
+def made_dialog(
+    entry: Any, queue: Queue, jobs: Jobs, folder: Path, qtbot: QtBot, find: Any = None, parent: Any = None
+) -> ExportDialog:
     draft = ExportDraft(
         entry,
         STACK,
@@ -382,7 +385,7 @@ def made_dialog(entry: Any, queue: Queue, jobs: Jobs, folder: Path, qtbot: QtBot
         memory_free=lambda: 8 * GB,
         find=find or (lambda _name: None),
     )
-    dialog = ExportDialog(draft)
+    dialog = ExportDialog(draft, parent)
     dialog.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose, False)
     qtbot.addWidget(dialog)
     dialog.show()
@@ -559,3 +562,38 @@ def test_a_real_merge_through_the_dialog_lands_in_the_library(qtbot: QtBot, tmp_
     finally:
         queue.close()
         database.close()
+
+
+def test_the_dialog_is_as_high_as_what_it_shows_and_never_higher_than_the_window(
+    queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "free_at", lambda _folder: 100 * GB)
+    window = QWidget()
+    qtbot.addWidget(window)
+    window.resize(960, 600)
+    window.show()
+    packed = tmp_path / "tiny-GPTQ"
+    packed.mkdir()
+    (packed / "config.json").write_text('{"_name_or_path": "maker/tiny"}', "utf-8")
+    entry = model("maker/tiny-GPTQ", format=ModelFormat.GPTQ, quantization="4-bit, group 32", path=str(packed))
+    dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot, parent=window)
+    form = dialog.form
+    qtbot.waitUntil(form.base_note.isVisible)
+    low = dialog.height()
+    form.format.setCurrentIndex(form.format.findData("gptq"))
+    form.name.setText("a/b")
+    qtbot.waitUntil(lambda: dialog.height() == window.height())
+    qtbot.wait(20)
+    for shown in (dialog.start, form.note):  # what stands in the way is never scrolled away
+        assert shown.isVisible() and dialog.rect().contains(shown.geometry())
+    form.more.header.setChecked(False)
+    form.name.setText("fine")
+    form.format.setCurrentIndex(0)
+    form.more.header.setChecked(False)
+    qtbot.waitUntil(lambda: dialog.height() <= low)
+    dialog.start.click()
+    queue.end(MergeResult(folder=str(tmp_path / "x"), bytes=GB, tensors=4, changed=4))
+    qtbot.waitUntil(lambda: dialog.height() < 250)
+    queue.follow(7, 8, "certify")
+    queue.end_following(8, "certify", CERTIFICATE)
+    qtbot.waitUntil(lambda: 300 < dialog.height() < 500)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from PySide6.QtCore import QSize, Qt, QTimer, Signal, Slot
-from PySide6.QtWidgets import QDialog, QLabel, QProgressBar, QSizePolicy, QStackedWidget, QWidget
+from PySide6.QtWidgets import QDialog, QLabel, QProgressBar, QWidget
 
 from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
@@ -20,6 +20,7 @@ from app.viewmodels.units import readable_bytes, readable_seconds
 from app.views.dialogs import reveal
 from app.views.export.certificate import CertificateView
 from app.views.export.form import ExportForm
+from app.views.export.pages import FittedPages
 from app.views.widgets import Banner, ElidedLabel, IconLabel, button, column, label, row, title
 
 _FORM, _RUNNING, _DONE = range(3)
@@ -47,15 +48,15 @@ class ExportDialog(QDialog):
         self._turned = False
         draft.setParent(self)
         self.form = ExportForm(draft)
-        self.pages = QStackedWidget()
-        for page in (self.form, self._running_page(), self._done_page()):
-            self.pages.addWidget(page)
+        self.pages = FittedPages(self.form, self._running_page(), self._done_page())
         self.error = Banner("negative")
         self.error.hide()
         self._build_buttons()
-        column(
-            title("Merge and export"), self.error, self.pages, 1, parent=self, spacing=16, margins=(24, 24, 24, 16)
-        ).addLayout(self._buttons)
+        self._title = title("Merge and export")
+        whole = column(
+            self._title, self.error, self.pages, self.form.note, parent=self, spacing=16, margins=(24, 24, 24, 16)
+        )
+        whole.addLayout(self._buttons)
         draft.changed.connect(self._show)
         draft.done.connect(self._done)
         draft.failed.connect(self._failed)
@@ -64,6 +65,7 @@ class ExportDialog(QDialog):
         draft.follow_failed.connect(self._follow_failed)
         self.form.base_wanted.connect(self._want_base)
         self.form.resized.connect(self._fit)
+        self.resize(640, 480)
         self._show()
         self.form.name.setFocus()
         self.form.name.selectAll()
@@ -73,7 +75,7 @@ class ExportDialog(QDialog):
         return self._draft.owns(job)
 
     def sizeHint(self) -> QSize:
-        return QSize(640, super().sizeHint().height())
+        return QSize(640, self._wanted(640))
 
     def _build_buttons(self) -> None:
         self.start = button("Export", self._start, kind="primary")
@@ -149,6 +151,7 @@ class ExportDialog(QDialog):
         running = draft.running
         page = _DONE if self._path else _RUNNING if running else _FORM
         self._turn_to(page)
+        self.form.note.setVisible(page == _FORM and bool(self.form.note.text.text()))
         self.start.setVisible(page == _FORM)
         self.start.setEnabled(not draft.problem() if page == _FORM else False)
         for shown, where in (
@@ -171,23 +174,37 @@ class ExportDialog(QDialog):
         if page == self.pages.currentIndex() and self._turned:
             return
         self._turned = True
-        for place in range(self.pages.count()):
-            # A stack is as high as its highest page: only the shown one counts here.
-            policy = QSizePolicy.Policy.Preferred if place == page else QSizePolicy.Policy.Ignored
-            shown = self.pages.widget(place)
-            if shown is not None:
-                shown.setSizePolicy(QSizePolicy.Policy.Preferred, policy)
         self.pages.setCurrentIndex(page)
         self._fit()
 
     @Slot()
     def _fit(self) -> None:
         QTimer.singleShot(0, self, self._fit_now)  # when the layout has taken it in
+        QTimer.singleShot(0, self, self._fit_last)
+
+    @Slot()
+    def _fit_last(self) -> None:
+        QTimer.singleShot(0, self, self._fit_now)  # and has broken its lines at the width that it has now
 
     @Slot()
     def _fit_now(self) -> None:
         self.form.hold_heights()
-        self.adjustSize()
+        self.resize(self.width(), self._wanted(self.width()))
+
+    def _wanted(self, width: int) -> int:
+        """The height that shows all of the page at a width; no more than the window below or the screen has."""
+        layout = self.layout()
+        assert layout is not None
+        margins, spacing = layout.contentsMargins(), layout.spacing()
+        width -= margins.left() + margins.right()
+        parts = [self._title.sizeHint().height(), self.pages.wanted(width), self._buttons.sizeHint().height()]
+        for banner in (self.error, self.form.note):
+            if not banner.isHidden():
+                parts.append(max(banner.heightForWidth(width), banner.minimumSizeHint().height()))
+        height = margins.top() + margins.bottom() + spacing * (len(parts) - 1) + sum(parts)
+        below = self.parentWidget()
+        most = self.screen().availableGeometry().height()
+        return min(height, most if below is None else min(most, max(below.window().height(), 400)))
 
     def _show_progress(self) -> None:
         draft, progress = self._draft, self._draft.progress
@@ -255,6 +272,7 @@ class ExportDialog(QDialog):
         self.error.setVisible(error.kind is not ErrorKind.CANCELLED)
         self.error.text.setText(str(error))
         self._show()
+        self._fit()
 
     @Slot(object)
     def _done(self, result: Result) -> None:

@@ -72,7 +72,7 @@ class ExportForm(QWidget):
             # A form gives a wrapped label the height it had at another width.
             wrapped.setMinimumHeight(2 * wrapped.fontMetrics().lineSpacing())
             wrapped.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
-        self.note = Banner("info")
+        self.note = Banner("info")  # what stands in the way: the dialog shows it above its buttons, never scrolled away
         self.use_base = button("", self.base_wanted.emit)
         self.base_note = Banner("info")
         self.base_note.add(self.use_base)
@@ -80,7 +80,6 @@ class ExportForm(QWidget):
         layout = self.layout()
         assert layout is not None
         layout.addWidget(self.more)
-        layout.addWidget(self.note)
         layout.addWidget(self.base_note)
         self.format.currentIndexChanged.connect(self._format_chosen)
         self.name.textChanged.connect(draft.set_name)
@@ -199,7 +198,6 @@ class ExportForm(QWidget):
         problem = draft.problem()
         memory = draft.need().problem if draft.choices else ""
         text = problem or memory or draft.installation
-        self.note.setVisible(bool(text))
         if self.note.text.text() != text:
             self.note.text.setText(text)
             self.resized.emit()
