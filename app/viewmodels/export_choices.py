@@ -21,6 +21,9 @@ SAFETENSORS = "safetensors"
 PACKINGS: dict[str, Packing] = {SAFETENSORS: "refuse", "safetensors-16bit": "16bit", "safetensors-again": "again"}
 FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
 PACKED = (ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ)
+FOLDER, COMMON, OTHERS = "Model folder", "GGUF file", "GGUF file, all other types"
+_USUAL = "q4_k_m"
+_COMMON = (_USUAL, "q5_k_m", "q6_k", "q8_0", "f16")
 MARGIN = 64 * 1024 * 1024
 _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 _CALIBRATING = 1_200_000_000  # and those that calibrate
@@ -31,11 +34,17 @@ _QUANTIZED = {
 
 
 class ExportChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. key: of PACKINGS, `gptq`, `awq`, or a GGUF type. title, help: as shown. imatrix: it needs an importance matrix."""
+    """One format.
+
+    Attributes:
+        key: of PACKINGS, `gptq`, `awq`, or a GGUF type. title, help: as shown. group: the heading that it stands under.
+        imatrix: it needs an importance matrix.
+    """
 
     key: str
     title: str
     help: str
+    group: str = FOLDER
     imatrix: bool = False
 
 
@@ -111,19 +120,23 @@ def choices(entry: ModelEntry, stack: AdapterStack) -> list[ExportChoice]:
         return [_UNPACKED, *(_again(key, entry) for key in sorted(BITS, key=lambda key: key != own))]
     if entry.format not in (*FOLDERS, ModelFormat.GGUF):
         return []
-    found = [
-        ExportChoice(key=each.name, title=f"GGUF {each.name.upper()}", help=each.help, imatrix=each.imatrix)
-        for each in TYPES.values()
-    ]
-    if entry.format in FOLDERS and not entry.vision:
-        found += [ExportChoice(key=key, title=key.upper(), help=sentence) for key, sentence in _QUANTIZED.items()]
+    found: list[ExportChoice] = []
     if entry.format in FOLDERS and stack.adapters:
         sentence = "A model folder like the base's, in its own precision: exact, and every program reads it."
-        found.insert(0, ExportChoice(key=SAFETENSORS, title="Safetensors", help=sentence))
-    elif entry.format is ModelFormat.GGUF and stack.adapters:
+        found.append(ExportChoice(key=SAFETENSORS, title="Safetensors", help=sentence))
+    if entry.format in FOLDERS and not entry.vision:
+        found += [ExportChoice(key=key, title=key.upper(), help=sentence) for key, sentence in _QUANTIZED.items()]
+    if entry.format is ModelFormat.GGUF and stack.adapters:
         sentence = "Every tensor keeps its type; what adapters change is quantized to that again."
-        found.insert(0, ExportChoice(key=OWN.name, title=f"GGUF, as the base ({entry.quantization})", help=sentence))
-    return found
+        title = f"GGUF, as the base ({entry.quantization})"
+        found.append(ExportChoice(key=OWN.name, title=title, help=sentence, group=COMMON))
+    found += [_gguf(name, COMMON) for name in _COMMON]
+    return found + [_gguf(name, OTHERS) for name in TYPES if name not in _COMMON]
+
+
+def _gguf(name: str, group: str) -> ExportChoice:
+    title = f"GGUF {name.upper()}{' (usual)' if name == _USUAL else ''}"
+    return ExportChoice(key=name, title=title, help=TYPES[name].help, group=group, imatrix=TYPES[name].imatrix)
 
 
 _UNPACKED = ExportChoice(

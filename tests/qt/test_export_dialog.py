@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from PySide6.QtCore import QObject, Qt, Signal
+from PySide6.QtTest import QTest
 from PySide6.QtWidgets import QWidget
 from pytestqt.qtbot import QtBot
 
@@ -269,7 +270,7 @@ def test_low_types_ask_for_a_text_and_sizes_say_what_is_made_on_the_way(
 
 def test_what_can_be_made_of_what(tmp_path: Path) -> None:
     assert choices(folder_model(), STACK)[0].key == SAFETENSORS
-    assert choices(folder_model(), AdapterStack())[0].key == "f32"
+    assert [c.key for c in choices(folder_model(), AdapterStack())][:3] == ["gptq", "awq", "q4_k_m"]
     assert SAFETENSORS not in [c.key for c in choices(model(), STACK)]
     assert choices(model(format=ModelFormat.EXL2), STACK) == []
     packed = [c.key for c in choices(model(format=ModelFormat.AWQ, quantization="4-bit, group 64"), STACK)]
@@ -588,7 +589,7 @@ def test_the_dialog_is_as_high_as_what_it_shows_and_never_higher_than_the_window
         assert shown.isVisible() and dialog.rect().contains(shown.geometry())
     form.more.header.setChecked(False)
     form.name.setText("fine")
-    form.format.setCurrentIndex(0)
+    form.format.setCurrentIndex(form.format.findData("safetensors-16bit"))
     form.more.header.setChecked(False)
     qtbot.waitUntil(lambda: dialog.height() <= low)
     dialog.start.click()
@@ -597,3 +598,18 @@ def test_the_dialog_is_as_high_as_what_it_shows_and_never_higher_than_the_window
     queue.follow(7, 8, "certify")
     queue.end_following(8, "certify", CERTIFICATE)
     qtbot.waitUntil(lambda: 300 < dialog.height() < 500)
+
+
+def test_formats_stand_under_headings_that_nobody_can_choose(dialog: ExportDialog) -> None:
+    combo = dialog.form.format
+    rows = [(combo.itemText(n), combo.itemData(n)) for n in range(combo.count())]
+    assert rows[:4] == [("Model folder", None), ("Safetensors", SAFETENSORS), ("GPTQ", "gptq"), ("AWQ", "awq")]
+    assert rows[4:6] == [("GGUF file", None), ("GGUF Q4_K_M (usual)", "q4_k_m")]
+    assert rows[10][1] is None and len({key for _, key in rows if key}) == len(rows) - 3 == len(dialog._draft.choices)
+    assert combo.maxVisibleItems() < 20
+    for text, key in rows:  # by the keyboard, from one end to the other: a heading is passed over
+        if key is None:
+            assert not combo.model().flags(combo.model().index(combo.findText(text), 0)) & Qt.ItemFlag.ItemIsEnabled
+    combo.setCurrentIndex(combo.findData("awq"))
+    QTest.keyClick(combo, Qt.Key.Key_Down)
+    assert combo.currentData() == dialog._draft.format == "q4_k_m"

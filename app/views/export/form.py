@@ -12,6 +12,7 @@ from PySide6.QtWidgets import QCheckBox, QFileDialog, QFormLayout, QLineEdit, QW
 from app.viewmodels.export import ExportDraft
 from app.viewmodels.export_choices import SAFETENSORS
 from app.views.export.calibration import CalibrationFields
+from app.views.export.formats import FormatCombo
 from app.views.option_fields import QuietCombo
 from app.views.widgets import Banner, ElidedLabel, Fold, button, column, label, row
 
@@ -35,11 +36,8 @@ class ExportForm(QWidget):
         self._draft = draft
         self.model = ElidedLabel(draft.entry.name)
         self.stack = label(_stack_words(draft), wrap=True)
-        self.format = QuietCombo()
-        self.format.setAccessibleName("Format")
-        for choice in draft.choices:
-            self.format.addItem(choice.title, choice.key)
-        self.format.setCurrentIndex(max(0, self.format.findData(draft.format)))
+        self.format = FormatCombo(draft.choices)
+        self.format.setCurrentIndex(self.format.findData(draft.format))
         self.help = label(tone="muted", wrap=True)
         self.name = QLineEdit(draft.name)
         self.name.setAccessibleName("Name")
