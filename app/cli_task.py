@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import Paths, default_paths
 from app.engine import launch, protocol
 from app.engine.client import EngineClient
 from app.terminal import ProgressLine
+
+STAGED = frozenset({"merge", "export_gguf", "quantize"})  # tasks that make their result beside its target
 
 
 def run_task(
@@ -40,6 +45,42 @@ def run_task(
     """
     paths = paths or default_paths()
     client = _client(environment, paths, f"{task}-command", variables)
+    with _staged(paths, task, parameters):
+        return _followed(client, task, parameters, on_metric, on_news, quiet)
+
+
+@contextlib.contextmanager
+def _staged(paths: Paths, task: str, parameters: msgspec.Struct) -> Iterator[None]:
+    """Note where the result is made while it is, and clear away what a cancelled job was ended in the middle of."""
+    if task not in STAGED:
+        yield
+        return
+    from app.adapters import merge_leftovers, staging_places
+
+    target = Path(str(getattr(parameters, "target", "")))
+    staging_places.remember(paths.unfinished, target)
+    try:
+        yield
+    except WeftError as error:
+        if error.kind is ErrorKind.CANCELLED:
+            left = merge_leftovers.leftover_of(target)
+            if left is not None:
+                merge_leftovers.sweep(left)
+            print(f"note: cancelled; nothing of {target.name} was kept", file=sys.stderr)
+        raise
+    finally:
+        if merge_leftovers.leftover_of(target) is None:
+            staging_places.forget(paths.unfinished, target)
+
+
+def _followed(
+    client: EngineClient,
+    task: str,
+    parameters: msgspec.Struct,
+    on_metric: Callable[[int, dict[str, float]], str | None] | None,
+    on_news: Callable[[str], str | None] | None,
+    quiet: bool,
+) -> dict[str, Any]:
     line = ProgressLine()
     client.start()
     try:

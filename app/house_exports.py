@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from PySide6.QtCore import QObject, Slot
 
+from app.adapters.staging_places import remembered
 from app.core.certificate_file import read_certificate
 from app.core.certify_plan import Certificate
 from app.core.errors import ErrorKind, WeftError
@@ -144,7 +145,8 @@ class ExportHouse(QObject):
             self.dialog = None
 
     def _places(self) -> list[Path]:
-        return list(dict.fromkeys([self._models(), *(Path(root.path) for root in self._house.roots.roots())]))
+        roots = [Path(root.path) for root in self._house.roots.roots()]
+        return list(dict.fromkeys([self._models(), *roots, *remembered(self._house.paths.unfinished)]))
 
     @Slot(list)
     def _interrupted(self, jobs: list[Job]) -> None:

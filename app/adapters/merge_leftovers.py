@@ -75,6 +75,11 @@ def leftover_of(target: Path) -> Leftover | None:
     return None
 
 
+def has_staging(place: Path) -> bool:
+    """Whether staging folders lie in a folder, held or not."""
+    return bool(_staging(place))
+
+
 def sweep(left: Leftover) -> None:
     """Remove it, unless somebody has begun to work in it."""
     if not is_held(left.folder):

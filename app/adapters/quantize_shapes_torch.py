@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.quantize_plan import GROUPS, QuantizePlan
-from app.generation.hf_files import read_json
 
 _INSIDE_A_LAYER = re.compile(r"\.\d+\.")
 
@@ -90,7 +90,7 @@ def stored_dtype(folder: Path) -> Any:
         return None  # who reads it says what it is
     if bytes_of:
         return names.get(max(bytes_of, key=lambda name: bytes_of[name]))
-    config = read_json(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     told = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return next((each for each in names.values() if str(each) == f"torch.{told}"), None)
 

@@ -34,6 +34,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return Path(override).expanduser().absolute() if override else self.data / "environments"
 
     @property
+    def unfinished(self) -> Path:
+        """Notes of the folders in which command lines are making something."""
+        return self.data / "unfinished"
+
+    @property
     def database(self) -> Path:
         return self.data / "weft.sqlite"
 
@@ -50,7 +55,9 @@ def default_paths() -> Paths:
         return Paths(data=base, config=base, cache=base / "cache", logs=base / "logs", runtime=base / "run")
     dirs = platformdirs.PlatformDirs("weft", appauthor=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # platformdirs warns where no session manager made a runtime folder; its choice will do
+        warnings.simplefilter(
+            "ignore"
+        )  # platformdirs warns where no session manager made a runtime folder; its choice will do
         runtime = dirs.user_runtime_path
     return Paths(
         data=dirs.user_data_path,

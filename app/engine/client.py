@@ -376,10 +376,19 @@ class EngineClient:
             self._end_because(
                 WeftError(
                     ErrorKind.CANCELLED,
-                    f"The engine did not stop within {GRACE:.0f} seconds and was ended.",
-                    "The model is loaded again with the next message.",
+                    *self._deaf(),
                 )
             )
+
+    def _deaf(self) -> tuple[str, str]:
+        """Message and hint when a cancel was not heard in time."""
+        if self.backend:
+            said = f"The engine did not stop within {GRACE:.0f} seconds and was ended."
+            return said, "The model is loaded again with the next message."
+        return (
+            f"Cancelled: the job was in the middle of something for {GRACE:.0f} seconds more, and was ended there.",
+            "",
+        )
 
     def _wait(self, tree: ProcessTree, folder: Path, reader: PipeReader, log: PipeReader, writer: PipeWriter) -> None:
         status = tree.wait()

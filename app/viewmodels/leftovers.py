@@ -39,6 +39,7 @@ class Leftovers(QObject):
         self._store, self._queue, self._roots = store, queue, roots
         self._work = Background(self)
         self._work.done.connect(self._worked)
+        queue.ended.connect(self._ended)
 
     def look(self) -> None:
         """At start: what is of no use goes, what no job knows of becomes one that can be started again."""
@@ -61,13 +62,22 @@ class Leftovers(QObject):
         if target and target not in self._known():
             self._work.run("forget", lambda: _forget(Path(target)))
 
+    @Slot(object, object, object)
+    def _ended(self, job: Job, _result: object, _error: object) -> None:
+        """A cancelled job that had to be ended in the middle of something leaves as little as one that heard it."""
+        if job.task not in TASKS or job.state is not JobState.CANCELLED:
+            return
+        target = str(parameters_of(job).get("target") or "")
+        if target and target not in self._known(job.id):
+            self._work.run("forget", lambda: _forget(Path(target)))
+
     def close(self) -> None:
         """Wait for what is under way."""
         self._work.close()
 
-    def _known(self) -> set[str]:
+    def _known(self, without: int = 0) -> set[str]:
         """Targets of the jobs that run, wait, or may be started again."""
-        jobs = [job for job in self._store.jobs() if job.task in TASKS and job.state is not JobState.DONE]
+        jobs = [j for j in self._store.jobs() if j.task in TASKS and j.state is not JobState.DONE and j.id != without]
         return {str(parameters_of(job).get("target") or "") for job in jobs}
 
     @Slot(object, object, object)

@@ -151,6 +151,21 @@ def test_a_job_that_another_would_go_on_from_keeps_it(bench: Bench, qtbot: QtBot
     assert root.is_dir()
 
 
+def test_what_a_cancelled_job_was_ended_in_goes_but_not_what_another_goes_on_from(bench: Bench, qtbot: QtBot) -> None:
+    plan = plan_for(resources() / "starter" / "model", bench.models / "made")
+    root = killed(plan)
+    (interrupted,) = bench.look(qtbot)
+    envelope = msgspec.json.encode({"environment": "core", "parameters": plan}).decode()
+    again = bench.store.create("merge", "again", "cpu", envelope)
+    again = bench.store.update(again.id, state=JobState.CANCELLED)
+    bench.queue.ended.emit(again, None, None)
+    bench.leftovers.close()
+    assert root.is_dir(), "the interrupted one goes on from it"
+    bench.store.remove(interrupted.id)
+    bench.queue.ended.emit(again, None, None)
+    qtbot.waitUntil(lambda: not root.exists(), timeout=5_000)
+
+
 def test_what_is_of_no_use_is_cleared_away_and_what_may_be_is_not(bench: Bench, qtbot: QtBot, tmp_path: Path) -> None:
     base = resources() / "starter" / "model"
     done = killed(plan_for(base, bench.models / "done"))
