@@ -82,6 +82,19 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     files: list[str] = []
 
 
+# Mean KL in nats under which two models are as good as one, and under which the loss is small. See docs/export.md.
+SAME_KL, SMALL_KL = 0.01, 0.1
+
+
+def verdict(found: Certificate) -> str:
+    """What the figures of a certificate mean, in a sentence."""
+    if found.mean_kl < SAME_KL:
+        return "Practically the same: you will hardly notice a difference."
+    if found.mean_kl < SMALL_KL:
+        return "A small difference: the answers differ now and then in their words."
+    return "It differs clearly: try it before you rely on it, or choose a larger type or more bits."
+
+
 def environment_of(a: CertifySide, b: CertifySide) -> str:
     """The smallest environment in which both models can be loaded."""
     if a.is_gguf and b.is_gguf:

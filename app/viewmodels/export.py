@@ -68,12 +68,15 @@ class ExportDraft(QObject):
         self._queue, self._jobs, self._memory_free = queue, jobs, memory_free
         self.choices = export_choices.choices(entry, self.stack)
         self.format = self._default_format()
-        self.name = export_choices.default_name(entry, self.stack)
         self.folder = models
         self.options = ExportOptions()
+        self._named = False  # by the user: then it stays
+        self.name = ""
+        self._propose()
         self.job: Job | None = None
         self.progress: Progress | None = None
         self.paused = False
+        self.cancelling = False  # asked to stop, and has not yet
         self.warnings: list[str] = []
         self.following: Job | None = None  # the certificate or the upload, while it waits or runs
         self.base = ""  # the 16-bit model that a quantized one was made from, by its hub's name
@@ -133,20 +136,34 @@ class ExportDraft(QObject):
     def choose(self, key: str) -> None:
         """Another format."""
         self.format = key
+        self._propose()
         self._measure()
         self.changed.emit()
 
+    def _propose(self) -> None:
+        """A name under which nothing lies there yet, as long as the user has given none."""
+        if self._named or not self.choices:
+            return
+        plain = export_choices.default_name(self.entry, self.stack)
+        names = (plain if n == 1 else f"{plain}-{n}" for n in range(1, 1000))
+        made = self.chosen
+        self.name = next(
+            (name for name in names if not msgspec.structs.replace(made, name=name).target.exists()), plain
+        )
+
     def set_name(self, name: str) -> None:
-        self.name = name.strip()
+        self.name, self._named = name.strip(), True
         self.changed.emit()
 
     def set_folder(self, folder: Path) -> None:
         self.folder = folder
+        self._propose()
         self._measure()
         self.changed.emit()
 
     def set_options(self, options: ExportOptions) -> None:
         self.options = options
+        self._propose()
         self._measure()
         self.changed.emit()
 
@@ -274,7 +291,7 @@ class ExportDraft(QObject):
             self._submit()
 
     def _submit(self) -> None:
-        self._waits, self.paused, self.progress, self._pace = False, False, None, Pace()
+        self._waits, self.paused, self.cancelling, self.progress, self._pace = False, False, False, None, Pace()
         made = self._made = self.chosen
         self.job = self._queue.submit(
             made.task, made.title, made.plan(), environment=made.environment, then=made.steps()
@@ -295,7 +312,9 @@ class ExportDraft(QObject):
         if self._waits:
             self._waits = False
             self.changed.emit()
-        elif self.job is not None:
+        elif self.job is not None and self.running:
+            self.cancelling = True
+            self.changed.emit()
             self._queue.cancel(self.job.id)
 
     def pause(self, paused: bool) -> None:
@@ -336,7 +355,7 @@ class ExportDraft(QObject):
             self._follow_ended(job, result, error)
         if self.job is None or job.id != self.job.id:
             return
-        self.job = job
+        self.job, self.cancelling = job, False
         if error is not None or job.state is not JobState.DONE:
             self.failed.emit(error or WeftError(ErrorKind.CRASHED, job.message, job.hint))
         else:

@@ -85,8 +85,8 @@ class ExportNeed(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sentence(self) -> str:
-        between = self.disk - self.result
-        way = f", {readable_bytes(between)} more while it is made" if between > 2 * MARGIN else ""
+        between = self.disk - self.result - MARGIN
+        way = f", and {readable_bytes(between)} more while it is made" if between > 0 else ""
         where = f"on the drive of {self.drive}" if self.drive else "there"
         return (
             f"About {readable_bytes(self.result)}{way}; {readable_bytes(self.disk_free)} are free {where}. "

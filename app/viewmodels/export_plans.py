@@ -69,6 +69,15 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
         return f"{'Quantize' if self.task == 'quantize' else 'Export'} {self.target.name}"
 
     @property
+    def kind(self) -> str:
+        """The format in a word or two: one name may stand for several exports."""
+        if method := method_of(self.format):
+            return method.upper()
+        if self.makes_folder:
+            return "safetensors"
+        return f"GGUF {(self.entry.quantization if self.format == OWN.name else self.format).upper()}".strip()
+
+    @property
     def takes_imatrix(self) -> bool:
         """Whether an importance matrix makes a difference: only where llama.cpp quantizes."""
         return not self.makes_folder and self.format not in ("f32", "f16", "bf16", "q8_0", OWN.name)
@@ -119,12 +128,17 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
                 store=made,
             )
             found.append(
-                Step(task="certify", title=f"Certify {self.name}", parameters=plan, environment=self.environment)
+                Step(
+                    task="certify",
+                    title=f"Certify {self.name} ({self.kind})",
+                    parameters=plan,
+                    environment=self.environment,
+                )
             )
         if options.push is not None:
             path = made if self.makes_folder else str(self.target.parent)
             push = PushPlan(path=path, repo=check_repo(options.push), private=options.private)
-            title = f"Upload {self.name} to {options.push}"
+            title = f"Upload {self.name} ({self.kind}) to {options.push}"
             found.append(
                 Step(
                     task="push_hub",

@@ -14,7 +14,7 @@ from PySide6.QtTest import QTest
 from PySide6.QtWidgets import QWidget
 from pytestqt.qtbot import QtBot
 
-from app.core.certify_plan import Certificate
+from app.core.certify_plan import SAME_KL, SMALL_KL, Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult
 from app.core.jobs import Job, JobState, Progress
@@ -264,6 +264,9 @@ def test_low_types_ask_for_a_text_and_sizes_say_what_is_made_on_the_way(
     draft.set_options(ExportOptions(imatrix="/texts/some.txt"))
     assert dialog.start.isEnabled() and dialog.form.imatrix.text() == "some.txt"
     assert "more while it is made" in dialog.form.need.text()
+    draft.entry = msgspec.structs.replace(draft.entry, parameters=4_000_000)
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData("q4_k_m"))
+    assert "and 8.0 MB more while it is made" in dialog.form.need.text(), "of a small model too"
     dialog.form.format.setCurrentIndex(dialog.form.format.findData("q8_0"))
     assert "more while it is made" not in dialog.form.need.text()
 
@@ -328,6 +331,10 @@ def test_the_certificate_follows_is_shown_and_can_be_switched_off(dialog: Export
     assert values["logits"] == "0.0123" and values["top1"] == "98.76 %" and "0.00045" in values["kl"]
     assert (values["before"], values["after"]) == ("12.3456", "12.5000")
     assert "A note of the comparison." in dialog.certificate.notes.text()
+    assert "Practically the same" in dialog.certificate.verdict.text()
+    for kl, words in ((SAME_KL, "small difference"), (SMALL_KL, "differs clearly"), (float("nan"), "differs clearly")):
+        dialog.certificate.show_certificate(msgspec.structs.replace(CERTIFICATE, mean_kl=kl))
+        assert words in dialog.certificate.verdict.text()
 
 
 def test_without_the_certificate_nothing_follows(dialog: ExportDialog, queue: Queue) -> None:
@@ -613,3 +620,43 @@ def test_formats_stand_under_headings_that_nobody_can_choose(dialog: ExportDialo
     combo.setCurrentIndex(combo.findData("awq"))
     QTest.keyClick(combo, Qt.Key.Key_Down)
     assert combo.currentData() == dialog._draft.format == "q4_k_m"
+
+
+def test_the_proposed_name_is_free_in_each_format_until_the_user_gives_one(
+    dialog: ExportDialog, draft: ExportDraft, tmp_path: Path
+) -> None:
+    for taken in ("tiny-1B-pirate", "tiny-1B-pirate-2", "tiny-1B-pirate-GPTQ-4bit", "new/tiny-1B-pirate"):
+        (tmp_path / taken).mkdir(parents=True)
+    form = dialog.form
+    for key, name in (("gptq", "tiny-1B-pirate-2"), ("awq", "tiny-1B-pirate"), (SAFETENSORS, "tiny-1B-pirate-3")):
+        form.format.setCurrentIndex(form.format.findData(key))
+        assert form.name.text() == draft.name == name and dialog.start.isEnabled(), key
+    draft.set_folder(tmp_path / "new")
+    assert form.name.text() == "tiny-1B-pirate-2"
+    form.name.setText("tiny-1B-pirate")
+    assert "exists there already" in form.note.text.text()
+    form.format.setCurrentIndex(form.format.findData("gptq"))
+    form.format.setCurrentIndex(form.format.findData(SAFETENSORS))
+    assert form.name.text() == "tiny-1B-pirate" and not dialog.start.isEnabled(), "what the user wrote stays"
+
+
+def test_a_cancel_is_answered_at_once_and_what_rests_has_no_speed(
+    dialog: ExportDialog, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialog.form.format.setCurrentIndex(dialog.form.format.findData(SAFETENSORS))
+    dialog.start.click()
+    assert queue.then[0].title == "Certify tiny-1B-pirate (safetensors)"
+    monkeypatch.setattr(ExportDraft, "speed", 5e6)
+    queue.progressed.emit(7, Progress(phase="Merging", done=GB, total=2 * GB, unit="bytes"))
+    assert "5.0 MB/s" in dialog.figures.text()
+    dialog.pause.click()
+    queue.progressed.emit(7, Progress(phase="Merging", done=GB, total=2 * GB, unit="bytes"))
+    assert dialog.phase.text() == "Paused" and "/s" not in dialog.figures.text()
+    dialog.stop.click()
+    assert dialog.phase.text() == "Cancelling…" and not dialog.stop.isEnabled() and not dialog.pause.isEnabled()
+    queue.progressed.emit(7, Progress(phase="Merging", done=GB, total=2 * GB, unit="bytes"))
+    assert dialog.phase.text() == "Cancelling…"
+    queue.end(None, WeftError(ErrorKind.CANCELLED, "Cancelled."))
+    assert dialog.start.isVisible() and not dialog.error.isVisible()
+    dialog.start.click()
+    assert dialog.stop.isEnabled() and dialog.phase.text() != "Cancelling…"

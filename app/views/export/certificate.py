@@ -5,7 +5,7 @@ from __future__ import annotations
 from PySide6.QtCore import Qt
 from PySide6.QtWidgets import QDialog, QGridLayout, QLabel, QWidget
 
-from app.core.certify_plan import Certificate
+from app.core.certify_plan import Certificate, verdict
 from app.views.widgets import button, column, label, row, rule, title
 
 
@@ -16,6 +16,8 @@ class CertificateView(QWidget):
         super().__init__(parent)
         self.head = title("Certificate", 0)
         self.of = label(tone="muted", wrap=True, selectable=True)
+        self.verdict = label(wrap=True, selectable=True)
+        self.verdict.setAccessibleName("What the certificate says")
         grid = QGridLayout()
         grid.setContentsMargins(0, 4, 0, 4)
         grid.setHorizontalSpacing(24)
@@ -33,13 +35,14 @@ class CertificateView(QWidget):
             grid.addWidget(value, place, 1)
             self.values[key] = value
         self.notes = label(tone="muted", wrap=True, selectable=True)
-        whole = column(self.head, self.of, spacing=4, parent=self)
+        whole = column(self.head, self.of, self.verdict, spacing=4, parent=self)
         whole.addLayout(grid)
         whole.addWidget(self.notes)
 
     def show_certificate(self, found: Certificate) -> None:
         """Show one."""
         self.of.setText(f"{found.b} against {found.a}")
+        self.verdict.setText(verdict(found))
         texts = {
             "logits": f"{found.largest_logit_difference:.3g}",
             "kl": f"{found.mean_kl:.3g} nats",

@@ -162,6 +162,8 @@ class ExportDialog(QDialog):
         ):
             shown.setVisible(page == where)
         self.pause.setVisible(page == _RUNNING and not draft.waits_for_installation)
+        self.pause.setEnabled(not draft.cancelling)
+        self.stop.setEnabled(not draft.cancelling)
         self.pause.setText("Go on" if draft.paused else "Pause")
         self.pause.setAccessibleName(self.pause.text())
         self.close_button.setVisible(page != _RUNNING)
@@ -211,6 +213,8 @@ class ExportDialog(QDialog):
         self.target.setText(str(draft.target))
         if draft.waits_for_installation:
             self._text(self.phase, "Installing what exports run in; the export follows by itself.")
+        elif draft.cancelling:
+            self._text(self.phase, "Cancelling…")
         elif progress is None:
             self._text(self.phase, "Waiting for its turn" if draft.job is not None else "Starting")
         else:
@@ -242,7 +246,7 @@ class ExportDialog(QDialog):
         parts: list[str] = []
         if progress is not None and progress.total and progress.unit == "bytes":
             parts.append(f"{readable_bytes(progress.done)} of {readable_bytes(progress.total)}")
-            if draft.speed:
+            if draft.speed and not draft.paused:
                 parts.append(f"{readable_bytes(draft.speed)}/s")
         elif progress is not None and progress.total:
             parts.append(f"{progress.done:,g} of {progress.total:,g} {progress.unit}")

@@ -192,6 +192,10 @@ class ExportForm(QWidget):
         self.imatrix.setText(Path(draft.options.imatrix).name if draft.options.imatrix else "None")
         self.clear_text.setVisible(bool(draft.options.imatrix))
         self.place.setText(str(draft.folder))
+        if self.name.text().strip() != draft.name:  # another one was proposed, which is not the user's choice
+            self.name.blockSignals(True)
+            self.name.setText(draft.name)
+            self.name.blockSignals(False)
         self.need.setText(draft.need().sentence if draft.choices else "–")
         problem = draft.problem()
         memory = draft.need().problem if draft.choices else ""
