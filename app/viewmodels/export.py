@@ -16,7 +16,7 @@ from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_needs import MergeNeeds, merge_needs
 from app.core.merge_plan import MergePlan
 from app.core.push_plan import PushResult
-from app.core.quantized_base import base_of
+from app.core.quantized_base import Origin, origin_of, without_mark
 from app.core.stack import AdapterStack
 from app.hub.push import check_repo
 from app.viewmodels import export_choices
@@ -79,7 +79,7 @@ class ExportDraft(QObject):
         self.cancelling = False  # asked to stop, and has not yet
         self.warnings: list[str] = []
         self.following: Job | None = None  # the certificate or the upload, while it waits or runs
-        self.base = ""  # the 16-bit model that a quantized one was made from, by its hub's name
+        self.origin = Origin()  # what a quantized model was made from
         self.base_here: ModelEntry | None = None
         self._ours: set[int] = set()  # jobs of this draft
         self._made = self.chosen  # what the job was given
@@ -106,9 +106,25 @@ class ExportDraft(QObject):
 
     # What is read of the disk: never in the window's thread -------------------------------------------
 
-    def _look_for_base(self, folder: Path) -> tuple[str, ModelEntry | None]:
-        name = base_of(folder)
-        return name, self._find(name) if name else None
+    @property
+    def base(self) -> str:
+        """The 16-bit model that a quantized one was made from, by its name; "" where nothing tells."""
+        return self.origin.base
+
+    @property
+    def base_to_get(self) -> bool:
+        """Whether the base can be used, or looked for on the hub: a model of the user's own is not there."""
+        return bool(self.base) and (self.base_here is not None or not self.origin.ours or "/" in self.base)
+
+    def _look_for_base(self, folder: Path) -> tuple[Origin, ModelEntry | None]:
+        origin = origin_of(folder)
+        name = without_mark(folder.name)
+        if origin.adapters and name != folder.name:
+            # The same merge in 16 bits, where that was kept, has all that this one had before it was packed.
+            merged = self._find(name)
+            if merged is not None and origin_of(Path(merged.path)) == origin:
+                return Origin(base=name, ours=True), merged
+        return origin, self._find(origin.base) if origin.base else None
 
     def _measure(self) -> None:
         """Ask the base's headers what a merge takes; until they have told, the library's entry gives an estimate."""
@@ -124,7 +140,7 @@ class ExportDraft(QObject):
     @Slot(object, object, object)
     def _worked(self, key: object, result: object, error: object) -> None:
         if key == "base" and isinstance(result, tuple):
-            self.base, self.base_here = result
+            self.origin, self.base_here = result
         elif isinstance(key, tuple) and isinstance(result, MergeNeeds):
             self._needs[key] = result
         elif error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from PySide6.QtTest import QTest
 from PySide6.QtWidgets import QWidget
 from pytestqt.qtbot import QtBot
 
+from app.adapters.merge_folder import card
 from app.core.certify_plan import SAME_KL, SMALL_KL, Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult
@@ -23,6 +25,7 @@ from app.core.merge_plan import MergePlan, MergeResult
 from app.core.push_plan import PushResult
 from app.core.quantize_plan import QuantizePlan, QuantizeResult
 from app.core.stack import AdapterStack, StackedAdapter
+from app.tasks.quantize import _Run as QuantizeRun
 from app.viewmodels import export_choices as export_module
 from app.viewmodels.export import ExportDraft, ExportOptions
 from app.viewmodels.export_choices import SAFETENSORS, choices, default_name
@@ -660,3 +663,29 @@ def test_a_cancel_is_answered_at_once_and_what_rests_has_no_speed(
     assert dialog.start.isVisible() and not dialog.error.isVisible()
     dialog.start.click()
     assert dialog.stop.isEnabled() and dialog.phase.text() != "Cancelling…"
+
+
+@pytest.mark.parametrize("there", ["base", "merge", "nothing"])
+def test_a_model_that_weft_packed_leads_to_what_it_was_made_from_and_never_to_a_hub_that_lacks_it(
+    queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path, there: str
+) -> None:
+    voice = AdapterStack(adapters=(StackedAdapter(path=str(tmp_path / "voice"), name="voice", weight=0.5),))
+    merged, packed = tmp_path / "own-voice", tmp_path / "own-voice-GPTQ-4bit"
+    for folder in (merged, packed, tmp_path / "voice"):
+        folder.mkdir()
+    merge = card(MergePlan(model="/m/own", stack=voice, target=str(merged), base_name="own"), [])
+    (merged / "README.md").write_text(merge, "utf-8")
+    plan = QuantizePlan(model="/m/own", target=str(packed), calibration="", base_name="own")
+    job = SimpleNamespace(plan=plan, target=packed)
+    (packed / "README.md").write_text(QuantizeRun._card(job, merged, [[1]]), "utf-8")  # type: ignore[arg-type]
+    here = {
+        "own": {"base": folder_model()}.get(there),
+        "own-voice": {"merge": folder_model(path=str(merged))}.get(there),
+    }
+    entry = model("own-voice-GPTQ-4bit", format=ModelFormat.GPTQ, quantization="4-bit, group 32", path=str(packed))
+    dialog = made_dialog(entry, queue, jobs, tmp_path, qtbot, here.get)
+    qtbot.waitUntil(dialog.form.base_note.isVisible)
+    text, use = dialog.form.base_note.text.text(), dialog.form.use_base
+    assert ("made from own-voice." if there == "merge" else "made from own with voice 0.5.") in text
+    assert use.isVisible() is (there != "nothing") and (not use.isVisible() or use.text() == "Use it")
+    assert ("not in your library" in text) is (there == "nothing")

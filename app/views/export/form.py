@@ -220,9 +220,10 @@ class ExportForm(QWidget):
         if not draft.base:
             return
         if draft.choices:
-            text = f"{draft.entry.name} was made from {draft.base}. Merged into that, nothing is lost."
+            text = _origin_words(draft)
         else:
             text = f"{draft.base} is in your library." if here is not None else f"{draft.base} can be downloaded."
+        self.use_base.setVisible(draft.base_to_get)
         self.base_note.text.setText(text)
         self.use_base.setText("Use it" if here is not None else "Find it on the hub")
         self.use_base.setAccessibleName(f"{self.use_base.text()}: {draft.base}")
@@ -261,6 +262,14 @@ class ExportForm(QWidget):
     @Slot(int)
     def _dtype(self, _index: int) -> None:
         self._draft.set_options(msgspec.structs.replace(self._draft.options, dtype=self.dtype.currentData()))
+
+
+def _origin_words(draft: ExportDraft) -> str:
+    base, adapters = draft.base, draft.origin.adapters
+    where = "" if draft.base_to_get else " It is not in your library now."
+    if adapters:
+        return f"{draft.entry.name} was made from {base} with {adapters}. Exported from that, nothing is lost.{where}"
+    return f"{draft.entry.name} was made from {base}. Merged into that, nothing is lost.{where}"
 
 
 def _stack_words(draft: ExportDraft) -> str:
