@@ -110,8 +110,9 @@ def _of_whole(parts: Sequence[Pair | Whole], plan: CombinePlan, rank: int, gener
     differences = [part.difference() for part in parts]
     weights = [part.weight for part in parts]
     if plan.method == "svd":
-        total = sum(value * weight for value, weight in zip(differences, weights, strict=True))
-        assert isinstance(total, Tensor)
+        total = differences[0] * weights[0]
+        for value, weight in zip(differences[1:], weights[1:], strict=True):
+            total = total + value * weight
     else:
         total = mix(differences, weights, plan, generator)
     return _cut(_largest_values(total, rank, plan.seed), rank, plan.clamp, float((total.double() ** 2).sum()))

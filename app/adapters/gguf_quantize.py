@@ -151,7 +151,7 @@ def _importances(imatrix: Mapping[str, Any], tensor: GgufTensor, kind: GgufType)
     values = imatrix.get(tensor.name)
     if values is None:
         return None
-    experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+    experts = math.prod(tensor.shape[2:3])  # 1 where there is but one matrix
     if values.size == tensor.shape[0] * experts:
         return values
     if tensor.name in _EMBEDDINGS:
