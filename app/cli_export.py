@@ -15,6 +15,7 @@ from app.core.certify_plan import CertifySide
 from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
 from app.core.library import ModelEntry
 from app.core.paths import default_paths
+from app.core.plain_text import read_plain
 from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
 from app.viewmodels.export_choices import free_at, sizes
@@ -96,6 +97,8 @@ def _run(parsed: argparse.Namespace) -> int:
         pre_tokenizer=parsed.pre_tokenizer,
         modelfile=parsed.modelfile,
     )
+    if plan.imatrix:
+        read_plain(Path(plan.imatrix))  # before minutes are spent on an installation
     announce(model, plan)
     ensure_environment()
     base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)

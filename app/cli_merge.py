@@ -91,10 +91,9 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     again = f", {readable_bytes(made.resumed)} of it by an earlier run" if made.resumed else ""
     how = "" if made.method == "streaming" else f" (by {made.method})"
-    print(
-        f"{made.folder}: {readable_bytes(made.bytes)}{again}, {made.changed} of {made.tensors} tensors changed{how}, "
-        f"in {made.seconds:.1f} s."
-    )
+    on = any(adapter.weight for adapter in plan.stack.adapters)
+    did = f"{made.changed} of {made.tensors} tensors changed" if on else f"unpacked, {made.tensors} tensors"
+    print(f"{made.folder}: {readable_bytes(made.bytes)}{again}, {did}{how}, in {made.seconds:.1f} s.")
     if parsed.certify is not None:
         certify_result(base, made.folder, parsed.certify, quiet=False)
     return 0

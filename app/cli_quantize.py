@@ -13,11 +13,13 @@ from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import ModelFormat
+from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import default_paths, resources
+from app.core.plain_text import read_plain
 from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize, packed_like
 from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
+from app.viewmodels.export_choices import MARGIN, ExportOptions, estimate, free_at
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,6 +57,19 @@ def ensure_environment() -> None:
         environments.install_for_command_line(ENVIRONMENT)
 
 
+def announce(entry: ModelEntry, plan: QuantizePlan) -> None:
+    """Say on stderr, before anything is made, what it will take of the drive."""
+    options = ExportOptions(bits=plan.bits, group_size=plan.group_size)
+    folder = Path(plan.target).parent
+    need = estimate(entry, plan.stack, plan.method, options, free_at(folder), 0)
+    between = readable_bytes(max(0, need.disk - need.result - MARGIN))
+    print(
+        f"{Path(plan.target).name} takes about {readable_bytes(need.result)}, and about {between} more while it is made, "
+        f"which is removed again; {readable_bytes(need.disk_free)} are free on the drive of {folder}.",
+        file=sys.stderr,
+    )
+
+
 def _run(parsed: argparse.Namespace) -> int:
     model = find_model(parsed.model, "transformers")
     if model.format is ModelFormat.GGUF:
@@ -65,8 +80,7 @@ def _run(parsed: argparse.Namespace) -> int:
         )
     check_text(parsed.certify)
     text: Path = parsed.calibration or resources() / "certificate_text.txt"
-    if not text.expanduser().is_file():
-        raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {text}.", "Check the path after --calibration.")
+    read_plain(text.expanduser())
     like = packed_like(model.quantization)  # a packed model is packed again as it was
     plan = QuantizePlan(
         model=model.path,
@@ -84,6 +98,7 @@ def _run(parsed: argparse.Namespace) -> int:
         base_name=model.name,
     )
     check_quantize(plan)  # before minutes are spent on an installation
+    announce(model, plan)
     ensure_environment()
     made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)
     for note in made.notes:

@@ -22,6 +22,8 @@ from app.core.errors import ErrorKind, WeftError
 
 CHUNK = 512  # tokens that are read together, as llama.cpp's tool does by default
 _F32, _I32 = 0, 26  # enum ggml_type
+_BESIDE = 8  # tokens that two tokenizers may differ by: those at the begin and the end
+_SURELY_ENOUGH = 65536  # bytes of which no tokenizer makes fewer tokens than a chunk has
 _LEAST = 16  # rows of a product that count; smaller ones are of single tokens
 
 
@@ -186,11 +188,7 @@ def measure(
         pieces = [tokens[i : i + CHUNK] for i in range(0, len(tokens) - CHUNK + 1, CHUNK)]
         pieces = pieces[:chunks] if chunks else pieces
         if not pieces:
-            raise WeftError(
-                ErrorKind.BAD_INPUT,
-                f"The text for the importance matrix has {len(tokens)} tokens; at least {CHUNK} are needed.",
-                "Give a longer text: some hundred kilobytes like what the model will read.",
-            )
+            raise _too_short(len(tokens))
         _read(llama_cpp, loaded, collector, pieces, threads, progress, cancelled)
     finally:
         llama_cpp.llama_model_free(loaded)
@@ -200,6 +198,63 @@ def measure(
             ErrorKind.CORRUPT, "The model computes values that are no numbers.", "Check the model and its adapters."
         )
     return found
+
+
+def require_enough(model: Path, text: str) -> None:
+    """Refuse a text that is too short, before a model is converted for it: by the model's own tokenizer.
+
+    Args:
+        model: a GGUF file, or a staged folder (see `hf_files.Stage`).
+
+    Raises:
+        WeftError: BAD_INPUT.
+    """
+    size = len(text.encode())
+    if size > _SURELY_ENOUGH:
+        return
+    if size + _BESIDE < CHUNK:  # no token is shorter than a byte
+        raise _too_short(size, at_most=True)
+    count = _count_gguf(model, text) if model.is_file() else _count_folder(model, text)
+    if count is not None and count + _BESIDE < CHUNK:
+        raise _too_short(count)
+
+
+def _too_short(tokens: int, *, at_most: bool = False) -> WeftError:
+    return WeftError(
+        ErrorKind.BAD_INPUT,
+        f"The text for the importance matrix has {'at most ' if at_most else ''}{tokens} tokens; at least {CHUNK} are needed.",
+        "Give a longer text: some hundred kilobytes like what the model will read.",
+    )
+
+
+def _count_folder(folder: Path, text: str) -> int | None:
+    """Tokens of a text; None where transformers has no such tokenizer: the converter says so, and measuring counts."""
+    import transformers
+
+    try:
+        return len(
+            transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)(text, verbose=False)[
+                "input_ids"
+            ]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def _count_gguf(model: Path, text: str) -> int | None:
+    """The same, by the file's own vocabulary."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    loaded = llama_cpp.llama_model_load_from_file(os.fsencode(model), parameters)
+    if not loaded:
+        return None
+    try:
+        return len(_tokens(llama_cpp, llama_cpp.llama_model_get_vocab(loaded), text))
+    finally:
+        llama_cpp.llama_model_free(loaded)
 
 
 def kept(file: Path, measured: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:

@@ -29,6 +29,7 @@ from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergePlan
+from app.core.plain_text import read_plain
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
 from app.engine.reporting import Report
@@ -63,6 +64,7 @@ class _Export:
 
     def run(self) -> ExportResult:
         check_plan(self.plan)
+        self._check_text()
         intermediate = 0
         plan = self.plan
         paths = [plan.model, *(a.path for a in plan.stack.adapters if a.weight), *filter(None, [plan.imatrix])]
@@ -91,6 +93,20 @@ class _Export:
                 raise
             staging.discard()
         return result
+
+    def _check_text(self) -> None:
+        """A text that is none, or too short for an importance matrix, is told now, not after the conversion."""
+        if not self.plan.imatrix:
+            return
+        from app.adapters.imatrix import require_enough
+        from app.tasks.merge import stage_of
+
+        text, model = read_plain(Path(self.plan.imatrix)), Path(self.plan.model)
+        if model.is_dir():
+            with contextlib.closing(stage_of(model)) as stage:
+                require_enough(stage.path, text)
+        else:
+            require_enough(model, text)
 
     def _mark(self) -> str:
         """What the bytes depend on: a staging folder with another mark is begun anew."""

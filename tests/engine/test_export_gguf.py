@@ -203,7 +203,9 @@ def test_quantized_tensors_are_llama_cpps_own_on_the_same_file(kind: str, tmp_pa
         assert made.intermediate > 0, "the 16-bit file on the way is told"
 
 
-def test_an_importance_matrix_is_the_mean_of_squares_and_low_types_need_it(tmp_path: Path, export: Exporter) -> None:
+def test_an_importance_matrix_is_the_mean_of_squares_and_low_types_need_it(
+    tmp_path: Path, export: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from app.adapters.imatrix import CHUNK, measure
 
     wide = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024}
@@ -241,9 +243,12 @@ def test_an_importance_matrix_is_the_mean_of_squares_and_low_types_need_it(tmp_p
     made = export(plan(tmp_path, "iq2_xs", imatrix=str(tmp_path / "text.txt"), imatrix_chunks=2))
     assert made.bytes < f32.bytes / 4
     short = tmp_path / "short.txt"
-    short.write_text("too short")
-    with pytest.raises(WeftError, match="at least 512"):
-        export(plan(tmp_path, "iq2_xs", name="other", imatrix=str(short)))
+    monkeypatch.setattr("app.tasks.export_gguf._Export._convert", lambda *_: 1 / 0)  # refused before that
+    for words, said in ((b"too short", "at least 512"), (TEXT.encode() * 5, "at least 512"), (b"\0" * 999, "no text")):
+        short.write_bytes(words)
+        for model in (str(tmp_path / "base"), f32.file):
+            with pytest.raises(WeftError, match=said):
+                export(msgspec.structs.replace(plan(tmp_path, "iq2_xs", name="other", imatrix=str(short)), model=model))
     assert not (tmp_path / "other.gguf").exists() and not list(tmp_path.glob(".weft-*"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app import cli, cli_export, cli_merge
+from app import cli, cli_export, cli_merge, cli_quantize
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import resources
 
@@ -24,8 +24,9 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         raise Begun(ErrorKind.CANCELLED, "begun")
 
     monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cli_export, "ensure_environment", lambda: None)
-    for module in (cli_export, cli_merge):
+    for module in (cli_export, cli_quantize):
+        monkeypatch.setattr(module, "ensure_environment", lambda: None)
+    for module in (cli_export, cli_merge, cli_quantize):
         monkeypatch.setattr(module, "run_task", begin)
 
     def run(*arguments: str) -> str:
@@ -52,6 +53,26 @@ def test_a_merge_says_what_it_takes_of_disk_and_memory(said: Any, tmp_path: Path
     assert f"drive of {tmp_path}" in text and "are free" in text and "of memory" in text
 
 
+def test_a_quantizing_says_what_it_takes_of_the_disk(said: Any, tmp_path: Path) -> None:
+    text = said("quantize", "starter", "--method", "gptq", "--to", str(tmp_path / "packed"))
+    assert "packed takes about" in text and "more while it is made" in text
+    assert f"are free on the drive of {tmp_path}" in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("export", "--type", "iq2_xs", "--imatrix"), ("quantize", "--method", "gptq", "--calibration")],
+    ids=["export", "quantize"],
+)
+def test_a_program_is_no_text(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
+    parsed = cli._parser().parse_args(
+        [command[0], "starter", *command[1:], sys.executable, "--to", str(tmp_path / "a.gguf")]
+    )
+    with pytest.raises(WeftError, match="is no text in UTF-8"):
+        parsed.run(parsed)
+
+
 def test_the_command_line_holds_no_qt_for_that() -> None:
-    code = "import sys, app.cli_export, app.cli_merge; sys.exit(any(m.startswith('PySide6') for m in sys.modules))"
+    code = "import sys, app.cli_export, app.cli_merge, app.cli_quantize; sys.exit(any(m.startswith('PySide6') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
