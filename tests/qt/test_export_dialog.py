@@ -597,6 +597,10 @@ def test_the_dialog_is_as_high_as_what_it_shows_and_never_higher_than_the_window
     qtbot.wait(20)
     for shown in (dialog.start, form.note):  # what stands in the way is never scrolled away
         assert shown.isVisible() and dialog.rect().contains(shown.geometry())
+    assert (
+        window.frameGeometry().top() <= dialog.y()
+        and dialog.frameGeometry().bottom() <= window.frameGeometry().bottom()
+    )
     form.more.header.setChecked(False)
     form.name.setText("fine")
     form.format.setCurrentIndex(form.format.findData("safetensors-16bit"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PySide6.QtCore import QSize, Qt, QTimer, Signal, Slot
+from PySide6.QtCore import QRect, QSize, Qt, QTimer, Signal, Slot
 from PySide6.QtWidgets import QDialog, QLabel, QProgressBar, QWidget
 
 from app.core.certify_plan import Certificate
@@ -24,6 +24,7 @@ from app.views.export.pages import FittedPages
 from app.views.widgets import Banner, ElidedLabel, IconLabel, button, column, label, row, title
 
 _FORM, _RUNNING, _DONE = range(3)
+_LEAST = 400  # pixels of height: a window that is lower is no measure
 
 
 class ExportDialog(QDialog):
@@ -192,6 +193,9 @@ class ExportDialog(QDialog):
     def _fit_now(self) -> None:
         self.form.hold_heights()
         self.resize(self.width(), self._wanted(self.width()))
+        frame, room = self.frameGeometry(), self._room()
+        if frame.bottom() > room.bottom():  # it has grown downwards from where it was opened
+            self.move(self.x(), max(room.top(), room.bottom() + 1 - frame.height()))
 
     def _wanted(self, width: int) -> int:
         """The height that shows all of the page at a width; no more than the window below or the screen has."""
@@ -204,9 +208,13 @@ class ExportDialog(QDialog):
             if not banner.isHidden():
                 parts.append(max(banner.heightForWidth(width), banner.minimumSizeHint().height()))
         height = margins.top() + margins.bottom() + spacing * (len(parts) - 1) + sum(parts)
-        below = self.parentWidget()
-        most = self.screen().availableGeometry().height()
-        return min(height, most if below is None else min(most, max(below.window().height(), 400)))
+        return min(height, self._room().height() - (self.frameGeometry().height() - self.height()))
+
+    def _room(self) -> QRect:
+        """Where it may stand: over its window, as far as that is on the screen."""
+        screen, below = self.screen().availableGeometry(), self.parentWidget()
+        room = screen if below is None else below.window().frameGeometry().intersected(screen)
+        return room if room.height() >= _LEAST else screen
 
     def _show_progress(self) -> None:
         draft, progress = self._draft, self._draft.progress
