@@ -12,6 +12,7 @@ from app.cli_certify import add_certify_argument, certified_json, certify_result
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
+from app.core.export_check import check_export
 from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
 from app.core.library import ModelEntry
 from app.core.paths import default_paths
@@ -97,6 +98,7 @@ def _run(parsed: argparse.Namespace) -> int:
         pre_tokenizer=parsed.pre_tokenizer,
         modelfile=parsed.modelfile,
     )
+    check_export(plan)
     if plan.imatrix:
         read_plain(Path(plan.imatrix))  # before minutes are spent on an installation
     announce(model, plan)

@@ -10,11 +10,13 @@ from typing import get_args
 
 import msgspec
 
+from app.adapters.merge_leftovers import leftover_of
 from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
 from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import check_target
 from app.core.library import ModelFormat
 from app.core.merge_needs import merge_needs
 from app.core.merge_plan import DTYPES, MergePlan, MergeResult, Packing
@@ -78,6 +80,8 @@ def _run(parsed: argparse.Namespace) -> int:
         license=parsed.license,
     )
     base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
+    if leftover_of(Path(plan.target)) is None:  # else a killed merge may have been about to tidy up
+        check_target(Path(plan.target))
     if plan.packed == "refuse":  # what a packed base takes, its headers do not tell
         announce(plan)
     made = msgspec.convert(run_task("core", "merge", plan), MergeResult)

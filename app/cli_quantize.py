@@ -13,6 +13,7 @@ from app.cli_library import find_model, find_stack
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import check_target
 from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import default_paths, resources
 from app.core.plain_text import read_plain
@@ -98,6 +99,7 @@ def _run(parsed: argparse.Namespace) -> int:
         base_name=model.name,
     )
     check_quantize(plan)  # before minutes are spent on an installation
+    check_target(Path(plan.target))
     announce(model, plan)
     ensure_environment()
     made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)

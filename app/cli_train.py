@@ -25,7 +25,7 @@ from app.terminal import ProgressLine
 from app.training import methods, run_file
 from app.training.distribution import check_configuration
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
-from app.training.run_resume import SUFFIX
+from app.training.run_resume import SUFFIX, check_place
 
 ENVIRONMENT = "core"
 
@@ -66,6 +66,8 @@ def run(parsed: argparse.Namespace) -> int:
     )
     if parsed.export is not None:
         return _export(parameters, parsed)
+    if parsed.launch is None:  # else the first process looks: this may be a further machine
+        check_place(Path(config.output.dir), parameters)
     _environment()
     try:
         if parsed.launch is not None:

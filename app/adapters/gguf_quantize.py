@@ -23,6 +23,7 @@ from app.adapters.gguf_types import chosen_types, refused
 from app.adapters.merge_gguf import in_order, read_range
 from app.adapters.merge_staging import write_error
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import needs_imatrix
 from app.core.export_plan import GgufType, gguf_type
 from app.core.formats import GgufHeader, read_gguf_header
 from app.core.ggml import TYPES
@@ -100,15 +101,6 @@ def quantize(
         remove(target)
         raise
     return found
-
-
-def needs_imatrix(kind: str) -> WeftError:
-    """The refusal of a type that llama.cpp makes only with an importance matrix."""
-    return WeftError(
-        ErrorKind.BAD_INPUT,
-        f"The type {kind} needs an importance matrix.",
-        "Name a text with --imatrix (some hundred kilobytes like what the model will read), or choose q4_k_m.",
-    )
 
 
 def _planned(

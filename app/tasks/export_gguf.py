@@ -27,6 +27,7 @@ from app.adapters.merge_staging import (
 )
 from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import check_export
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergePlan
 from app.core.plain_text import read_plain
@@ -63,7 +64,7 @@ class _Export:
         self._stopped = Pausing(report).stopped  # asked as it goes
 
     def run(self) -> ExportResult:
-        check_plan(self.plan)
+        check_export(self.plan)
         self._check_text()
         intermediate = 0
         plan = self.plan
@@ -372,39 +373,3 @@ def check_loads(file: Path) -> None:
             "Merge into safetensors instead; the converter expects other shapes of this architecture.",
         )
     llama_cpp.llama_model_free(model)
-
-
-def check_plan(plan: ExportPlan) -> None:
-    """Refuse what cannot be an export, before anything is written.
-
-    Raises:
-        WeftError: BAD_INPUT, NOT_FOUND.
-    """
-    from app.adapters.gguf_quantize import needs_imatrix
-
-    kind, model, target = gguf_type(plan.type), Path(plan.model), Path(plan.target)
-    if not model.exists():
-        raise WeftError(ErrorKind.NOT_FOUND, f"There is no model {model}.", "Check the path.")
-    if target.suffix.lower() != ".gguf":
-        raise WeftError(
-            ErrorKind.BAD_INPUT, f"{target.name} does not end in .gguf.", "Name a file such as my-model.gguf."
-        )
-    if target.exists() or target.is_symlink():
-        raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or move it away first.")
-    if kind is OWN and (model.is_dir() or not any(a.weight for a in plan.stack.adapters)):
-        raise WeftError(
-            ErrorKind.BAD_INPUT,
-            "The type base is for GGUF models with adapters: tensors keep the types that they have there.",
-            "Choose a type such as q4_k_m.",
-        )
-    if kind.imatrix and not plan.imatrix:
-        raise needs_imatrix(plan.type)
-    if plan.imatrix and not Path(plan.imatrix).is_file():
-        raise WeftError(ErrorKind.NOT_FOUND, f"There is no text {plan.imatrix}.", "Check the path.")
-    if plan.imatrix and kind.direct:
-        raise WeftError(ErrorKind.BAD_INPUT, f"The type {plan.type} takes no importance matrix.", "Leave it out.")
-    for adapter in plan.stack.adapters:
-        if not math.isfinite(adapter.weight):
-            raise WeftError(
-                ErrorKind.BAD_INPUT, f"The weight of {adapter.name or adapter.path} is no number.", "Set a number."
-            )

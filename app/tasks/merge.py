@@ -16,6 +16,7 @@ import msgspec
 
 from app.adapters.hf_stack import signature
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import check_target
 from app.core.library import ModelFormat
 from app.core.merge_plan import MergeAdjustment, MergePlan, MergeResult
 from app.core.quantization import Quantization
@@ -359,19 +360,3 @@ def check_plan(plan: MergePlan) -> None:
             raise WeftError(
                 ErrorKind.BAD_INPUT, f"{target} lies in the base's own folder.", "Choose a folder of its own."
             )
-
-
-def check_target(target: Path) -> None:
-    """Refuse a target that holds something.
-
-    Raises:
-        WeftError: BAD_INPUT.
-    """
-    from app.adapters.merge_staging import write_error
-
-    try:
-        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    except OSError as error:
-        raise write_error(target, error) from error
-    if taken:
-        raise WeftError(ErrorKind.BAD_INPUT, f"{target} exists already.", "Choose another name, or remove it first.")

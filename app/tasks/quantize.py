@@ -30,6 +30,7 @@ from app.adapters.merge_staging import (
     write_error,
 )
 from app.core.errors import ErrorKind, WeftError
+from app.core.export_check import check_target
 from app.core.merge_plan import MergePlan
 from app.core.plain_text import read_plain
 from app.core.quantize_plan import ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
@@ -80,7 +81,7 @@ class _Run:
 
     def run(self) -> QuantizeResult:
         from app.adapters.quantize_shapes_torch import check_shapes, shapes_of
-        from app.tasks.merge import check_target, packing_of, stage_of
+        from app.tasks.merge import packing_of, stage_of
 
         plan = self.plan
         check_quantize(plan)

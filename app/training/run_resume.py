@@ -22,7 +22,7 @@ _FREE = {
 }
 
 
-def claim(target: Path, parameters: TrainParameters) -> None:
+def check_place(target: Path, parameters: TrainParameters) -> None:
     """Refuse a place where something lies that this run must not touch.
 
     Raises:
@@ -52,7 +52,13 @@ def claim(target: Path, parameters: TrainParameters) -> None:
             f"An unfinished run lies at {unfinished}.",
             "Go on with --resume, choose another folder, or delete that one.",
         )
-    if parameters.resume == "no" and begun:
+
+
+def claim(target: Path, parameters: TrainParameters) -> None:
+    """Take a place for a run, once nothing lies there that it must not touch. Raises WeftError, see `check_place`."""
+    check_place(target, parameters)
+    unfinished = target.parent / (target.name + SUFFIX)
+    if parameters.resume == "no" and (unfinished / "run.json").exists():
         shutil.rmtree(unfinished, ignore_errors=True)  # it died before its first checkpoint: nothing to go on from
 
 

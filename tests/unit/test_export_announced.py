@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app import cli, cli_export, cli_merge, cli_quantize
+from app import cli, cli_export, cli_merge, cli_quantize, cli_train
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import resources
 
@@ -70,6 +70,37 @@ def test_a_program_is_no_text(command: tuple[str, ...], tmp_path: Path, monkeypa
         [command[0], "starter", *command[1:], sys.executable, "--to", str(tmp_path / "a.gguf")]
     )
     with pytest.raises(WeftError, match="is no text in UTF-8"):
+        parsed.run(parsed)
+
+
+def test_a_target_that_is_there_is_refused_before_anything_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.gguf").write_bytes(b"x")
+    voice = str(resources() / "starter" / "voice-adapter")
+    for command in (("export",), ("quantize", "--method", "gptq"), ("merge", "--adapter", voice)):
+        parsed = cli._parser().parse_args([command[0], "starter", *command[1:], "--to", str(tmp_path / "a.gguf")])
+        with pytest.raises(WeftError, match="exists already"):
+            parsed.run(parsed)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_that_cannot_begin_there_is_refused_before_pytorch_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cli_train, "_environment", lambda: pytest.fail("it begins"))
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n', "utf-8")
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npath = "starter"\n[data]\nfiles = ["data.jsonl"]\n[output]\ndir = "made"\n', "utf-8")
+    parsed = cli._parser().parse_args(["train", str(file), "--resume"])
+    with pytest.raises(WeftError, match="no unfinished run"):
+        parsed.run(parsed)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "adapter_config.json").write_text("{}", "utf-8")
+    parsed = cli._parser().parse_args(["train", str(file)])
+    with pytest.raises(WeftError, match="is there already"):
         parsed.run(parsed)
 
 
