@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     together: list[Part] = []
     for group, paths in plan.items():
         if group == ENGINES and paths == ["tests/engine"]:
-            lists = shards(list((ROOT / "tests" / "engine").glob("test_*.py")), processes())
+            lists = shards(list((ROOT / "tests" / "engine").glob("test_*.py")), max(2, processes() - 1))
             together += [Part(group, f"part {number}", interpreters[group], files) for number, files in enumerate(lists, 1)]
             continue
         # A process for each of the window's folders: should native code (Qt's, a library's) end one of them, the others still run and
@@ -199,8 +199,8 @@ def shards(files: list[Path], count: int) -> list[list[str]]:
 
 
 def processes() -> int:
-    """How many test processes run at once: each computes on one thread."""
-    return min(4, os.cpu_count() or 1)
+    """How many test processes run at once. Each computes on one thread, and waits a third of its time for children and disks."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 def _side_by_side(parts: list[Part], arguments: list[str], environment: dict[str, str]) -> list[Outcome]:
