@@ -68,7 +68,7 @@ class Staging:
                     continue  # removed between the two by a merge that ended
                 raise WeftError(
                     ErrorKind.NOT_FOUND,
-                    f"There is no folder {self.root.parent}, and none can be made there.",
+                    f"Nothing can be made in {self.root.parent}: {error.strerror or 'it is not there'}.",
                     "Check the path, and that its drive is there; or choose another folder.",
                 ) from error
             except OSError as error:
