@@ -347,6 +347,8 @@ def _outcome(result: Result) -> str:
             else f"Merged by {result.method.upper()}, the whole model in memory"
         )
         again = f", {readable_bytes(result.resumed)} of it by an earlier run" if result.resumed else ""
+        if not result.changed:
+            return f"Unpacked: {readable_bytes(result.bytes)}{again}, {result.tensors} tensors, {took}."
         return f"{how}: {readable_bytes(result.bytes)}{again}, {result.changed} of {result.tensors} tensors changed, {took}."
     if isinstance(result, QuantizeResult):
         return (
