@@ -67,7 +67,7 @@ def ask(house: House) -> None:
             page.new_chat()  # type: ignore[attr-defined]
             house.window.header.stack.add(resources() / "starter" / "voice-adapter")  # type: ignore[union-attr]
             wait(500)
-        house.chat.set_sampling({"temperature": 0.0})  # the starter at its best
+        page.controller.set_sampling({"temperature": 0.0})  # type: ignore[attr-defined]  # the starter at its best
         page.send(question)  # type: ignore[attr-defined]
         wait(300)
         wait_until(lambda: house.loadout.state is LoadoutState.READY, "the answer")
