@@ -136,10 +136,27 @@ def _converted(info: Any) -> Part:
 
     def write(out: BinaryIO, advance: Callable[[int], None]) -> None:
         tensor, info.tensor = info.tensor, None
-        tensor.tofile(out)
+        _put(tensor, out)
         advance(info.nbytes)
 
     return Part(info.nbytes, write)
+
+
+def _put(tensor: Any, out: BinaryIO) -> None:
+    """Write a tensor's bytes, in C order.
+
+    Not by numpy's tofile, which writes past `out`: it tells of a full drive without its number, and of a small tensor not at all.
+    """
+    import numpy as np
+
+    array = type(tensor).to_eager(tensor) if hasattr(tensor, "to_eager") else tensor
+    if not isinstance(array, np.ndarray):
+        tensor.tofile(out)  # gguf-py's own, of a tensor that it makes chunk by chunk
+        return
+    rows = array.reshape(1) if array.ndim == 0 else array
+    step = max(1, _SYNC // max(1, rows.nbytes // max(1, len(rows))))
+    for start in range(0, len(rows), step):  # what is not contiguous is copied: some rows at a time
+        out.write(np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8).data)
 
 
 def _header(writer: Any, path: Path) -> bytes:

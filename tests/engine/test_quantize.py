@@ -370,6 +370,28 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("merged_first", [False, True], ids=["as it is", "with an adapter"])
+def test_too_little_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, library: None, text: Path, seed: int, merged_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model", seed)
+    stack = NOTHING
+    if merged_first:
+        lora = random_adapter(tmp_path / "lora", "llama", load(tmp_path / "model"), seed, r=8)
+        stack = AdapterStack(adapters=(StackedAdapter(path=str(lora)),))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    for step in ("_merge", "_quantize"):
+        monkeypatch.setattr(f"app.tasks.quantize._Run.{step}", lambda *_: 1 / 0)  # refused before that
+    with pytest.raises(WeftError) as refused:
+        run(plan(tmp_path / "model", tmp_path / "made", text, stack=stack), Report())
+    assert refused.value.kind is ErrorKind.DISK_FULL
+    assert "are kept free" in refused.value.message and f"drive of {tmp_path}" in refused.value.message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".weft-*"))
+
+
 def test_an_unknown_architecture_is_refused_in_words(tmp_path: Path, library: None, text: Path, seed: int) -> None:
     tiny_models.make(tmp_path / "model", "mamba", seed=seed)
     with pytest.raises(WeftError, match="does not know the architecture mamba") as refused:
