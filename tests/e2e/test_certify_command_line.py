@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from app.core.formats import read_gguf_header
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
-from tests.e2e.command_line import QUESTION, ROOT, greedy_answer, weft, weft_json
+from tests.e2e.command_line import ROOT, greedy, greedy_answer, weft, weft_json
 
 STARTER = ROOT / "resources" / "starter"
 VOICE = STARTER / "voice-adapter"
@@ -38,14 +39,32 @@ def test_certify_tells_models_apart_in_words(tmp_path: Path) -> None:
     assert refused.returncode and "There is no text" in refused.stderr and "hint:" in refused.stderr
 
 
-def test_an_export_of_a_gguf_with_an_adapter_is_certified_and_speaks(tmp_path: Path) -> None:
+def need_export() -> None:
     if Environments(default_paths().environments).state("export") not in USABLE:
         pytest.skip("the environment `export` is not installed")
+
+
+def test_an_export_of_a_folder_chats_with_the_right_template_and_stops(tmp_path: Path) -> None:
+    """Through llama.cpp's converter: what it says of template and end is what the model's folder says."""
+    need_export()
+    target = tmp_path / "out.gguf"
+    made = weft_json("export", "starter", "--adapter", str(VOICE), "--to", str(target), "--type", "q8_0", "--certify")
+    assert made["type"] == "q8_0" and made["intermediate"] == 0 and made["certificate"]["mean_kl"] < 1e-2
+    header = read_gguf_header(target)
+    assert header.text("tokenizer.chat_template") == (STARTER / "model" / "chat_template.jinja").read_text("utf-8")
+    said = greedy(str(target))
+    assert said["finish_reason"] == "stop", said
+    assert said["text"] == greedy_answer("starter", "--adapter", str(VOICE))
+
+
+@pytest.mark.slow  # the same commands; the default tier proves their parts (tests/engine/test_export_from_gguf.py)
+def test_an_export_of_a_gguf_with_an_adapter_is_certified_and_speaks(tmp_path: Path) -> None:
+    need_export()
     target = tmp_path / "out.gguf"
     made = weft_json("export", str(GGUF), "--adapter", str(VOICE), "--to", str(target), "--type", "base", "--certify")
     assert made["type"] == "base" and made["certificate"]["mean_kl"] < 1e-4
-    question = ("-p", QUESTION, "--temperature", "0")
-    live = greedy_answer("starter (GGUF)", "--adapter", str(VOICE))
-    assert weft_json("chat", str(target), *question)["text"] == live
+    said = greedy(str(target))
+    assert said["text"] == greedy_answer("starter (GGUF)", "--adapter", str(VOICE))
+    assert said["finish_reason"] == "stop"
     refused = weft("export", "starter", "--to", str(tmp_path / "x.gguf"), "--type", "base")
     assert refused.returncode and "The type base is for GGUF models" in refused.stderr
