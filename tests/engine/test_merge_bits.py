@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from app.adapters.merge_math_torch import STEP, pieces
 from app.adapters.merge_names_torch import PLAIN
+from app.tasks import merge as task
 from tests.engine.adapter_kit import FAMILIES, any_weight
 from tests.engine.merge_kit import (
     DTYPES,
+    Report,
     assert_same_bits,
     fresh_seed,
     make_adapter,
@@ -25,6 +28,7 @@ from tests.engine.merge_kit import (
 )
 
 _TIED = {"gemma", "cohere", "gpt2", "bloom"}  # PEFT's own merge of a tied embedding differs from PEFT's own logits
+_INNER = ("lora", "rslora", "dora", "patterns", "experts")  # kinds that leave embedding and head alone: tied is as good
 
 
 @pytest.fixture
@@ -61,6 +65,51 @@ def stacks(made: list[str], rng: random.Random) -> list[list[tuple[str, float]]]
     for size in (1, 2, 3):
         found.append([(name, any_weight(rng)) for name in rng.sample(plain, min(size, len(plain)))])
     return found
+
+
+def check_tied(tmp_path: Path, family: str, dtype: str, seed: int, count: int = 99) -> None:
+    """Adapters that leave a shared matrix alone: PEFT's bits, and one matrix in the files, as in the base's."""
+    rng = random.Random(seed)
+    base = tmp_path / "base"
+    model = make_base(base, family, seed, dtype, rng.choice(["5GB", "20KB"]), tie_word_embeddings=True)
+    names = set(saved(base))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not any(name.endswith("lm_head.weight") for name in names), names
+    settings_of = {name: settings for name, settings in kinds(family, rng).items() if name in _INNER}
+    plain = [name for name in settings_of if name in ("lora", "rslora", "experts")]
+    pair = [(name, any_weight(rng)) for name in rng.sample(plain, 2)]
+    singles = [[(name, 1.0)] for name in settings_of if name != "lora"]
+    # A plain LoRA always, at any weight; the others as many as are asked for.
+    chosen_stacks = [[("lora", any_weight(rng))], *rng.sample([*singles, pair], min(count - 1, len(singles) + 1))]
+    made: dict[str, Path] = {}
+    for number, name in enumerate(settings_of):
+        if any(name == wanted for chosen in chosen_stacks for wanted, _ in chosen):
+            kept = rng.choice(list(DTYPES))
+            made[name] = make_adapter(tmp_path / name, family, model, seed + number, kept, **settings_of[name])
+    for number, chosen in enumerate(chosen_stacks):
+        stack = [(made[name], weight) for name, weight in chosen]
+        peft_merge(base, dtype, stack, tmp_path / f"peft{number}")
+        theirs = saved(tmp_path / f"peft{number}")
+        what = (family, dtype, chosen)
+        done = Path(task.run(plan(base, stack, tmp_path / f"out{number}"), Report()).folder)
+        assert_same_bits(saved(done), theirs, what)
+        assert set(theirs) == names, what
+        assert json.loads((done / "config.json").read_text()).get("tie_word_embeddings") is not False, what
+        assert_same_bits(streamed(plan(base, stack, tmp_path / "no"), quick=False), theirs, what)
+
+
+@pytest.mark.parametrize("family", [family for family in sorted(FAMILIES) if family != "dbrx"])  # which cannot be tied
+def test_a_merge_into_a_tied_base_has_the_bits_of_pefts(tmp_path: Path, family: str, seed: int) -> None:
+    check_tied(tmp_path, family, random.Random(seed).choice(list(DTYPES)), seed, count=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [family for family in sorted(FAMILIES) if family != "dbrx"])
+def test_a_merge_into_a_tied_base_has_the_bits_of_pefts_in_every_dtype(
+    tmp_path: Path, family: str, dtype: str, seed: int
+) -> None:
+    check_tied(tmp_path, family, dtype, seed)
 
 
 def check(tmp_path: Path, family: str, dtype: str, seed: int, count: int = 99) -> None:
