@@ -11,15 +11,13 @@ Small files are served by the hub itself, LFS files by a redirect to another hos
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -29,6 +27,7 @@ from tests.fakes.hub_faults import OF_QUESTIONS, Fault, Request
 from tests.fakes.hub_metadata import MetadataHandler
 from tests.fakes.hub_transfers import TransferHandler
 from tests.fakes.hub_upload import UploadHandler, Uploads
+from tests.fakes.loopback_server import LoopbackServer
 
 __all__ = ["FakeHub", "Fault", "Request"]
 
@@ -55,7 +54,7 @@ class FakeHub:
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._budget_at = 0.0
-        self._server = _Server(("127.0.0.1", 0), self)
+        self._server = _Server(self)
         self.port = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.store_host = f"localhost:{self.port}"
@@ -68,9 +67,7 @@ class FakeHub:
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
-        self._server.shutdown()
-        self._server.close_connections()
-        self._server.server_close()
+        self._server.end()
         self._thread.join(5)
 
     def add(self, repo: str, files: Mapping[str, bytes | Path], revision: str = "main", **fields: Any) -> HubRepo:
@@ -130,31 +127,10 @@ class FakeHub:
             time.sleep(max(waits))
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], hub: FakeHub) -> None:
+class _Server(LoopbackServer):
+    def __init__(self, hub: FakeHub) -> None:
         self.hub = hub
-        self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._open.discard(request)
-        super().shutdown_request(request)
-
-    def close_connections(self) -> None:
-        """End keep-alive connections, so that no handler thread outlives the hub."""
-        for connection in list(self._open):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
+        super().__init__(_Handler)
 
 
 class _Handler(MetadataHandler, TransferHandler, UploadHandler, BaseHTTPRequestHandler):

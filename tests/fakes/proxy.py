@@ -15,9 +15,10 @@ import http.client
 import socket
 import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.fakes.loopback_server import LoopbackServer
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class FakeProxy:
         self.login = login
         self.seen: list[Passed] = []
         self.refused = 0
-        self._server = _Server(("127.0.0.1", 0), self)
+        self._server = _Server(self)
         self.port: int = self._server.server_address[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake-proxy", daemon=True)
@@ -52,9 +53,7 @@ class FakeProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.close_connections()
-        self._server.server_close()
+        self._server.end()
         self._thread.join(5)
 
     def hosts(self, method: str = "") -> list[str]:
@@ -62,31 +61,10 @@ class FakeProxy:
         return [passed.host for passed in list(self.seen) if method in ("", passed.method)]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, address: tuple[str, int], proxy: FakeProxy) -> None:
+class _Server(LoopbackServer):
+    def __init__(self, proxy: FakeProxy) -> None:
         self.proxy = proxy
-        self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._open.discard(request)
-        super().shutdown_request(request)
-
-    def close_connections(self) -> None:
-        """End keep-alive connections and tunnels, so that no thread outlives the proxy."""
-        for connection in list(self._open):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
+        super().__init__(_Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
