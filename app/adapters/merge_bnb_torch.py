@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from app.adapters.merge_files import TORCH_NAMES, BaseFiles, StoredTensor
+from app.adapters.merge_files import TORCH_NAMES, StoredTensor
 from app.adapters.merge_names_torch import blocks_of
 from app.adapters.merge_stream_torch import Merge
 from app.adapters.merge_tensor_torch import MergedTensor
+from app.adapters.merge_unpacking_torch import STORED_AS, UnpackingFiles
 from app.core.errors import ErrorKind, WeftError
 
-_KEPT = 2  # tensors that are remembered unpacked
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LONGER = 32  # bytes by which the description of a packed tensor may grow: a number in it has more digits
 _FORMAT = "weight_format"  # of 8 bits: 0 says that rows lie one after the other
 _BLOCKS = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
@@ -42,7 +40,7 @@ class Packed(NamedTuple):
     state: dict[str, Any]
 
 
-class UnpackedFiles(BaseFiles):
+class UnpackedFiles(UnpackingFiles):
     """The tensors of a packed folder as if it had never been packed.
 
     Args:
@@ -56,11 +54,9 @@ class UnpackedFiles(BaseFiles):
         super().__init__(files)
         self.original = dict(self.tensors)
         self.packed: dict[str, Packed] = {}
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._unpacking = threading.Lock()
         try:
             for name in self.original:
-                self._find(name, _SAFETENSORS.get(dtype, "BF16"))
+                self._find(name, STORED_AS.get(dtype, "BF16"))
         except BaseException:
             self.close()
             raise
@@ -75,11 +71,11 @@ class UnpackedFiles(BaseFiles):
         if state_key:
             state = self._state(name, parts[state_key])
             shape = tuple(state["shape"])
-            kept = _SAFETENSORS[state["dtype"]]
+            kept = STORED_AS[state["dtype"]]
             self.packed[name] = Packed(stored, parts, state)
         elif stored.dtype == "I8" and f"{module}.SCB" in self.original:
             parts = {k: t for k in ("SCB", _FORMAT) if (t := self.original.get(f"{module}.{k}")) is not None}
-            if _FORMAT in parts and any(self.bytes_of(parts[_FORMAT])):
+            if _FORMAT in parts and any(self.stored_bytes(parts[_FORMAT])):
                 raise WeftError(
                     ErrorKind.UNSUPPORTED,
                     f"{name[:80]} is packed in an order that only a graphics card reads.",
@@ -89,13 +85,12 @@ class UnpackedFiles(BaseFiles):
             self.packed[name] = Packed(stored, parts, {})
         else:
             return
-        size = math.prod(shape) * getattr(torch, TORCH_NAMES[kept]).itemsize
-        self.tensors[name] = StoredTensor(name, kept, shape, stored.file, -1, size)
+        self.promise(name, kept, shape, stored.file)
 
     def _state(self, name: str, part: StoredTensor) -> dict[str, Any]:
         """The description of a packed tensor, checked: bitsandbytes would believe it."""
         try:
-            state = json.loads(self.bytes_of(part)) if part.bytes < 65536 else {}
+            state = json.loads(self.stored_bytes(part)) if part.bytes < 65536 else {}
             shape, packed = state["shape"], self.original[name].bytes
             good = (
                 len(shape) == 2
@@ -103,7 +98,7 @@ class UnpackedFiles(BaseFiles):
                 and (math.prod(shape) + 1) // 2 == packed
                 and state["blocksize"] in _BLOCKS
                 and state["quant_type"] in ("nf4", "fp4")
-                and state["dtype"] in _SAFETENSORS
+                and state["dtype"] in STORED_AS
             )
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
             good, state = False, {}
@@ -115,42 +110,13 @@ class UnpackedFiles(BaseFiles):
             )
         return state
 
-    def bytes_of(self, tensor: StoredTensor) -> bytes:
-        """All bytes of a small tensor."""
-        data = bytearray(tensor.bytes)
-        BaseFiles.read(self, tensor, 0, memoryview(data))
-        return bytes(data)
-
-    def tensor_of(self, tensor: StoredTensor) -> Tensor:
-        """A tensor as it lies in the file."""
-        data = bytearray(tensor.bytes)
-        BaseFiles.read(self, tensor, 0, memoryview(data))
-        return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(tensor.shape)
-
-    def read(self, tensor: StoredTensor, start: int, into: memoryview) -> None:
-        """As `BaseFiles.read`, of the unpacked matrix."""
-        name = tensor.key or tensor.name
-        if name not in self.packed or tensor.offset >= 0:
-            super().read(tensor, start, into)
-            return
-        flat = self._unpacked(name, getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(-1).view(torch.uint8)
-        torch.frombuffer(into, dtype=torch.uint8).copy_(flat[start : start + len(into)])
-
-    def _unpacked(self, name: str, dtype: torch.dtype) -> Tensor:
-        with self._unpacking:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-                return self._kept[name]
-            packed = self.packed[name]
-            data = self.tensor_of(packed.stored)
-            if packed.state:
-                value = unpack_4bit(data, {k: self.tensor_of(t) for k, t in packed.parts.items()})
-            else:
-                value = data.float() * (self.tensor_of(packed.parts["SCB"]).float()[:, None] / 127.0)
-            self._kept[name] = value.to(dtype).contiguous()
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return self._kept[name]
+    def matrix(self, name: str) -> Tensor:
+        """A packed matrix, unpacked: of its own dtype from 4 bits, float32 from 8."""
+        packed = self.packed[name]
+        data = self.stored_tensor(packed.stored)
+        if packed.state:
+            return unpack_4bit(data, {key: self.stored_tensor(part) for key, part in packed.parts.items()})
+        return data.float() * (self.stored_tensor(packed.parts["SCB"]).float()[:, None] / 127.0)
 
 
 def unpack_4bit(data: Tensor, parts: Mapping[str, Tensor]) -> Tensor:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from app.adapters.merge_files import TORCH_NAMES, BaseFiles, StoredTensor
+from app.adapters.merge_unpacking_torch import STORED_AS, UnpackingFiles
 from app.adapters.packed_grid import damaged
 from app.adapters.packed_load import Stored
 from app.core.errors import ErrorKind, WeftError
 
-_KEPT = 2  # matrices that are remembered unpacked
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _TURNED = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 )  # whose 16-bit folders hold W as (in, out)
 
 
-class PackedFiles(BaseFiles):
+class PackedFiles(UnpackingFiles):
     """The tensors of a packed folder, each matrix under the name `….weight` that it would have in 16 bits.
 
     Args:
@@ -43,12 +38,10 @@ class PackedFiles(BaseFiles):
         super().__init__(files)
         try:
             self._stored = Stored(files, table)
-            self._kept: OrderedDict[str, Tensor] = OrderedDict()
-            self._unpacking = threading.Lock()
             self._shapes: dict[str, tuple[int, int]] = {}
             self._original = dict(self.tensors)
             self._turned = model_type in _TURNED
-            item = _SAFETENSORS.get(dtype, "BF16")
+            item = STORED_AS.get(dtype, "BF16")
             for name in self._original:
                 if not name.endswith(".bias") and self._belongs(name):
                     del self.tensors[name]
@@ -72,8 +65,7 @@ class PackedFiles(BaseFiles):
         first = self._original[f"{stem}.{'W_q' if 'W_q' in parts else 'qweight'}"]
         out, inputs = self._shapes[stem] = self._shape(stem)
         shape = (inputs, out) if self._turned else (out, inputs)
-        size = out * inputs * getattr(torch, TORCH_NAMES[item]).itemsize
-        self.tensors[f"{stem}.weight"] = StoredTensor(f"{stem}.weight", item, shape, first.file, -1, size)
+        self.promise(f"{stem}.weight", item, shape, first.file)
 
     def _shape(self, stem: str) -> tuple[int, int]:
         """(out, in) of a matrix, from what lies beside it."""
@@ -82,7 +74,7 @@ class PackedFiles(BaseFiles):
             told = self._original.get(f"{stem}.shape")
             if told is None or told.shape != (2,):
                 raise damaged(stem, "it does not tell its shape")
-            out, inputs = (int(v) for v in self._tensor(told))
+            out, inputs = (int(v) for v in self.stored_tensor(told))
         else:
             if "scales" not in parts or "qzeros" not in parts:
                 raise damaged(stem, "its scales are missing")
@@ -98,35 +90,13 @@ class PackedFiles(BaseFiles):
             raise damaged(stem, f"its shape would be {out} x {inputs}")
         return out, inputs
 
-    def _tensor(self, stored: StoredTensor) -> Tensor:
-        data = bytearray(stored.bytes)
-        BaseFiles.read(self, stored, 0, memoryview(data))
-        return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[stored.dtype])).reshape(stored.shape)
-
     def matrix(self, name: str) -> Tensor:
-        """A matrix by the name that it has in 16 bits: float32, (out, in)."""
+        """A matrix by the name that it has in 16 bits: float32."""
         stem = name.removesuffix(".weight")
         parts = {
-            key: self._tensor(self._original[f"{stem}.{key}"]) for key in self._stored.parts[stem] if key != "bias"
+            key: self.stored_tensor(self._original[f"{stem}.{key}"])
+            for key in self._stored.parts[stem]
+            if key != "bias"
         }
-        return self._stored.grid(stem, parts, self._shapes[stem]).weight()
-
-    def read(self, tensor: StoredTensor, start: int, into: memoryview) -> None:
-        """As `BaseFiles.read`, of the unpacked matrix."""
-        name = tensor.key or tensor.name
-        if tensor.offset >= 0 or name.removesuffix(".weight") not in self._shapes:
-            super().read(tensor, start, into)
-            return
-        flat = self._unpacked(name, getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(-1).view(torch.uint8)
-        torch.frombuffer(into, dtype=torch.uint8).copy_(flat[start : start + len(into)])
-
-    def _unpacked(self, name: str, dtype: torch.dtype) -> Tensor:
-        with self._unpacking:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-            else:
-                value = self.matrix(name)
-                self._kept[name] = (value.T if self._turned else value).to(dtype).contiguous()
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-            return self._kept[name]
+        value = self._stored.grid(stem, parts, self._shapes[stem]).weight()
+        return value.T if self._turned else value
