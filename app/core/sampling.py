@@ -5,6 +5,7 @@ Defaults are llama.cpp's own. Each loader's SPEC names the fields that it serves
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -205,7 +206,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return tuple(_unescape(line) for line in lines)
 
 
+_ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\t": "\t"}
+
+
 def _unescape(line: str) -> str:
-    # Not `unicode_escape`: that would turn every non-ASCII character into mojibake.
-    mark = "\0"
-    return line.replace("\\\\", mark).replace("\\n", "\n").replace("\\t", "\t").replace(mark, "\\")
+    # Not `unicode_escape`: that would turn every non-ASCII character into mojibake. In one pass, with no character that
+    # stands in for a backslash meanwhile: a stop string may hold any.
+    return re.sub(r"\\[\\nt]", lambda found: _ESCAPES[found[0]], line)
