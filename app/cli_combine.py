@@ -9,11 +9,9 @@ from typing import get_args
 
 import msgspec
 
-from app.cli_library import find_model, find_stack
+from app.cli_library import find_folder, find_stack
 from app.cli_task import run_task
 from app.core.combine_plan import METHODS, Combined, CombinePlan, Dtype, Sign, uses_rank
-from app.core.errors import ErrorKind, WeftError
-from app.core.library import ModelFormat
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,14 +56,8 @@ def _base(name: str) -> str:
     """The folder of the model that DoRAs are taken against."""
     if not name:
         return ""
-    model = find_model(name, "transformers")
-    if model.format is ModelFormat.GGUF:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{model.name} is a GGUF file; the differences of a DoRA are taken from folders of safetensors.",
-            "Name the model that the GGUF was made from.",
-        )
-    return model.path
+    use = "the differences of a DoRA are taken from folders of safetensors"
+    return find_folder(name, use, "Name the model that the GGUF was made from.").path
 
 
 def _run(parsed: argparse.Namespace) -> int:

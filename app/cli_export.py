@@ -8,16 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
+from app.cli_certify import add_certify_argument, check_text
 from app.cli_library import find_model, find_stack
-from app.cli_task import run_task
+from app.cli_made import tell
+from app.cli_task import ensure_environment, run_task
 from app.core.certify_plan import CertifySide
 from app.core.export_check import check_export
 from app.core.export_plan import OWN, TYPES, ExportPlan, ExportResult, gguf_type
 from app.core.library import ModelEntry
-from app.core.paths import default_paths
 from app.core.plain_text import read_plain
-from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
 from app.viewmodels.export_choices import free_at, sizes
 
@@ -63,13 +62,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
-def ensure_environment() -> None:
-    """Install what exports run in, with its progress on stderr, where it is not there. Raises WeftError."""
-    environments = Environments(default_paths().environments)
-    if environments.state(ENVIRONMENT) not in USABLE:
-        environments.install_for_command_line(ENVIRONMENT)
-
-
 def announce(entry: ModelEntry, plan: ExportPlan) -> None:
     """Say on stderr, before anything is made, what it will take of the drive: the result, and what lies there on the way."""
     result, between = sizes(entry, plan.type)
@@ -102,18 +94,8 @@ def _run(parsed: argparse.Namespace) -> int:
     if plan.imatrix:
         read_plain(Path(plan.imatrix))  # before minutes are spent on an installation
     announce(model, plan)
-    ensure_environment()
-    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
+    ensure_environment(ENVIRONMENT)
     made = msgspec.convert(run_task(ENVIRONMENT, "export_gguf", plan), ExportResult)
-    if parsed.json:
-        found = None
-        if parsed.certify is not None:
-            found = certify_result(base, made.file, parsed.certify, quiet=True)
-        print(certified_json(made, found))
-        return 0
-    print(f"{made.file}: {made.type}, {readable_bytes(made.bytes)}, {made.tensors} tensors.")
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if parsed.certify is not None:
-        certify_result(base, made.file, parsed.certify, quiet=False)
+    sentence = f"{made.file}: {made.type}, {readable_bytes(made.bytes)}, {made.tensors} tensors."
+    tell(parsed, made, made.file, sentence, CertifySide(model=plan.model, stack=plan.stack, name=model.name))
     return 0

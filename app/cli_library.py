@@ -9,7 +9,7 @@ from pathlib import Path
 from app.backends import specs
 from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import AdapterEntry, ModelEntry
+from app.core.library import AdapterEntry, ModelEntry, ModelFormat
 from app.core.paths import default_paths
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.environments import USABLE, Environments
@@ -45,6 +45,21 @@ def find_model(name: str, loader: str = "") -> ModelEntry:
         return library.find(name)
     finally:
         database.close()
+
+
+def find_folder(name: str, use: str, instead: str) -> ModelEntry:
+    """A model that is a folder of safetensors, for what GGUF files do not serve.
+
+    Args:
+        use: what such folders are for, as in "adapters are merged into folders of safetensors". instead: the hint.
+
+    Raises:
+        WeftError: as `find_model`; UNSUPPORTED for a GGUF file.
+    """
+    model = find_model(name, "transformers")
+    if model.format is ModelFormat.GGUF:
+        raise WeftError(ErrorKind.UNSUPPORTED, f"{model.name} is a GGUF file; {use}.", instead)
+    return model
 
 
 def find_adapter(name: str) -> Path:

@@ -11,13 +11,13 @@ from typing import get_args
 import msgspec
 
 from app.adapters.merge_leftovers import leftover_of
-from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
-from app.cli_library import find_model, find_stack
+from app.cli_certify import add_certify_argument, check_text
+from app.cli_library import find_folder, find_stack
+from app.cli_made import tell
 from app.cli_task import run_task
 from app.core.certify_plan import CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
-from app.core.library import ModelFormat
 from app.core.merge_needs import merge_needs
 from app.core.merge_plan import DTYPES, MergePlan, MergeResult, Packing
 from app.terminal import readable_bytes
@@ -61,13 +61,11 @@ def announce(plan: MergePlan) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    model = find_model(parsed.model, "transformers")
-    if model.format is ModelFormat.GGUF:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{model.name} is a GGUF file; adapters are merged into folders of safetensors.",
-            "Merge into the model that it was made from, or see `weft export`.",
-        )
+    model = find_folder(
+        parsed.model,
+        "adapters are merged into folders of safetensors",
+        "Merge into the model that it was made from, or see `weft export`.",
+    )
     check_text(parsed.certify)
     plan = MergePlan(
         model=model.path,
@@ -79,27 +77,17 @@ def _run(parsed: argparse.Namespace) -> int:
         base_name=model.name,
         license=parsed.license,
     )
-    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     if leftover_of(Path(plan.target)) is None:  # else a killed merge may have been about to tidy up
         check_target(Path(plan.target))
     if plan.packed == "refuse":  # what a packed base takes, its headers do not tell
         announce(plan)
     made = msgspec.convert(run_task("core", "merge", plan), MergeResult)
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if parsed.json:
-        found = None
-        if parsed.certify is not None:
-            found = certify_result(base, made.folder, parsed.certify, quiet=True)
-        print(certified_json(made, found))
-        return 0
     again = f", {readable_bytes(made.resumed)} of it by an earlier run" if made.resumed else ""
     how = "" if made.method == "streaming" else f" (by {made.method})"
     on = any(adapter.weight for adapter in plan.stack.adapters)
     did = f"{made.changed} of {made.tensors} tensors changed" if on else f"unpacked, {made.tensors} tensors"
-    print(f"{made.folder}: {readable_bytes(made.bytes)}{again}, {did}{how}, in {made.seconds:.1f} s.")
-    if parsed.certify is not None:
-        certify_result(base, made.folder, parsed.certify, quiet=False)
+    sentence = f"{made.folder}: {readable_bytes(made.bytes)}{again}, {did}{how}, in {made.seconds:.1f} s."
+    tell(parsed, made, made.folder, sentence, CertifySide(model=plan.model, stack=plan.stack, name=model.name))
     return 0
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import msgspec
 
-from app.cli_certify import add_certify_argument, certified_json, certify_result, check_text
-from app.cli_library import find_model, find_stack
-from app.cli_task import run_task
+from app.cli_certify import add_certify_argument, check_text
+from app.cli_library import find_folder, find_stack
+from app.cli_made import tell
+from app.cli_task import ensure_environment, run_task
 from app.core.certify_plan import CertifySide
-from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
-from app.core.library import ModelEntry, ModelFormat
-from app.core.paths import default_paths, resources
+from app.core.library import ModelEntry
+from app.core.paths import resources
 from app.core.plain_text import read_plain
 from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize, packed_like
-from app.engine.environments import USABLE, Environments
 from app.terminal import readable_bytes
 from app.viewmodels.export_choices import MARGIN, ExportOptions, estimate, free_at
 
@@ -51,13 +50,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
-def ensure_environment() -> None:
-    """Install what quantizes, with its progress on stderr, where it is not there. Raises WeftError."""
-    environments = Environments(default_paths().environments)
-    if environments.state(ENVIRONMENT) not in USABLE:
-        environments.install_for_command_line(ENVIRONMENT)
-
-
 def announce(entry: ModelEntry, plan: QuantizePlan) -> None:
     """Say on stderr, before anything is made, what it will take of the drive."""
     options = ExportOptions(bits=plan.bits, group_size=plan.group_size)
@@ -72,13 +64,11 @@ def announce(entry: ModelEntry, plan: QuantizePlan) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    model = find_model(parsed.model, "transformers")
-    if model.format is ModelFormat.GGUF:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            f"{model.name} is a GGUF file; GPTQ and AWQ are made of folders of safetensors.",
-            "Quantize the model that it was made from, or see `weft export` for other types of GGUF.",
-        )
+    model = find_folder(
+        parsed.model,
+        "GPTQ and AWQ are made of folders of safetensors",
+        "Quantize the model that it was made from, or see `weft export` for other types of GGUF.",
+    )
     check_text(parsed.certify)
     text: Path = parsed.calibration or resources() / "certificate_text.txt"
     read_plain(text.expanduser())
@@ -101,21 +91,12 @@ def _run(parsed: argparse.Namespace) -> int:
     check_quantize(plan)  # before minutes are spent on an installation
     check_target(Path(plan.target))
     announce(model, plan)
-    ensure_environment()
+    ensure_environment(ENVIRONMENT)
     made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
-    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
-    if parsed.json:
-        found = None
-        if parsed.certify is not None:
-            found = certify_result(base, made.folder, parsed.certify, quiet=True, environment=ENVIRONMENT)
-        print(certified_json(made, found))
-        return 0
-    print(
+    sentence = (
         f"{made.folder}: {plan.bits} bits by {plan.method.upper()}, {readable_bytes(made.bytes)}, {made.matrices} matrices, "
         f"calibrated on {made.tokens} tokens, in {made.seconds:.0f} s."
     )
-    if parsed.certify is not None:
-        certify_result(base, made.folder, parsed.certify, quiet=False, environment=ENVIRONMENT)
+    base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
+    tell(parsed, made, made.folder, sentence, base, environment=ENVIRONMENT)
     return 0

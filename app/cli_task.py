@@ -16,9 +16,21 @@ from app.core.jobs import Progress
 from app.core.paths import Paths, default_paths
 from app.engine import launch, protocol
 from app.engine.client import EngineClient
+from app.engine.environments import USABLE, Environments
 from app.terminal import ProgressLine
 
 STAGED = frozenset({"merge", "export_gguf", "quantize"})  # tasks that make their result beside its target
+
+
+def ensure_environment(name: str) -> None:
+    """Install an engine environment, with its progress on stderr, where it is not there.
+
+    Raises:
+        WeftError: as `Environments.install`.
+    """
+    environments = Environments(default_paths().environments)
+    if environments.state(name) not in USABLE:
+        environments.install_for_command_line(name)
 
 
 def run_task(

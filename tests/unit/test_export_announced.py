@@ -25,7 +25,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
     monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
     for module in (cli_export, cli_quantize):
-        monkeypatch.setattr(module, "ensure_environment", lambda: None)
+        monkeypatch.setattr(module, "ensure_environment", lambda _: None)
     for module in (cli_export, cli_merge, cli_quantize):
         monkeypatch.setattr(module, "run_task", begin)
 
