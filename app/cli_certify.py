@@ -9,11 +9,10 @@ from pathlib import Path
 import msgspec
 
 from app.cli_library import find_model, find_stack
-from app.cli_task import run_task
+from app.cli_task import ensure_environment, run_task
 from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, environment_of, lines
 from app.core.errors import ErrorKind, WeftError
-from app.core.paths import default_paths, resources
-from app.engine.environments import USABLE, Environments
+from app.core.paths import resources
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,9 +68,7 @@ def certify(
     """
     plan = CertifyPlan(a=a, b=b, text=text or str(resources() / "certificate_text.txt"), tokens=tokens, window=window, store=store)  # fmt: skip
     name = environment or environment_of(a, b)
-    environments = Environments(default_paths().environments)
-    if environments.state(name) not in USABLE:
-        environments.install_for_command_line(name)
+    ensure_environment(name)
     return msgspec.convert(run_task(name, "certify", plan), Certificate)
 
 
