@@ -19,12 +19,14 @@ from app.backends.base import Capability, Spec
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat, ModelShape
 from app.core.options import build
+from app.core.quantization import PACKED
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack
 from app.engine.protocol import Generate, GenerateBatch, Generated, GeneratedBatch, Load, Loaded, Score, Scored
 from app.engine.reporting import Report
 from app.generation import hf_files
-from app.generation.hf_options import PACKED, Options, estimate
+from app.generation.hf_memory import estimate
+from app.generation.hf_options import Options
 from app.generation.hf_prompt import Prompts
 from app.generation.in_turn import answer_in_turn, request_of
 

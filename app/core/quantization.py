@@ -20,6 +20,7 @@ _BY_METHOD = {
     "hqq": ModelFormat.HQQ,
     "bitsandbytes": ModelFormat.BITSANDBYTES,
 }
+PACKED = frozenset({ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ})  # what Weft unpacks itself
 # Tensors that hold no weights of their own, only how to unpack others.
 _SIDE = re.compile(
     r"(\.(scales|qzeros|g_idx|q_scale|q_scale_max|q_groups|q_group_map|q_invperm|q_perm|suh|svh|su|sv|mcg|mul1|absmax"

@@ -14,7 +14,8 @@ import torch
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.generation.hf_load import DTYPES, Plan, checkpoint_dtype
-from app.generation.hf_options import GIB, Options, automatic_context, parse_gpu_memory, weight_bytes
+from app.generation.hf_memory import GIB, automatic_context, parse_gpu_memory, weight_bytes
+from app.generation.hf_options import Options
 
 
 def plan_precision(config: Any, plan: Plan, options: Options) -> None:

@@ -258,7 +258,7 @@ class _Certify:
 
 def _packing(folder: Path) -> Callable[[list[Path], dict[str, Any]], Any] | None:
     """What reads a folder that GPTQ, AWQ or HQQ has packed: by what the codes stand for, in no kernel's own rounding."""
-    from app.generation.hf_options import PACKED
+    from app.core.quantization import PACKED
     from app.tasks.merge import packing_of
 
     if packing_of(folder) not in PACKED:

@@ -19,10 +19,9 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
 from app.core.library import ModelFormat
 from app.core.merge_plan import MergeAdjustment, MergePlan, MergeResult
-from app.core.quantization import Quantization
+from app.core.quantization import PACKED, Quantization
 from app.engine.reporting import Report
 from app.generation.hf_files import INDEXES, SINGLES, Stage, read_json
-from app.generation.hf_options import PACKED
 
 Parameters = MergePlan
 VERSION = 1  # of what a merge's bytes depend on, beside its plan

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 
 from app.core.library import ModelFormat
+from app.core.quantization import PACKED
 from app.engine.reporting import Report
-from app.generation.hf_options import PACKED
 from app.training.module_names import Modules, ModulesParameters
 
 Parameters = ModulesParameters

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from app.core.library import ModelEntry, ModelFormat
-from app.generation.hf_options import PACKED
+from app.core.quantization import PACKED
 from app.training.run_config import RunConfig
 from app.training.run_file import names, numbers, ranges
 

@@ -6,7 +6,7 @@ import re
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
-from app.generation.hf_options import PACKED
+from app.core.quantization import PACKED
 from app.training.run_config import CONVERTED, RunConfig
 from app.training.run_file import names, numbers, pattern, ranges
 

@@ -12,9 +12,9 @@ import torch
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
+from app.core.quantization import PACKED
 from app.engine.reporting import Report
 from app.generation import hf_files, hf_load
-from app.generation.hf_options import PACKED
 from app.training import methods
 from app.training.run_config import RunConfig
 

@@ -11,6 +11,7 @@ import msgspec
 from app.core.export_plan import OWN, TYPES
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import Packing
+from app.core.quantization import PACKED
 from app.core.quantize_plan import BITS, GROUPS, QuantizePlan, packed_like
 from app.core.quantized_base import without_mark
 from app.core.stack import AdapterStack
@@ -20,7 +21,6 @@ SAFETENSORS = "safetensors"
 # What becomes of a base that bitsandbytes has packed.
 PACKINGS: dict[str, Packing] = {SAFETENSORS: "refuse", "safetensors-16bit": "16bit", "safetensors-again": "again"}
 FOLDERS = (ModelFormat.SAFETENSORS, ModelFormat.TORCH_BIN)
-PACKED = (ModelFormat.GPTQ, ModelFormat.AWQ, ModelFormat.HQQ)
 FOLDER, COMMON, OTHERS = "Model folder", "GGUF file", "GGUF file, all other types"
 _USUAL = "q4_k_m"
 _COMMON = (_USUAL, "q5_k_m", "q6_k", "q8_0", "f16")

@@ -20,8 +20,9 @@ from app.core.library import ModelEntry, ModelFormat
 from app.core.memory import Machine
 from app.core.options import describe
 from app.engine.protocol import Load
-from app.generation import hf_options, hf_plan
-from app.generation.hf_options import Options, parse_gpu_memory
+from app.generation import hf_memory, hf_plan
+from app.generation.hf_memory import parse_gpu_memory
+from app.generation.hf_options import Options
 from tests.engine import tiny_models
 from tests.engine.backend_kit import FakeReport, ask, loaded
 
@@ -382,7 +383,7 @@ def test_a_context_that_nobody_chose_is_what_memory_allows_and_said(
 ) -> None:
     model = tiny_models.make(tmp_path / "long", context=65_536)
     per_token = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, elements, bytes
-    ram = model.weight_bytes + hf_options.PROCESS + hf_options._activation_bytes(model, 4, 0) + 2 * 4096 * per_token
+    ram = model.weight_bytes + hf_memory.PROCESS + hf_memory._activation_bytes(model, 4, 0) + 2 * 4096 * per_token
     for free, expected in (((ram, []), 4096), ((2**40, []), 65_536), ((1, []), 2048)):
         monkeypatch.setattr(hf_plan, "free_memory", lambda _, free=free: free)
         with loaded(Backend(), model) as (_, event):
@@ -390,7 +391,7 @@ def test_a_context_that_nobody_chose_is_what_memory_allows_and_said(
             said = [note for note in event.notes if "since memory is short" in note]
             assert bool(said) == (expected < 65_536) and all(f"{expected:,} of them" in note for note in said)
             machine = Machine(system="linux", cpu_count=2, ram_total=2**40, ram_free=free[0])
-            estimate = hf_options.estimate(model, hf_options.Options(), machine)
+            estimate = hf_memory.estimate(model, Options(), machine)
             assert estimate.cache == expected * per_token  # what is announced is what is used
         with loaded(Backend(), model, context_length=50_000) as (_, event):
             assert event.context == 50_000

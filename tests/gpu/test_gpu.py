@@ -156,7 +156,8 @@ def test_quantized_stays_close_to_unquantized(
 def test_the_estimate_for_the_card(tmp_path: Path) -> None:
     """Weights and cache of a full context within 20 % of what PyTorch takes, where they outweigh its own needs."""
     from app.core.options import build
-    from app.generation.hf_options import Options, estimate
+    from app.generation.hf_memory import estimate
+    from app.generation.hf_options import Options
 
     large = {**SHAPE, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
     entry = tiny_models.make(tmp_path / "model", "llama", dtype=torch.bfloat16, context=2048, **large)
