@@ -38,9 +38,10 @@ from app.cli_engine import (
     conversation,
     loaded_engine,
     progress_of,
-    sampling_of,
+    sampling_for,
+    sampling_given,
 )
-from app.cli_library import find_stack
+from app.cli_library import find_model, find_stack
 from app.cli_parser import CommandParser
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
@@ -250,12 +251,15 @@ def _print_problem(problem: WeftError) -> None:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
-    sampling = sampling_of(parsed)
+    given = sampling_given(parsed)
     if parsed.prompt is not None and not parsed.prompt.strip():
         raise WeftError(
             ErrorKind.BAD_INPUT, "The prompt is empty.", "Write it after -p, or leave -p away for a conversation."
         )
-    with loaded_engine(parsed, find_stack(parsed.adapter), baked=parsed.bake) as engine:
+    stack = find_stack(parsed.adapter)
+    model = find_model(parsed.model, parsed.loader)
+    with loaded_engine(parsed, model, stack, baked=parsed.bake) as engine:
+        sampling = sampling_for(model, given)
         if parsed.prompt is not None:
             answer = _answer(engine, conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
             if parsed.json:

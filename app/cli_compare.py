@@ -16,9 +16,10 @@ from app.cli_engine import (
     conversation,
     loaded_engine,
     progress_of,
-    sampling_of,
+    sampling_for,
+    sampling_given,
 )
-from app.cli_library import find_stack
+from app.cli_library import find_model, find_stack
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths
 from app.core.stack import AdapterStack
@@ -51,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    sampling = sampling_of(parsed)
+    given = sampling_given(parsed)
     if not parsed.prompt.strip():
         raise WeftError(ErrorKind.BAD_INPUT, "The prompt is empty.", "Write it after -p.")
     stacks = [find_named_stack(text) for text in parsed.stack]
@@ -63,7 +64,9 @@ def _run(parsed: argparse.Namespace) -> int:
         )
     messages = tuple(conversation(parsed.system, parsed.prompt))
     rows = tuple(protocol.BatchRow(adapters=stack, messages=messages) for stack in stacks)
-    with loaded_engine(parsed, AdapterStack(), also=stacks) as engine:
+    model = find_model(parsed.model, parsed.loader)
+    with loaded_engine(parsed, model, AdapterStack(), also=stacks) as engine:
+        sampling = sampling_for(model, given)
         printer = _Printer([] if parsed.json else stacks)
         texts, result = _answer(engine, protocol.GenerateBatch(rows=rows, sampling=sampling), printer)
     if parsed.json:

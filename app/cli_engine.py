@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
 from app.backends import specs
 from app.backends.base import Capability, Spec
-from app.cli_library import find_model, require_adapters
+from app.cli_library import require_adapters
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.library import ModelEntry
-from app.core.options import build, describe, parse_assignments, parse_value
+from app.core.options import OptionValue, build, describe, parse_assignments, parse_value
 from app.core.paths import Paths, default_paths
-from app.core.sampling import Sampling
+from app.core.sampling import Sampling, worded
 from app.core.stack import AdapterStack
 from app.engine import launch, machine, protocol
 from app.engine.client import EngineClient
@@ -69,11 +69,22 @@ def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
         )
 
 
-def sampling_of(parsed: argparse.Namespace) -> Sampling:
-    """Raises WeftError BAD_INPUT for a value out of its range."""
+def sampling_given(parsed: argparse.Namespace) -> dict[str, OptionValue]:
+    """The sampling fields that were typed. Raises WeftError BAD_INPUT for a value out of its range."""
     given = {f.name: (f, getattr(parsed, f"sampling_{f.name}")) for f in describe(Sampling)}
     values = {name: parse_value(field, text) for name, (field, text) in given.items() if text is not None}
-    return build(Sampling, values)
+    build(Sampling, values)
+    return values
+
+
+def sampling_for(model: ModelEntry, given: Mapping[str, OptionValue]) -> Sampling:
+    """What was typed, then what the model's maker says, then Weft's own. Tells what of the maker's is used, and what cannot be."""
+    for note in model.own_sampling.notes:
+        print(f"note: {note}", file=sys.stderr)
+    own = {name: value for name, value in model.own_sampling.values().items() if name not in given}
+    if own:
+        print(f"note: {model.name} brings settings of its own: {worded(own)}", file=sys.stderr)
+    return build(Sampling, {**own, **given})
 
 
 def conversation(system: str, *turns: str) -> list[Message]:
@@ -85,20 +96,20 @@ def conversation(system: str, *turns: str) -> list[Message]:
 @contextlib.contextmanager
 def loaded_engine(
     parsed: argparse.Namespace,
+    model: ModelEntry,
     stack: AdapterStack,
     *,
     baked: bool = False,
     also: Sequence[AdapterStack] = (),
     needs: Capability | None = None,
 ) -> Iterator[EngineClient]:
-    """An engine with the model that the arguments name, under this stack. What is wrong is refused before anything starts.
+    """An engine with this model, loaded as the arguments say, under this stack. What is wrong is refused before anything starts.
 
     Args:
         also: stacks that it will be asked for later. needs: what the loader must be able to do.
     """
     paths = default_paths()
     environments = Environments(paths.environments)
-    model = find_model(parsed.model, parsed.loader)
     with planner_for(paths, environments) as planner:
         plan, command = plan_load(planner, model, parsed, stack)
         for one in also:

@@ -11,7 +11,7 @@ import msgspec
 
 from app.backends.base import Capability
 from app.cli_engine import add_adapter_arguments, add_load_arguments, loaded_engine, progress_of
-from app.cli_library import find_stack
+from app.cli_library import find_model, find_stack
 from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
 from app.engine.client import EngineClient
@@ -51,7 +51,8 @@ def _run(parsed: argparse.Namespace) -> int:
         )
     text = _read(parsed.text)
     stack = find_stack(parsed.adapter)
-    with loaded_engine(parsed, stack, baked=parsed.bake, needs=Capability.PERPLEXITY) as engine:
+    model = find_model(parsed.model, parsed.loader)
+    with loaded_engine(parsed, model, stack, baked=parsed.bake, needs=Capability.PERPLEXITY) as engine:
         started = time.monotonic()
         scored = _score(engine, protocol.Score(text=text, window=parsed.window, stride=parsed.stride))
     if parsed.json:

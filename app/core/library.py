@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import msgspec
 
+from app.core.own_sampling import OwnSampling
+
 
 class ModelFormat(StrEnum):
     """How a model's weights are stored. Decides which loaders can take it."""
@@ -65,6 +67,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
         mmproj: the vision projector that lies beside a GGUF, or "".
         vision: whether it can see (config or mmproj).
         has_chat_template: whether a chat can be rendered the model's own way.
+        own_sampling: how its maker has it answer; a new chat begins so.
         custom_code: Python files in the folder that `auto_map` asks to run; loading them is off unless allowed.
         read_only: true for roots of other programs (Ollama's blobs).
         problem: why it cannot be used, in words; "" when nothing is wrong.
@@ -88,6 +91,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     mmproj: str = ""
     vision: bool = False
     has_chat_template: bool = False
+    own_sampling: OwnSampling = OwnSampling()
     custom_code: tuple[str, ...] = ()
     read_only: bool = False
     problem: str = ""

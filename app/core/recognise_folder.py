@@ -22,6 +22,7 @@ from app.core.model_config import (
     text_config,
     unsuited,
 )
+from app.core.own_sampling import of_folder
 from app.core.quantization import Quantization, from_config, from_tensors, parameters, plain_label
 
 MAX_INDEX = 32 * 1024 * 1024
@@ -88,6 +89,7 @@ def folder_model(folder: Path) -> ModelEntry | None:
         files=tuple(map(str, weights.files)),
         vision=sees(config),
         has_chat_template=has_chat_template(folder),
+        own_sampling=of_folder(folder),
         custom_code=code,
         problem=problem,
         modified=max((modified for _, modified in sizes), default=0.0),

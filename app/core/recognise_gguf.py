@@ -11,6 +11,7 @@ from app.core.errors import WeftError
 from app.core.formats import GgufHeader, GgufTensor, read_gguf_header
 from app.core.ggml import FILE_TYPES, TYPES
 from app.core.library import AdapterEntry, AdapterFormat, ModelEntry, ModelFormat, ModelShape
+from app.core.own_sampling import OwnSampling, of_gguf
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
 _ADAPTER_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
@@ -102,6 +103,7 @@ def gguf_model(path: Path) -> ModelEntry | None:
         mmproj=projector,
         vision=bool(projector),
         has_chat_template=bool(head and any(k.startswith("tokenizer.chat_template") for k in head.metadata)),
+        own_sampling=of_gguf(head) if head else OwnSampling(),
         problem=problem,
         modified=max(s.st_mtime for s in status),
     )

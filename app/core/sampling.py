@@ -6,11 +6,12 @@ Defaults are llama.cpp's own. Each loader's SPEC names the fields that it serves
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import msgspec
 
-from app.core.options import option
+from app.core.options import OptionValue, describe, option
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +205,25 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """The stop strings, with \\n, \\t and \\\\ read as escapes; blank lines are none."""
         lines = (line for line in self.stop.split("\n") if line.strip())
         return tuple(_unescape(line) for line in lines)
+
+
+def worded(values: Mapping[str, OptionValue]) -> str:
+    """Changed fields as a person reads them: "temperature 0, top-p 0.9"."""
+    titles = {field.name: field.title for field in describe(Sampling)}
+    return ", ".join(f"{titles[name][:1].lower()}{titles[name][1:]} {_short(value)}" for name, value in values.items())
+
+
+def _short(value: OptionValue) -> str:
+    if isinstance(value, str):
+        shown = " ".join(f"“{line}”" for line in value.split("\n"))
+        shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
+        return shown if len(shown) <= 60 else shown[:59] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def stop_lines(texts: Iterable[str]) -> str:
+    """These texts as `Sampling.stop` holds them: `stop_strings` gives them back, but for texts of blanks alone."""
+    return "\n".join(text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") for text in texts)
 
 
 _ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\t": "\t"}

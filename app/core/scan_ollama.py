@@ -12,12 +12,14 @@ import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
+from app.core.own_sampling import of_ollama
 from app.core.recognise_gguf import gguf_model
 
 MAX_MANIFEST = 1024 * 1024
 MAX_MANIFESTS = 20_000
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MODEL, _PROJECTOR = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
+_PARAMETERS = "application/vnd.ollama.image.params"
 
 
 class _Layer(msgspec.Struct):
@@ -110,6 +112,8 @@ def _read(root: Path, manifest: Path) -> ModelEntry | None:
     if entry is None:
         return None
     projector = _blob(root, blobs[_PROJECTOR]) if _PROJECTOR in blobs else None
+    if _PARAMETERS in blobs and (parameters := _blob(root, blobs[_PARAMETERS])).is_file():
+        entry = msgspec.structs.replace(entry, own_sampling=of_ollama(parameters))
     sees = projector is not None and projector.is_file()
     return msgspec.structs.replace(entry, mmproj=str(projector) if sees else "", vision=sees)
 

@@ -30,6 +30,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_export
 from app.core.export_plan import OWN, ExportPlan, ExportResult, gguf_type
 from app.core.merge_plan import MergePlan
+from app.core.own_sampling import write_for_converter
 from app.core.plain_text import read_plain
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
@@ -207,6 +208,7 @@ class _Export:
                 for name in ("config.json", "README.md", "generation_config.json"):
                     if (raw / name).is_file():
                         shutil.move(raw / name, side / name)
+                write_for_converter(side)
                 stage_tokenizer(raw, side)  # links into raw
                 yield merge, stage, side
         finally:

@@ -130,7 +130,7 @@ class ChatController(QObject):
 
     @property
     def sampling(self) -> dict[str, OptionValue]:
-        """The changed sampling fields of this conversation."""
+        """The sampling fields that were chosen for this conversation; the model's own settings stand for the others."""
         return self._open.sampling
 
     # Conversations --------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class ChatController(QObject):
         self._open.set_system(text)
 
     def set_sampling(self, values: Mapping[str, OptionValue]) -> None:
-        """Change the sampling of this conversation; only changed fields are given."""
+        """Change the sampling of this conversation; only fields that differ from the model's own settings are given."""
         self._open.set_sampling(values)
 
     def draft(self) -> str:

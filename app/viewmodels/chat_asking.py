@@ -13,7 +13,7 @@ from app.store.chats import ChatStore
 from app.viewmodels.chat_answers import AnswerWriter
 from app.viewmodels.chat_generation import Generation
 from app.viewmodels.chat_open import OpenChat
-from app.viewmodels.chat_request import request
+from app.viewmodels.chat_request import own_values, request
 
 if TYPE_CHECKING:
     from app.viewmodels.loadout import Loadout
@@ -175,7 +175,8 @@ class Asker(QObject):
                 raise WeftError(ErrorKind.BUSY, reason, "Try again when the model is ready.")
             before = self._chat.tree.path(answer.parent)
             continued = answer.content if continue_last else None
-            generation.id = self._loadout.generate(request(self._chat.system, before, self._chat.sampling, continued))
+            sampling = {**own_values(model), **self._chat.sampling}
+            generation.id = self._loadout.generate(request(self._chat.system, before, sampling, continued))
         except WeftError as error:
             self.failed.emit(error)
             return False

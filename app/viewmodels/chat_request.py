@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from app.core.conversation import Message, StoredMessage
 from app.core.errors import WeftError
+from app.core.library import ModelEntry
 from app.core.options import OptionValue, build
 from app.core.sampling import Sampling
 from app.engine.protocol import Generate
@@ -28,6 +29,11 @@ def unseen(path: Sequence[StoredMessage]) -> int:
     return sent[dropped] if 0 < dropped < len(sent) else 0
 
 
+def own_values(model: ModelEntry | None) -> dict[str, OptionValue]:
+    """What an answer of this model is sampled by where nobody chose anything; Weft's own defaults stand for the rest."""
+    return model.own_sampling.values() if model is not None else {}
+
+
 def request(
     system: str, before: Sequence[StoredMessage], sampling: Mapping[str, OptionValue], continued: str | None
 ) -> Generate:
@@ -35,6 +41,7 @@ def request(
 
     Args:
         before: the messages that it answers, oldest first.
+        sampling: fields that differ from Weft's defaults, the model's own ones among them.
         continued: the answer's own text so far, where it is to go on; None for a new one.
     """
     messages = [Message(role="system", content=system)] if system.strip() else []

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import msgspec
 from PySide6.QtCore import QObject, Signal, Slot
 
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry
+from app.core.options import OptionValue, build
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import BatchRow, GenerateBatch, Generated, GeneratedBatch
 from app.store.preferences import Preference, PreferenceStore
+from app.viewmodels.chat_request import own_values
 from app.viewmodels.text_difference import differences
 
 LEAST, MOST = 2, 6
@@ -62,7 +63,7 @@ class Compare(QObject):
         self._preferences = preferences
         self.columns = [Column(AdapterStack()), Column(loadout.stack)]
         self.system = ""
-        self.sampling = Sampling(max_tokens=512)
+        self.sampling: dict[str, OptionValue] = {"max_tokens": 512}  # what differs from the model's own settings
         self.seed = random.randrange(1 << 31)
         self.prompt = ""
         self.note = ""
@@ -152,7 +153,7 @@ class Compare(QObject):
         if self.system.strip():
             messages.insert(0, Message(role="system", content=self.system))
         rows = tuple(BatchRow(adapters=column.stack, messages=tuple(messages)) for column in self.columns)
-        sampling = msgspec.structs.replace(self.sampling, seed=self.seed)
+        sampling = build(Sampling, {**own_values(self._loadout.model), **self.sampling, "seed": self.seed})
         self._request = self._loadout.generate_batch(GenerateBatch(rows=rows, sampling=sampling))
         self.state_changed.emit()
 

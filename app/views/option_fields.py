@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 from PySide6.QtCore import QSize, Qt, Signal
 from PySide6.QtGui import QFont, QPainter, QPaintEvent, QValidator, QWheelEvent
 from PySide6.QtWidgets import (
@@ -161,9 +162,7 @@ class FieldRow(QWidget):
         self.control = self._make_control()
         self.control.setAccessibleName(field.title)
         self.control.setAccessibleDescription(field.help)
-        tip = f"{field.help}\n{accepts(field)}\nName: {field.name}"
-        self._title.setToolTip(tip)
-        self.control.setToolTip(tip)
+        self._tell_tip()
         self._title.setBuddy(self.control)
         self._arrange()
         self.setEnabled(True)
@@ -236,6 +235,41 @@ class FieldRow(QWidget):
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Maximum)
 
     # Values -----------------------------------------------------------------------------------------
+
+    def set_default(self, value: OptionValue, origin: str = "") -> None:
+        """Go back to this value from now on. The value that is shown stays.
+
+        Args:
+            origin: whose default it is, as in "the model's own"; "" is the program's.
+        """
+        self.field = msgspec.structs.replace(self.field, default=value)
+        self._origin = origin
+        self.help.setText(_help(self.field, self.blocked, self._told))
+        back = (
+            f"Back to {origin} {self.field.title.lower()}"
+            if origin
+            else f"Back to the default of {self.field.title.lower()}"
+        )
+        self._reset.setToolTip(back)
+        self._reset.setAccessibleName(back)
+        self._tell_tip()
+        self._show_state()
+
+    _origin = ""
+
+    @property
+    def _told(self) -> str:
+        if not self._origin:
+            return ""
+        shown = " ".join(str(self.field.default).split())
+        shown = shown if len(shown) <= 60 else shown[:59] + "\N{HORIZONTAL ELLIPSIS}"
+        return f"{self._origin[:1].upper()}{self._origin[1:]}: {shown}."
+
+    def _tell_tip(self) -> None:
+        told = f"\n{self._told}" if self._origin else ""
+        tip = f"{self.field.help}\n{accepts(self.field)}{told}\nName: {self.field.name}"
+        self._title.setToolTip(tip)
+        self.control.setToolTip(tip)
 
     def value(self) -> OptionValue:
         """What the control says now; may be out of range (see `complaint`)."""
@@ -353,10 +387,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.12g}")
 
 
-def _help(field: OptionField, blocked: str) -> str:
+def _help(field: OptionField, blocked: str, told: str = "") -> str:
     if blocked:
         return blocked
-    text = field.help
+    text = f"{field.help} {told}".strip()
     if field.optional and field.automatic:
         text += f" Auto: {field.automatic}."
     return text

@@ -50,6 +50,8 @@ class OptionsForm(QWidget):
         self.options_type = options_type
         self.fields = {field.name: field for field in describe(options_type, leave_out)}
         self.rows: dict[str, FieldRow] = {}
+        self._plain = dict(self.fields)  # with the struct's own defaults
+        self._origin = ""
         self._served = None if served is None else frozenset(served)
         self._reason = reason
         self._checks = dict(checks or {})
@@ -94,6 +96,23 @@ class OptionsForm(QWidget):
             elif value != field.default and not self._blocked(field):
                 self._pending[name] = value
         self._title_advanced()
+
+    def set_defaults(self, values: Mapping[str, OptionValue], origin: str) -> None:
+        """Other defaults than the struct's, for the fields that are named; `origin` says whose, as in "the model's own".
+
+        Values that were shown because they were the defaults become the new ones; others stay.
+        """
+        before = self.values()
+        self._origin = origin
+        for name, plain in self._plain.items():
+            self.fields[name] = msgspec.structs.replace(plain, default=values.get(name, plain.default))
+            if name in self.rows:
+                self._give_default(self.rows[name])
+        self.set_values(before)
+
+    def _give_default(self, row: FieldRow) -> None:
+        default = self.fields[row.field.name].default
+        row.set_default(default, self._origin if default != self._plain[row.field.name].default else "")
 
     def suggest(self, values: Mapping[str, OptionValue]) -> None:
         """Numbers that fields begin with when their Auto is switched off."""
@@ -157,6 +176,7 @@ class OptionsForm(QWidget):
     def _make_row(self, field: OptionField) -> FieldRow:
         made = FieldRow(field, blocked=self._blocked(field), check=self._checks.get(field.name))
         made.suggest(self._suggestions.get(field.name))
+        self._give_default(made)
         made.changed.connect(self._row_changed)
         self.rows[field.name] = made
         return made
@@ -172,7 +192,7 @@ class OptionsForm(QWidget):
                 head.setContentsMargins(0, 8, 0, 0)
                 layout.addWidget(head)
             for field in members:
-                layout.addWidget(self._make_row(field))
+                layout.addWidget(self._make_row(self.fields[field.name]))
 
     def _open_advanced(self, opened: bool) -> None:
         if opened and self._advanced_layout.count() == 0:

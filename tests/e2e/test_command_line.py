@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,12 @@ def test_a_seed_repeats_an_answer_and_another_seed_need_not() -> None:
 
 
 def test_max_tokens_and_stop_strings() -> None:
-    short = weft_json("chat", "starter (GGUF)", "-p", "How do I add a LoRA?", "--temperature", "0", "--max-tokens", "5")
+    own = weft("chat", "starter (GGUF)", "-p", "How do I add a LoRA?", "--max-tokens", "5", "--json")
+    short = json.loads(own.stdout)
+    assert short["text"] and greedy_answer("starter (GGUF)").startswith(short["text"]), (
+        "greedy, as the starter's maker says"
+    )
+    assert "settings of its own: temperature 0" in own.stderr
     assert short["tokens"] == 5 and short["finish_reason"] == "length"
     whole = greedy_answer("starter (GGUF)")
     word = whole.split()[3]

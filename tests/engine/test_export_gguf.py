@@ -22,6 +22,7 @@ import torch
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import TYPES, ExportPlan, ExportResult
 from app.core.formats import read_gguf_header
+from app.core.recognise_gguf import gguf_model
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine import protocol
 from app.engine.client import EngineClient, EngineExit, error_of
@@ -254,7 +255,16 @@ def test_an_importance_matrix_is_the_mean_of_squares_and_low_types_need_it(
 
 def test_template_ends_and_metadata_come_along(tmp_path: Path, export: Exporter) -> None:
     base(tmp_path / "base", "llama", SEED)
+    config = tmp_path / "base" / "generation_config.json"
+    own = {"do_sample": False, "top_k": 7.0, "temperature": "hot", "repetition_penalty": 1.25}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
     made = export(plan(tmp_path, "f16", modelfile=True))
+    entry = gguf_model(Path(made.file))
+    assert entry is not None
+    told = {"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.25, "penalty_range": -1}
+    assert entry.own_sampling.values() == told, (
+        "how the model answers comes along, but for what the converter would stumble over"
+    )
     header = read_gguf_header(Path(made.file))
     assert header.text("tokenizer.chat_template") == tiny_models.CHATML
     assert header.metadata["tokenizer.ggml.eos_token_id"] == 1 and header.metadata["tokenizer.ggml.bos_token_id"] == 0

@@ -11,6 +11,9 @@ from pytestqt.qtbot import QtBot
 
 from app.core.conversation import Message, Role, StoredMessage
 from app.core.errors import ErrorKind, WeftError
+from app.core.library import ModelEntry, ModelFormat
+from app.core.own_sampling import OwnSampling
+from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -471,3 +474,19 @@ def test_the_first_token_is_counted_from_when_the_engine_has_the_request(room: R
     room.loadout.answer("done")
     statistics = room.controller.path[-1].statistics
     assert statistics is not None and 0.04 < statistics.seconds_to_first_token < 1.4
+
+
+def test_an_answer_is_sampled_as_chosen_else_as_the_model_says_else_as_weft_does(room: Room) -> None:
+    own = OwnSampling(temperature=0.0, top_k=7)
+    room.loadout.model = msgspec.structs.replace(room.loadout.model, own_sampling=own)  # type: ignore[type-var]
+    room.controller.send("a")
+    room.loadout.answer("b")
+    assert room.loadout.requests[-1].sampling == Sampling(temperature=0.0, top_k=7)
+    room.controller.set_sampling({"temperature": 0.8})  # Weft's own default, and chosen all the same
+    room.controller.send("c")
+    room.loadout.answer("d")
+    assert room.loadout.requests[-1].sampling == Sampling(temperature=0.8, top_k=7)
+    assert room.controller.sampling == {"temperature": 0.8}, "what the model says is not kept as if it was chosen"
+    room.loadout.model = ModelEntry(id="n", name="Other", path="/n.gguf", format=ModelFormat.GGUF)
+    room.controller.send("e")
+    assert room.loadout.requests[-1].sampling == Sampling(temperature=0.8)

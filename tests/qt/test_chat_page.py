@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from PySide6.QtCore import QObject, Qt
 from PySide6.QtGui import QGuiApplication
@@ -15,6 +16,8 @@ from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
+from app.core.library import ModelEntry, ModelFormat
+from app.core.own_sampling import OwnSampling
 from app.core.paths import resources
 from app.store.chats import ChatStore
 from app.store.database import Database
@@ -469,6 +472,37 @@ def test_sampling_presets_and_reset(desk: Desk) -> None:
     assert desk.loadout.requests[0].messages[0].content == "Be brief."
     panel._reset_all()
     assert desk.page.controller.sampling == {} and desk.page.controller.system == ""
+
+
+def test_the_panel_shows_what_the_model_says_of_itself(desk: Desk) -> None:
+    assert desk.loadout.model is not None
+    own = OwnSampling(temperature=0.0, top_p=0.9, notes=("top_k cannot be 'x' and is left out.",))
+    desk.loadout.model = msgspec.structs.replace(desk.loadout.model, own_sampling=own)
+    desk.page.toggle_panel()
+    panel = desk.page.panel
+    temperature = panel.form.rows["temperature"]
+    assert panel.preset.currentText() == "The model's own" and panel.own_notes.text() == own.notes[0]
+    assert "temperature 0, top-p 0.9" in panel.own.text() and panel.own.isVisible()
+    assert (temperature.value(), temperature.is_changed) == (
+        0.0,
+        False,
+    ) and "The model's own: 0." in temperature.help.text()
+    temperature.control.setValue(0.8)  # type: ignore[attr-defined]
+    assert desk.page.controller.sampling == {"temperature": 0.8} and panel.preset.currentText() == "Changed"
+    desk.loadout.model = ModelEntry(id="n", name="Other", path="/n.gguf", format=ModelFormat.GGUF)
+    desk.loadout.changed.emit()
+    assert panel.own.isHidden() and panel.own_notes.isHidden() and panel.form.rows["top_p"].value() == 0.95
+    assert desk.page.controller.sampling == {"temperature": 0.8}, "it was chosen, and stays when another model comes"
+    desk.loadout.model = msgspec.structs.replace(desk.loadout.model, own_sampling=own)
+    desk.loadout.changed.emit()
+    assert temperature.value() == 0.8 and "model's own" in temperature._reset.toolTip()
+    temperature.reset()
+    assert temperature.value() == 0.0 and desk.page.controller.sampling == {}
+    panel.preset.setCurrentText("Precise")
+    panel.preset.activated.emit(panel.preset.currentIndex())
+    panel.preset.setCurrentText("The model's own")
+    panel.preset.activated.emit(panel.preset.currentIndex())
+    assert desk.page.controller.sampling == {} and temperature.value() == 0.0
 
 
 def test_a_preset_is_named_in_its_place(desk: Desk) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from PySide6.QtCore import Qt
 from pytestqt.qtbot import QtBot
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import AdapterEntry, AdapterFormat
+from app.core.own_sampling import OwnSampling
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import GenerateBatch, Generated, GeneratedBatch
 from app.store.preferences import Preference, PreferenceStore
@@ -79,10 +81,13 @@ def test_all_columns_are_asked_at_once_with_one_seed_and_stream_side_by_side(
 ) -> None:
     assert [view.stack.full for view in page.columns] == ["base", "pirate 0.7"]
     page.seed.setValue(11)
+    assert loadout.model is not None
+    loadout.model = msgspec.structs.replace(loadout.model, own_sampling=OwnSampling(temperature=0.0))
     page.panel.system_changed.emit("Be brief.")
     ask(page)
     request = loadout.requests[-1]
     assert isinstance(request, GenerateBatch) and request.sampling.seed == 11 and request.sampling.max_tokens == 512
+    assert request.sampling.temperature == 0, "as the model's maker says"
     assert [row.adapters for row in request.rows] == [AdapterStack(), stack(("pirate", 0.7))]
     assert {tuple((m.role, m.content) for m in row.messages) for row in request.rows} == {
         (("system", "Be brief."), ("user", "Hello?"))

@@ -171,7 +171,7 @@ def test_an_unfinished_download_in_the_cache_is_no_model(tmp_path: Path) -> None
 
 def ollama_model(root: Path, manifest: str, model: bytes, projector: bytes = b"") -> None:
     layers = []
-    for kind, data in (("model", model), ("projector", projector), ("params", b"{}")):
+    for kind, data in (("model", model), ("projector", projector), ("params", b'{"temperature": 0.25, "stop": ["x"]}')):
         if data:
             digest = hashlib.sha256(data).hexdigest()
             (root / "blobs").mkdir(parents=True, exist_ok=True)
@@ -192,6 +192,7 @@ def test_ollama_manifests_name_blobs(tmp_path: Path) -> None:
     entries = {e.name: e for e in scan([Root(path=str(root), kind=RootKind.OLLAMA)]) if isinstance(e, ModelEntry)}
     assert sorted(entries) == ["hf.co/user/model-GGUF:Q4_K_M", "llama3:8b", "llama3:latest", "user/other:latest"]
     assert all(entry.read_only and entry.quantization == "Q4_K_M" and not entry.problem for entry in entries.values())
+    assert all(entry.own_sampling.values() == {"temperature": 0.25, "stop": "x"} for entry in entries.values())
     assert len({entry.id for entry in entries.values()}) == 4 and entries["llama3:8b"].path.startswith(
         str(root / "blobs")
     )

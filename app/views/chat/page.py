@@ -286,6 +286,11 @@ class ChatPage(Page):
 
     def _serve_panel(self, panel: SidePanel) -> None:
         loader = self._loadout.loader
+        model = self._loadout.model
+        if model is not None:
+            panel.set_own(model.name, model.own_sampling.values(), model.own_sampling.notes)
+        else:
+            panel.set_own("", {}, ())
         panel.set_served(loader.sampling if loader else None, f"{loader.title} does not have it." if loader else "")
 
     @Slot()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from PySide6.QtCore import QEvent, QObject, QPoint, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QKeyEvent
@@ -10,14 +10,15 @@ from PySide6.QtWidgets import QComboBox, QFrame, QLineEdit, QMenu, QPlainTextEdi
 
 from app.core.errors import WeftError
 from app.core.options import OptionValue
-from app.core.sampling import Sampling
+from app.core.sampling import Sampling, worded
 from app.viewmodels.chat_presets import Presets
 from app.views.chat.style import GRID
 from app.views.icons import icon
 from app.views.options_form import OptionsForm
-from app.views.widgets import button, column, icon_button, row, title
+from app.views.widgets import button, column, icon_button, label, row, title
 
 CHANGED = "Changed"
+OWN = "the model's own"
 SAVE_MS = 300
 
 
@@ -45,6 +46,11 @@ class SidePanel(QFrame):
         self._served: Collection[str] | None = None
         self._served_reason = ""
         self._values: dict[str, OptionValue] = {}
+        self._own: dict[str, OptionValue] = {}
+        self.own = label(tone="muted", wrap=True)
+        self.own_notes = label(tone="warning", wrap=True)
+        self.own.hide()
+        self.own_notes.hide()
         self.system = QPlainTextEdit()
         self.system.setAccessibleName("System prompt")
         self.system.setPlaceholderText(
@@ -92,6 +98,8 @@ class SidePanel(QFrame):
         presets_row.setStretch(0, 1)
         presets_row.setStretch(1, 1)
         self._layout.addLayout(presets_row)
+        self._layout.addWidget(self.own)
+        self._layout.addWidget(self.own_notes)
         self._layout.addStretch(1)
         scroll = QScrollArea()
         scroll.setWidgetResizable(True)
@@ -128,6 +136,25 @@ class SidePanel(QFrame):
         if self._form is not None:
             self._form.set_served(served, reason)
 
+    def set_own(self, model: str, values: Mapping[str, OptionValue], notes: Sequence[str]) -> None:
+        """How the model's maker has it answer: what a chat begins with where nobody chose anything.
+
+        Args:
+            notes: what was wrong with that, in sentences.
+        """
+        told = f"{model} brings its own: {worded(values)}. They hold until you change them." if values else ""
+        if dict(values) == self._own and told == self.own.text() and "\n".join(notes) == self.own_notes.text():
+            return
+        self._own = dict(values)
+        self.own.setText(told)
+        self.own.setVisible(bool(told))
+        self.own_notes.setText("\n".join(notes))
+        self.own_notes.setVisible(bool(notes))
+        if self._form is not None:
+            self._form.set_defaults(self._own, OWN)
+            self._form.set_values(self._values)
+        self._fill_presets()
+
     def flush(self) -> None:
         """Report a system prompt that waits."""
         if self._timer.isActive():
@@ -144,6 +171,7 @@ class SidePanel(QFrame):
                 reason=self._served_reason or "This loader does not have it.",
                 parent=self._body,
             )
+            self._form.set_defaults(self._own, OWN)
             self._form.set_values(self._values)
             self._form.changed.connect(self._form_changed)
             self._layout.insertWidget(self._layout.count() - 1, self._form)
@@ -189,23 +217,23 @@ class SidePanel(QFrame):
 
     def _fill_presets(self) -> None:
         self.preset.clear()
-        for name in self._presets.all():
-            self.preset.addItem(name)
+        for name, values in self._presets.all().items():
+            self.preset.addItem("The model's own" if self._own and not values else name, name)
         found = self._presets.matching(self._values)
         if not found:
-            self.preset.addItem(CHANGED)
-        self.preset.setCurrentText(found or CHANGED)
+            self.preset.addItem(CHANGED, "")
+        self.preset.setCurrentIndex(self.preset.findData(found))
 
     @Slot(int)
     def _preset_chosen(self, _index: int) -> None:
-        values = self._presets.all().get(self.preset.currentText())
+        values = self._presets.all().get(self.preset.currentData())
         if values is not None:
             self.set_values(self.system.toPlainText(), values)
             self.sampling_changed.emit(dict(values))
 
     @Slot()
     def _preset_menu(self) -> None:
-        name = self.preset.currentText()
+        name = self.preset.currentData()
         own = self._presets.is_own(name)
         menu = QMenu(self)
         menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
@@ -226,7 +254,7 @@ class SidePanel(QFrame):
 
     @Slot()
     def _ask_rename(self) -> None:
-        old = self.preset.currentText()
+        old = self.preset.currentData()
         self._ask(old, lambda new: self.rename_preset(old, new))
 
     def _ask(self, text: str, take: Callable[[str], None]) -> None:

@@ -9,7 +9,6 @@ from PySide6.QtWidgets import QCheckBox, QFrame, QHBoxLayout, QScrollArea, QSpin
 
 from app.core.errors import WeftError
 from app.core.options import OptionValue
-from app.core.sampling import Sampling
 from app.core.stack import AdapterStack
 from app.viewmodels.chat_presets import Presets
 from app.viewmodels.compare import MOST, Compare
@@ -124,7 +123,7 @@ class ComparePage(Page):
             made = SidePanel(self._presets, heading="All columns")
             made.setMinimumWidth(280)
             made.setMaximumWidth(480)
-            made.defaults = ("", {"max_tokens": self._model.sampling.max_tokens})
+            made.defaults = ("", dict(self._model.sampling))
             made.set_values(self._model.system, made.defaults[1])
             made.system_changed.connect(self._set_system)
             made.sampling_changed.connect(self._set_sampling)
@@ -254,7 +253,7 @@ class ComparePage(Page):
 
     @Slot(dict)
     def _set_sampling(self, values: dict[str, OptionValue]) -> None:
-        self._model.sampling = Sampling(**values)  # type: ignore[arg-type]
+        self._model.sampling = dict(values)
 
     @Slot(str, object)
     def _noticed(self, text: str, undo: object) -> None:

@@ -46,7 +46,10 @@ class NewChatsSection(QWidget):
         lines.addLayout(row(caption, self.preset, 1, spacing=16))
         lines.addWidget(above)
         lines.addWidget(self.system)
-        help = "Presets of your own are made in a chat's panel. Chats that have begun keep theirs."
+        help = (
+            f"“{_STANDARD}” leaves what a model's maker recommends as it is. "
+            "Presets of your own are made in a chat's panel. Chats that have begun keep theirs."
+        )
         lines.addWidget(label(help, tone="muted", wrap=True))
         self._fill()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -20,4 +22,8 @@ def make_gguf(converter: Path, model: Path, target: Path) -> None:
         "--model-name",
         "Weft starter",
     ]
-    subprocess.run(command, check=True)
+    # The converter knows nothing of `do_sample` in generation_config.json: the likeliest token is temperature 0.
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = Path(folder) / "metadata.json"
+        metadata.write_text(json.dumps({"general.sampling.temp": 0.0}))
+        subprocess.run([*command, "--metadata", str(metadata)], check=True)
