@@ -43,6 +43,21 @@ def nvcc() -> str:
     return next((place for place in places if place and Path(place).is_file()), "")
 
 
+def has_nvidia() -> bool:
+    """Whether there is an NVIDIA driver, without loading anything of it."""
+    return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
+
+
+def why_without_gpu() -> str:
+    """Why a build of llama.cpp cannot use the NVIDIA card that is there, and what to do, as a sentence."""
+    how = (
+        "it was built when the CUDA toolkit was not there. Repair it to build it with GPU support."
+        if nvcc()
+        else "that needs NVIDIA's CUDA toolkit (nvcc), which is not there. Install that, then Repair."
+    )
+    return f"{how} Until then GGUF models run on the processor."
+
+
 def command_to_get_one() -> str:
     """The command that installs a compiler on this system; "" when we do not know one."""
     if sys.platform == "win32":

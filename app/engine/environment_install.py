@@ -16,8 +16,10 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
 from app.engine import compiler
+from app.engine.compiler import has_nvidia
+from app.engine.environment_folders import EnvironmentFolders, Stamp, discard, folder_bytes
 from app.engine.environment_source import fetch_source
-from app.engine.environments import Environments, Layer, Stamp, discard, folder_bytes, has_nvidia
+from app.engine.environment_spec import EnvironmentSpec, Layer
 from app.engine.package_sources import Sources, cached_wheels, local_wheels, package_sources
 from app.engine.uv_process import LogFile, UvRun, find_uv
 
@@ -25,31 +27,37 @@ _FREE_RESERVE = 500_000_000  # bytes of disk that an installation leaves alone
 
 
 class Installation:
-    """Brings an environment to READY. The caller holds its lock."""
+    """Brings an environment to READY. The caller holds its lock, and has put back what a killed repair left aside.
+
+    Args:
+        expected: about how many bytes it will take on disk.
+        report, log, cancelled: see Environments.install.
+    """
 
     def __init__(
         self,
-        environments: Environments,
+        folders: EnvironmentFolders,
         name: str,
+        spec: EnvironmentSpec,
+        expected: int,
         report: Callable[[Progress], None],
         log: LogFile,
         cancelled: Callable[[], bool],
     ) -> None:
-        self._environments = environments
+        self._folders = folders
         self._name = name
-        self._spec = environments.spec(name)
-        self._folder = environments.folder(name)
+        self._spec = spec
+        self._expected = expected
+        self._folder = folders.folder(name)
         self._report = report
         self._log = log
         self._cancelled = cancelled
 
     def run(self, *, repair: bool) -> None:
         """See Environments.install."""
-        marker = self._environments.marker(self._name)
-        self._environments.sweep(self._name)
-        self._environments.put_back(self._name)
+        marker = self._folders.marker(self._name)
         marker.touch()
-        aside = self._environments.aside(self._name)
+        aside = self._folders.aside(self._name)
         if repair and self._folder.exists():
             discard(aside, self._spec.title)
             self._folder.rename(aside)
@@ -69,13 +77,12 @@ class Installation:
         self._report(Progress(phase="Looking where packages come from"))
         self._uv = find_uv()
         self._sources = package_sources()
-        free = shutil.disk_usage(self._environments.root).free
+        free = shutil.disk_usage(self._folders.root).free
         have = folder_bytes(self._folder)
-        expected = self._environments.expected_bytes(self._name)
-        if expected - have + _FREE_RESERVE > free:
+        if self._expected - have + _FREE_RESERVE > free:
             raise WeftError(
                 ErrorKind.DISK_FULL,
-                f"{self._spec.title} takes about {expected / 1e9:.1f} GB, and {self._environments.root} has "
+                f"{self._spec.title} takes about {self._expected / 1e9:.1f} GB, and {self._folders.root} has "
                 f"{free / 1e9:.1f} GB left.",
                 "Make room, or set WEFT_ENVIRONMENTS to a folder on another disk.",
             )
@@ -86,8 +93,8 @@ class Installation:
             cancelled=self._cancelled,
             log=self._log,
             measure=lambda: max(cache.growth(), folder_bytes(self._folder)),
-            expected=expected,
-            folder=self._environments.root,
+            expected=self._expected,
+            folder=self._folders.root,
         )
         if not self._python_runs():
             discard(self._folder, self._spec.title)
@@ -95,7 +102,7 @@ class Installation:
             self._run.run(command, "Making the environment")
 
     def _python_runs(self) -> bool:
-        interpreter = self._environments.interpreter(self._name)
+        interpreter = self._folders.interpreter(self._name)
         if not interpreter.exists():
             return False
         try:
@@ -113,14 +120,14 @@ class Installation:
     # Layers -------------------------------------------------------------------------------------
 
     def _install_layers(self) -> None:
-        stamp = self._environments.read_stamp(self._name)
+        stamp = self._folders.read_stamp(self._name)
         todo = [layer for layer in self._spec.layers if stamp.layers.get(layer.name) != layer.fingerprint]
         for layer in todo:  # taken back before anything changes: a layer may move packages of another
             stamp.layers.pop(layer.name, None)
         stamp.failed.clear()
         if todo:
             stamp.probed = False
-        self._environments.write_stamp(self._name, stamp)
+        self._folders.write_stamp(self._name, stamp)
         for layer in (layer for layer in todo if not layer.optional):
             self._layer(layer, stamp)
         checks = [layer.gpu for layer in self._spec.layers if layer.gpu]
@@ -128,7 +135,7 @@ class Installation:
             self._probe(self._spec.probe, "Trying it out")
             stamp.gpu = all(self._can_use_gpu(code) for code in checks) if checks else None
             stamp.probed = True
-            self._environments.write_stamp(self._name, stamp)
+            self._folders.write_stamp(self._name, stamp)
         for layer in (layer for layer in todo if layer.optional):
             try:
                 self._layer(layer, stamp)
@@ -136,7 +143,7 @@ class Installation:
                 if error.kind is ErrorKind.CANCELLED:
                     raise
                 stamp.failed[layer.name] = error.message
-                self._environments.write_stamp(self._name, stamp)
+                self._folders.write_stamp(self._name, stamp)
 
     def _layer(self, layer: Layer, stamp: Stamp) -> None:
         if layer.gpu and not os.environ.get("CMAKE_ARGS") and has_nvidia() and compiler.nvcc() and compiler.has_compiler():
@@ -152,7 +159,7 @@ class Installation:
         else:
             self._install_layer(layer)
         stamp.layers[layer.name] = layer.fingerprint
-        self._environments.write_stamp(self._name, stamp)
+        self._folders.write_stamp(self._name, stamp)
 
     def _install_layer(self, layer: Layer, *, cuda: str = "", again: bool = False) -> None:
         """Install one layer.
@@ -164,7 +171,7 @@ class Installation:
         options, variables = self._options(layer, cuda)
         if again:
             options += ["--reinstall-package", layer.compiles]
-        command = [self._uv, "pip", "install", "--python", self._environments.interpreter(self._name)]
+        command = [self._uv, "pip", "install", "--python", self._folders.interpreter(self._name)]
         command += ["--constraint", resources() / "environments" / "constraints.txt", *options, *layer.requirements]
         try:
             self._run.run(command, f"Installing {layer.title}", variables=variables)
@@ -177,7 +184,7 @@ class Installation:
                 ) from error
             raise
         if layer.source:
-            interpreter = self._environments.interpreter(self._name)
+            interpreter = self._folders.interpreter(self._name)
             self._report(Progress(phase=f"Fetching {layer.title}"))
             fetch_source(layer.source, self._folder / layer.folder, layer.keep, interpreter, self._fetch)
         if layer.probe:
@@ -226,7 +233,7 @@ class Installation:
 
     def _execute(self, code: str, phase: str) -> list[str]:
         variables = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-        return self._run.run([self._environments.interpreter(self._name), "-c", code], phase, variables=variables)
+        return self._run.run([self._folders.interpreter(self._name), "-c", code], phase, variables=variables)
 
     def _probe(self, code: str, phase: str) -> None:
         """Run code in the environment. Raises WeftError ENVIRONMENT with Python's last word when it does not run."""

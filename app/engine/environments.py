@@ -1,33 +1,35 @@
 """One Python environment per loader family, made and repaired with uv.
 
-Under the root lie, for an environment `core`: `core/` (a virtual environment, with a stamp that says which layers
-are complete), `core.incomplete` (exists while an installation has begun and not ended), `core.lock` (held while one
-runs), `core.log`, and `core.before-repair` while a repair runs: what was there, for the case that it fails. A layer is stamped when it is in, so that an interrupted installation goes on where it stopped,
-and the failure of a later, optional layer leaves the earlier ones usable. What is to be installed stands in
-`resources/environments/<name>.toml`.
+A layer is stamped when it is in, so that an interrupted installation goes on where it stopped, and the failure of a later,
+optional layer leaves the earlier ones usable. What is to be installed stands in `resources/environments/<name>.toml`; where
+it lies, in `environment_folders.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-import shutil
 import sys
-import threading
 import time
-import tomllib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Progress
 from app.core.paths import resources
+from app.engine import compiler
+from app.engine.compiler import has_nvidia
+from app.engine.environment_folders import (
+    EnvironmentFolders,
+    discard,
+    discard_later,
+    folder_bytes,
+    translated_os_errors,
+)
+from app.engine.environment_spec import EnvironmentSpec, read_specs
 from app.terminal import ProgressLine
 
 if TYPE_CHECKING:
@@ -47,79 +49,7 @@ class EnvironmentState(StrEnum):
 USABLE = (EnvironmentState.READY, EnvironmentState.OUTDATED)
 
 
-class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Requirements that are installed together.
-
-    Attributes:
-        optional: its failure leaves the environment usable.
-        compiles: the package in it that may have to be compiled here; "" for none.
-        gpu: Python code that prints `gpu True` on stderr when what was installed can use a graphics card; "" where
-            that does not depend on how it was built.
-        probe: Python code that runs only when the layer works; "" for none.
-        source: `name==version` of a package of whose source parts are unpacked into the environment; "" for none.
-        folder: where in the environment. keep: the parts, as paths in the package.
-    """
-
-    name: str
-    title: str
-    requirements: tuple[str, ...]
-    source: str = ""
-    folder: str = ""
-    keep: tuple[str, ...] = ()
-    optional: bool = False
-    compiles: str = ""
-    gpu: str = ""
-    probe: str = ""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a pin does."""
-        source = [self.source, *self.keep] if self.source else []
-        return hashlib.sha256("\0".join([*self.requirements, *source]).encode()).hexdigest()[:16]
-
-
-class EnvironmentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an environment is to hold.
-
-    Attributes:
-        bytes, minutes: about how large it is on disk, and how long it takes on two cores where all must be fetched.
-        bytes_cuda: the same with NVIDIA's libraries, 0 when these change nothing.
-        python: oldest and newest Python for it, as `3.11`.
-        extends: environments whose layers come first.
-        probe: Python code that runs only when the environment works.
-        on_demand: installed when something asks for it, not by the first start.
-    """
-
-    name: str = ""
-    title: str
-    summary: str
-    bytes: int
-    minutes: int
-    python: tuple[str, str]
-    probe: str
-    layers: tuple[Layer, ...]
-    extends: tuple[str, ...] = ()
-    bytes_cuda: int = 0
-    on_demand: bool = False
-
-
-class Stamp(msgspec.Struct, kw_only=True):
-    """What is complete in an environment.
-
-    Attributes:
-        layers: layer to fingerprint.
-        failed: optional layers that failed, and `gpu` for GPU support, to the reason.
-        probed: it was tried out and works.
-        gpu: what was compiled can use a graphics card; None while nobody asked it.
-    """
-
-    layers: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    probed: bool = False
-    gpu: bool | None = None
-
-
-class Environments:
+class Environments(EnvironmentFolders):
     """The engine environments under one root.
 
     Args:
@@ -128,14 +58,14 @@ class Environments:
     """
 
     def __init__(self, root: Path, definitions: Sequence[Path] | None = None) -> None:
-        self.root = root
+        super().__init__(root)
         self.definitions = tuple(definitions) if definitions is not None else (resources() / "environments",)
         self._specs: dict[str, EnvironmentSpec] | None = None
 
     def specs(self) -> dict[str, EnvironmentSpec]:
         """Every environment by name. The files are read once."""
         if self._specs is None:
-            self._specs = _read_specs(self.definitions)
+            self._specs = read_specs(self.definitions)
         return self._specs
 
     def spec(self, name: str) -> EnvironmentSpec:
@@ -156,7 +86,7 @@ class Environments:
         if override is not None:
             return EnvironmentState.READY if override.exists() else EnvironmentState.BROKEN
         if self.aside(name).exists():
-            with contextlib.suppress(WeftError, OSError), _locked(self.root / f"{name}.lock", name):
+            with contextlib.suppress(WeftError, OSError), self.locked(name, name):
                 self.put_back(name)
         return self._found(name)
 
@@ -184,9 +114,9 @@ class Environments:
         if not aside.exists():
             return
         if self._found(name) in USABLE:
-            _discard_later(aside)
+            discard_later(aside)
         else:
-            _discard_later(self.folder(name))
+            discard_later(self.folder(name))
             aside.rename(self.folder(name))
         self.marker(name).unlink(missing_ok=True)
 
@@ -195,7 +125,7 @@ class Environments:
         titles = {"gpu": "GPU support"} | {layer.name: layer.title for layer in self.spec(name).layers}
         found = {titles.get(layer, layer): reason for layer, reason in self.read_stamp(name).failed.items()}
         if titles["gpu"] not in found and has_nvidia() and self.gpu(name) is False:
-            found[titles["gpu"]] = without_gpu()
+            found[titles["gpu"]] = compiler.why_without_gpu()
         return found
 
     def gpu(self, name: str) -> bool | None:
@@ -209,8 +139,6 @@ class Environments:
             return any(override.parent.parent.glob("[Ll]ib*/**/site-packages/llama_cpp/lib/*ggml-cuda*"))
         if self.state(name) in USABLE:
             return self.read_stamp(name).gpu
-        from app.engine import compiler
-
         return has_nvidia() and bool(compiler.nvcc()) and compiler.has_compiler()
 
     def python(self, name: str) -> Path:
@@ -225,7 +153,9 @@ class Environments:
         if override := _override(name):
             variable = variable_of(name)
             raise WeftError(
-                ErrorKind.ENVIRONMENT, f"{variable} names {override}, which does not exist.", f"Correct or unset {variable}."
+                ErrorKind.ENVIRONMENT,
+                f"{variable} names {override}, which does not exist.",
+                f"Correct or unset {variable}.",
             )
         what = {
             EnvironmentState.MISSING: "is not installed yet",
@@ -261,11 +191,14 @@ class Environments:
         """
         from app.engine.environment_install import Installation  # here: it needs what only an installation needs
 
-        self.spec(name)
-        with _translated_os_errors(self.root):
+        spec = self.spec(name)
+        with translated_os_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            with _locked(self.root / f"{name}.lock", self.spec(name).title):
-                Installation(self, name, report, log, cancelled).run(repair=repair)
+            with self.locked(name, spec.title):
+                self.sweep(name)
+                self.put_back(name)
+                expected = self.expected_bytes(name)
+                Installation(self, name, spec, expected, report, log, cancelled).run(repair=repair)
 
     def install_for_command_line(self, name: str, *, repair: bool = False) -> None:
         """The same, with its progress on stderr and its log in `log_path(name)`. Waits while another process does it."""
@@ -307,7 +240,7 @@ class Environments:
         spec = self.spec(name)
         if not self.root.is_dir():
             return
-        with _locked(self.root / f"{name}.lock", spec.title):
+        with self.locked(name, spec.title):
             self.sweep(name)
             discard(self.aside(name), spec.title)
             discard(self.folder(name), spec.title)
@@ -322,161 +255,12 @@ class Environments:
         """Bytes that it takes on disk. Walks tens of thousands of files: not for the window's thread."""
         return folder_bytes(self.folder(name))
 
-    # Where things lie ---------------------------------------------------------------------------
-
-    def folder(self, name: str) -> Path:
-        return self.root / name
-
-    def marker(self, name: str) -> Path:
-        """Exists from the beginning of an installation to its good end."""
-        return self.root / f"{name}.incomplete"
-
-    def aside(self, name: str) -> Path:
-        """Where what was there lies while a repair runs."""
-        return self.root / f"{name}.before-repair"
-
-    def sweep(self, name: str) -> None:
-        """Delete what was about to be deleted when somebody was killed. Under its lock."""
-        for left in self.root.glob(f"{name}.*removing-*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-    def log_path(self, name: str) -> Path:
-        return self.root / f"{name}.log"
-
-    def interpreter(self, name: str) -> Path:
-        """Where the environment's Python lies, whether or not it is there."""
-        folder = self.folder(name)
-        return folder / "Scripts" / "python.exe" if os.name == "nt" else folder / "bin" / "python"
-
-    def read_stamp(self, name: str) -> Stamp:
-        """What is complete; an empty stamp when there is none or it cannot be read."""
-        try:
-            return msgspec.json.decode((self.folder(name) / "weft-stamp.json").read_bytes(), type=Stamp)
-        except (OSError, msgspec.DecodeError):
-            return Stamp()
-
-    def write_stamp(self, name: str, stamp: Stamp) -> None:
-        """Write the stamp in one step."""
-        target = self.folder(name) / "weft-stamp.json"
-        beside = target.with_suffix(".part")
-        beside.write_bytes(msgspec.json.encode(stamp))
-        beside.replace(target)
-
 
 def variable_of(name: str) -> str:
     """The variable that overrides an environment's interpreter: `WEFT_PYTHON_CORE`."""
     return "WEFT_PYTHON_" + re.sub(r"\W", "_", name).upper()
 
 
-def has_nvidia() -> bool:
-    """Whether there is an NVIDIA driver, without loading anything of it."""
-    return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
-
-
-def without_gpu() -> str:
-    """Why a build of llama.cpp cannot use the NVIDIA card that is there, and what to do, as a sentence."""
-    from app.engine import compiler
-
-    how = (
-        "it was built when the CUDA toolkit was not there. Repair it to build it with GPU support."
-        if compiler.nvcc()
-        else "that needs NVIDIA's CUDA toolkit (nvcc), which is not there. Install that, then Repair."
-    )
-    return f"{how} Until then GGUF models run on the processor."
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; what vanishes meanwhile is not counted."""
-    total = 0
-    stack = [folder]
-    while stack:
-        with contextlib.suppress(OSError), os.scandir(stack.pop()) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        stack.append(Path(entry.path))
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-    return total
-
-
-def discard(folder: Path, title: str) -> None:
-    """Delete a folder so that it never looks whole while half of it is gone. Raises WeftError BUSY."""
-    if not folder.exists():
-        return
-    away = _away(folder)
-    try:
-        folder.rename(away)
-        shutil.rmtree(away)
-    except OSError as error:
-        raise WeftError(
-            ErrorKind.BUSY, f"The environment {title!r} cannot be removed: {error}", "Unload the model that runs in it and try again."
-        ) from error
-
-
-def _discard_later(folder: Path) -> None:
-    """The same without waiting for the deletion; if this process ends meanwhile, `sweep` does it."""
-    if folder.exists():
-        away = folder.rename(_away(folder))
-        threading.Thread(target=shutil.rmtree, args=(away, True), name="discard", daemon=True).start()
-
-
-def _away(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.removing-{os.getpid()}-{time.monotonic_ns()}")
-
-
 def _override(name: str) -> Path | None:
     path = os.environ.get(variable_of(name))
     return Path(path) if path else None
-
-
-def _read_specs(folders: Sequence[Path]) -> dict[str, EnvironmentSpec]:
-    read = {
-        path.stem: msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), EnvironmentSpec)
-        for folder in folders
-        for path in sorted(folder.glob("*.toml"))
-    }
-    specs: dict[str, EnvironmentSpec] = {}
-
-    def whole(name: str) -> EnvironmentSpec:
-        if name not in specs:
-            spec = read[name]
-            bases = [whole(base) for base in spec.extends]
-            layers = {layer.name: layer for base in bases for layer in base.layers} | {layer.name: layer for layer in spec.layers}
-            probe = "\n".join([*(base.probe for base in bases), spec.probe])
-            specs[name] = msgspec.structs.replace(spec, name=name, layers=tuple(layers.values()), probe=probe)
-        return specs[name]
-
-    return {name: whole(name) for name in read}
-
-
-@contextlib.contextmanager
-def _locked(path: Path, title: str) -> Generator[None]:
-    """Hold a lock that the operating system drops with this process. Raises WeftError BUSY when another holds it."""
-    with path.open("a+b") as lock:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WeftError(
-                ErrorKind.BUSY, f"The environment {title!r} is being installed or removed by another Weft.", "Wait until that is done."
-            ) from error
-        yield
-
-
-@contextlib.contextmanager
-def _translated_os_errors(place: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            kind, hint = ErrorKind.DISK_FULL, "Make room and install again; what was downloaded is kept."
-        else:
-            kind, hint = ErrorKind.PERMISSION, "Check that the folder can be written, or set WEFT_ENVIRONMENTS to another."
-        raise WeftError(kind, f"{error.filename or place}: {error.strerror or error}", hint) from error

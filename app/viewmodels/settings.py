@@ -5,7 +5,8 @@ from __future__ import annotations
 from PySide6.QtCore import QObject, Signal, Slot
 
 from app.core.errors import WeftError
-from app.engine.environments import Environments, EnvironmentSpec, EnvironmentState
+from app.engine.environment_spec import EnvironmentSpec
+from app.engine.environments import Environments, EnvironmentState
 from app.store.settings import Settings, SettingsStore
 from app.viewmodels.background import Background
 from app.viewmodels.jobs import JobCenter

@@ -20,7 +20,8 @@ from app.core.memory import Machine
 from app.core.paths import default_paths, resources
 from app.core.recognise import recognise_model
 from app.core.stack import AdapterStack
-from app.engine.environments import Environments, Stamp, variable_of
+from app.engine.environment_folders import Stamp
+from app.engine.environments import Environments, variable_of
 from app.store.database import Database
 from app.store.library import starter
 from app.store.model_settings import ModelSettings

@@ -6,7 +6,8 @@ from PySide6.QtCore import Signal, Slot
 from PySide6.QtWidgets import QFrame, QWidget
 
 from app import backends
-from app.engine.environments import USABLE, EnvironmentSpec, EnvironmentState
+from app.engine.environment_spec import EnvironmentSpec
+from app.engine.environments import USABLE, EnvironmentState
 from app.viewmodels.settings import EngineList
 from app.viewmodels.units import readable_bytes
 from app.views.theme import title_font
