@@ -37,10 +37,10 @@ from app.cli_engine import (
     add_sampling_arguments,
     conversation,
     loaded_engine,
-    progress_of,
     sampling_for,
     sampling_given,
 )
+from app.cli_events import Asked
 from app.cli_library import find_model, find_stack
 from app.cli_parser import CommandParser
 from app.core.conversation import Message
@@ -275,16 +275,9 @@ def _answer(
     started = time.perf_counter()
     first = 0.0
     text: list[str] = []
-    result: protocol.Generated | None = None
     line = ProgressLine()
-    command = engine.send(protocol.Generate(messages=tuple(messages), sampling=sampling))
-    while result is None:
-        try:
-            event = engine.next_event(None)
-        except KeyboardInterrupt:
-            engine.cancel(command)
-            continue
-        engine.raise_if_ended(command, event)
+    asked = Asked(engine, protocol.Generate(messages=tuple(messages), sampling=sampling))
+    for event in asked:
         if isinstance(event, protocol.Tokens) and event.text:
             line.clear()
             first = first or time.perf_counter() - started
@@ -292,11 +285,9 @@ def _answer(
             if not quiet:
                 print(event.text, end="", flush=True)
         elif isinstance(event, protocol.ProgressEvent):
-            line.show(progress_of(event))
-        elif isinstance(event, protocol.Done) and event.id == command:
-            assert isinstance(event.result, protocol.Generated)
-            result = event.result
+            line.show(event.progress)
     line.clear()
+    result = asked.result(protocol.Generated)
     if not quiet:
         print(flush=True)
     if result.dropped_messages:

@@ -15,10 +15,10 @@ from app.cli_engine import (
     add_sampling_arguments,
     conversation,
     loaded_engine,
-    progress_of,
     sampling_for,
     sampling_given,
 )
+from app.cli_events import Asked
 from app.cli_library import find_model, find_stack
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths
@@ -111,28 +111,21 @@ def _answer(
     """Run the batch; Ctrl+C stops it and keeps what came. Returns the rows' texts, and the result."""
     texts: list[list[str]] = [[] for _ in command.rows]
     line = ProgressLine()
-    number = engine.send(command)
-    while True:
-        try:
-            event = engine.next_event(None)
-        except KeyboardInterrupt:
-            engine.cancel(number)
-            continue
-        engine.raise_if_ended(number, event)
-        if isinstance(event, protocol.Tokens) and event.id == number:
+    asked = Asked(engine, command)
+    for event in asked:
+        if isinstance(event, protocol.Tokens) and event.id == asked.id:
             line.clear()
             texts[event.row].append(event.text)
             printer.say(texts)
         elif isinstance(event, protocol.ProgressEvent):
-            line.show(progress_of(event))
+            line.show(event.progress)
         elif isinstance(event, protocol.Log) and event.level in ("warning", "error"):
             line.clear()
             print(f"note: {event.text}", file=sys.stderr)
-        elif isinstance(event, protocol.Done) and event.id == number:
-            assert isinstance(event.result, protocol.GeneratedBatch)
-            line.clear()
-            printer.finish(texts, event.result)
-            return ["".join(pieces) for pieces in texts], event.result
+    line.clear()
+    result = asked.result(protocol.GeneratedBatch)
+    printer.finish(texts, result)
+    return ["".join(pieces) for pieces in texts], result
 
 
 class _Printer:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.jobs import Progress
+from app.cli_events import Asked
 from app.core.library import ModelEntry, ModelFormat
 from app.core.paths import Paths, default_paths
 from app.core.roots import RootKind, found_roots
@@ -156,28 +156,20 @@ def _call(engine: EngineClient, task: str, parameters: dict[str, Any], result: C
     """Run a task to its end with a progress line; Ctrl+C stops it cleanly."""
     line = ProgressLine()
     text = msgspec.json.encode(parameters).decode()
-    command = engine.send(protocol.RunTask(task=task, parameters=text))
+    asked = Asked(engine, protocol.RunTask(task=task, parameters=text))
     last, speed = DownloadNews(), Speed()
     try:
-        while True:
-            try:
-                event = engine.next_event(None)
-            except KeyboardInterrupt:
-                engine.cancel(command)
-                continue
-            engine.raise_if_ended(command, event)
+        for event in asked:
             if isinstance(event, protocol.News):
                 last = msgspec.json.decode(event.json, type=DownloadNews)
                 speed.add(last.fetched)
             elif isinstance(event, protocol.ProgressEvent):
                 phase = f"{event.phase} {last.file}" if last.file and not last.waiting else event.phase
-                shown = Progress(phase=phase, done=event.done, total=event.total, unit=event.unit)
+                shown = msgspec.structs.replace(event.progress, phase=phase)
                 line.show(shown, "" if last.waiting else _pace(speed, last.total - last.done))
-            elif isinstance(event, protocol.Done) and event.id == command:
-                assert isinstance(event.result, protocol.TaskResult)
-                return msgspec.json.decode(event.result.json, type=result)  # type: ignore[arg-type]
     finally:
         line.clear()
+    return msgspec.json.decode(asked.result(protocol.TaskResult).json, type=result)  # type: ignore[arg-type]
 
 
 def _pace(speed: Speed, remaining: int) -> str:

@@ -186,7 +186,7 @@ def _load(engine: EngineClient, planner: LoadPlanner, plan: LoadPlan, command: p
     try:
         for event in engine.call(command):
             if isinstance(event, protocol.ProgressEvent):
-                line.show(progress_of(event))
+                line.show(event.progress)
             elif isinstance(event, protocol.Loaded):
                 line.clear()
                 for note in event.notes:
@@ -205,8 +205,3 @@ def _remember(planner: LoadPlanner, plan: LoadPlan, loaded: protocol.Loaded) -> 
         planner.remember(plan, loaded)
     except WeftError as error:
         print(f"note: {error.message}", file=sys.stderr)  # the model runs; it will be measured again
-
-
-def progress_of(event: protocol.ProgressEvent) -> Progress:
-    """An engine's progress as the progress line shows it."""
-    return Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit)

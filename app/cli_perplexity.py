@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from app.backends.base import Capability
-from app.cli_engine import add_adapter_arguments, add_load_arguments, loaded_engine, progress_of
+from app.cli_engine import add_adapter_arguments, add_load_arguments, loaded_engine
+from app.cli_events import Asked
 from app.cli_library import find_model, find_stack
 from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
@@ -101,19 +102,11 @@ def _bytes_of(path: Path) -> bytes:
 
 def _score(engine: EngineClient, command: protocol.Score) -> protocol.Scored:
     line = ProgressLine()
-    number = engine.send(command)
+    asked = Asked(engine, command)
     try:
-        while True:
-            try:
-                event = engine.next_event(None)
-            except KeyboardInterrupt:
-                engine.cancel(number)
-                continue
-            engine.raise_if_ended(number, event)
+        for event in asked:
             if isinstance(event, protocol.ProgressEvent):
-                line.show(progress_of(event))
-            elif isinstance(event, protocol.Done) and event.id == number:
-                assert isinstance(event.result, protocol.Scored)
-                return event.result
+                line.show(event.progress)
     finally:
         line.clear()
+    return asked.result(protocol.Scored)

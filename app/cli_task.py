@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from app.cli_events import Asked
 from app.core.errors import ErrorKind, WeftError
-from app.core.jobs import Progress
 from app.core.paths import Paths, default_paths
 from app.engine import launch, protocol
 from app.engine.client import EngineClient
@@ -96,33 +96,25 @@ def _followed(
     line = ProgressLine()
     client.start()
     try:
-        command = client.send(protocol.RunTask(task=task, parameters=msgspec.json.encode(parameters).decode()))
-        while True:
-            try:
-                event = client.next_event(None)
-            except KeyboardInterrupt:
-                client.cancel(command)
-                continue
-            client.raise_if_ended(command, event)
+        asked = Asked(client, protocol.RunTask(task=task, parameters=msgspec.json.encode(parameters).decode()))
+        for event in asked:
             text: str | None = None
             match event:
                 case protocol.ProgressEvent() if not quiet:
-                    line.show(Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit))
+                    line.show(event.progress)
                 case protocol.Metric() if on_metric is not None:
                     text = on_metric(event.step, event.values)
                 case protocol.News() if on_news is not None:
                     text = on_news(event.json)
                 case protocol.Log() if event.level in ("warning", "error"):
                     text = f"{event.level}: {event.text}"
-                case protocol.Done() if event.id == command:
-                    assert isinstance(event.result, protocol.TaskResult)
-                    found = json.loads(event.result.json)
-                    return found if isinstance(found, dict) else {"result": found}
                 case _:
                     pass
             if text:
                 line.clear()
                 print(text, file=sys.stderr)
+        found = json.loads(asked.result(protocol.TaskResult).json)
+        return found if isinstance(found, dict) else {"result": found}
     finally:
         line.clear()
         client.shutdown()

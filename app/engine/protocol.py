@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from app.core.conversation import Message
+from app.core.jobs import Progress
 from app.core.library import ModelEntry
 from app.core.options import OptionValue
 from app.core.sampling import Sampling
@@ -200,6 +201,11 @@ class ProgressEvent(_Message, frozen=True, kw_only=True, tag="progress"):
     done: float = 0.0
     total: float = 0.0
     unit: str = ""
+
+    @property
+    def progress(self) -> Progress:
+        """The same for those to whom the command says nothing."""
+        return Progress(phase=self.phase, done=self.done, total=self.total, unit=self.unit)
 
 
 class Metric(_Message, frozen=True, kw_only=True, tag="metric"):

@@ -147,9 +147,7 @@ class EngineWorker(QThread):
                 texts.append(event.text)
                 self._held.tokens[key] = (texts, count + event.count)
             case protocol.ProgressEvent():
-                self._held.progress[event.id] = Progress(
-                    phase=event.phase, done=event.done, total=event.total, unit=event.unit
-                )
+                self._held.progress[event.id] = event.progress
             case protocol.Log():
                 if len(self._held.log) < _LOG_LINES:
                     self._held.log.append((event.level, event.text))

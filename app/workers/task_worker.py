@@ -181,7 +181,7 @@ class TaskWorker(QThread):
             heard = self._heard
             match event:
                 case protocol.ProgressEvent():
-                    heard.progress = Progress(phase=event.phase, done=event.done, total=event.total, unit=event.unit)
+                    heard.progress = event.progress
                 case protocol.Metric():
                     heard.metrics = [*heard.metrics[-_METRICS:], (event.step, event.values)]
                 case protocol.News():
