@@ -19,6 +19,7 @@ from app.core.jobs import Progress
 from app.core.library import ModelEntry
 from app.core.paths import default_paths, resources
 from app.engine.environments import USABLE, Environments
+from app.engine.machine import probe
 from app.engine.surroundings import child_environment
 from app.store.toml_text import dump
 from app.terminal import ProgressLine
@@ -68,6 +69,9 @@ def run(parsed: argparse.Namespace) -> int:
         return _export(parameters, parsed)
     if parsed.launch is None:  # else the first process looks: this may be a further machine
         check_place(Path(config.output.dir), parameters)
+        for note in methods.check_machine(config, len(probe().gpus)):
+            told.append(note)
+            print(f"note: {note}", file=sys.stderr)
     _environment()
     try:
         if parsed.launch is not None:

@@ -158,9 +158,13 @@ class RunFolder:
         """Complete ones, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def load(self) -> tuple[Counters, dict[str, torch.Tensor], Any, Any] | None:
-        """The newest checkpoint that is whole: counters, trained tensors, optimizer, random states."""
-        return newest(self.path, self._say)
+    def load(self, *, mapped: bool = False) -> tuple[Counters, dict[str, torch.Tensor], Any, Any] | None:
+        """The newest checkpoint that is whole: counters, trained tensors, optimizer, random states.
+
+        Args:
+            mapped: the optimizer's tensors lie in the file, to be copied out and dropped soon.
+        """
+        return newest(self.path, self._say, mapped=mapped)
 
     def save_best(self, trained: dict[str, torch.Tensor]) -> None:
         """Keep these tensors as the best so far."""
@@ -186,7 +190,7 @@ class RunFolder:
 
 
 def newest(
-    run: Path, say: Callable[[str], None] = lambda text: None
+    run: Path, say: Callable[[str], None] = lambda text: None, *, mapped: bool = False
 ) -> tuple[Counters, dict[str, torch.Tensor], Any, Any] | None:
     """The newest checkpoint of a run's folder that is whole; damaged ones are told and passed over."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
@@ -198,7 +202,7 @@ def newest(
             return (
                 msgspec.convert(state["counters"], Counters),
                 load_file(folder / "trained.safetensors"),
-                torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
+                torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=mapped),
                 torch.load(folder / "random.pt", weights_only=True, map_location="cpu"),
             )
         except (OSError, ValueError, KeyError) as error:

@@ -14,6 +14,7 @@ import torch
 
 from app.core.errors import ErrorKind, WeftError
 from app.training.distribution import check_distribution
+from app.training.paged_torch import load_state
 from app.training.run_config import RunConfig
 
 # How long a process waits for the others: while machines of unlike speed read the model and the first initialises the adapter, and
@@ -131,7 +132,7 @@ def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """`load_state_dict` of a state with whole tensors."""
-    optimizer.load_state_dict(state)
+    load_state(optimizer, state)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             kept = optimizer.state.get(parameter, {})

@@ -22,7 +22,7 @@ _ALL_LINEAR = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "u
 
 
 class RunEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes by cause. seconds: of the whole run, 0 when not known; trainable: parameters."""
+    """Bytes by cause. seconds: of the whole run, 0 when not known; trainable: parameters; file: a paged state outside of memory."""
 
     weights: int
     adapter: int
@@ -32,6 +32,7 @@ class RunEstimate(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: int
     trainable: int
     seconds: float = 0.0
+    file: int = 0
 
     @property
     def total(self) -> int:
@@ -60,18 +61,22 @@ def estimate(
     optimizer = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lora_plus_8bit": 2, "sgd": 4, "lora_fa": 4}.get(
         config.train.optimizer, 8
     )
+    moments, file = trained * optimizer, 0
+    if config.train.optimizer.startswith("paged") and not card:  # 8 bits: the scale of each 256 numbers stays
+        moments, file = trained * 2 * 4 // 256 if optimizer == 2 else 0, moments
     parameters = model.parameters or model.weight_bytes // 2
     unpacked = (parameters * _PER_UNPACKED / (100 if card else 1)) if model.format in PACKED else 0.0
     seconds = _seconds(config, model, parameters, tokens, examples, flops, unpacked) if flops and tokens else 0.0
     return RunEstimate(
         weights=_weights(config, model, parameters, width),
         adapter=trained * 8,  # the tensors and their gradients, float32
-        optimizer=trained * optimizer,
+        optimizer=moments,
         activations=_activations(config, model, width),
         process=PROCESS,
         checkpoint=checkpoint_bytes(config, trained),
         trainable=trained,
         seconds=seconds,
+        file=file,
     )
 
 
@@ -175,8 +180,9 @@ def words(found: RunEstimate) -> str:
     def size(count: int) -> str:
         return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
+    file = f"; {size(found.file)} of the optimizer in a file" if found.file else ""
     time = f", about {max(1.0, found.seconds / 60):.0f} minutes" if found.seconds else ""
     return (
         f"About {size(found.total)} of memory ({size(found.weights)} base, {size(found.activations)} activations, "
-        f"{size(found.adapter + found.optimizer)} adapter and optimizer), {found.trainable:,} trained parameters{time}."
+        f"{size(found.adapter + found.optimizer)} adapter and optimizer){file}, {found.trainable:,} trained parameters{time}."
     )

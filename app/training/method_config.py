@@ -138,7 +138,7 @@ class MethodConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool,
         _variant(
             "DoRA: offload on the fly",
-            "Where parts of the model lie in main memory: bring them to the card for DoRA's arithmetic. Faster, for some of the card's memory. No effect without a graphics card.",
+            "Where the model lies in main memory beside a graphics card (device = cpu, or FSDP): the card computes DoRA's first magnitudes, matrix by matrix. A faster start, for some of the card's memory; steps take as long. No effect without a card.",
             advanced=True,
             aliases=("ephemeral_gpu_offload",),
         ),

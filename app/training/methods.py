@@ -120,27 +120,36 @@ def _notes(config: RunConfig) -> list[str]:
     return notes
 
 
-def check_machine(config: RunConfig, cards: int) -> list[str]:
-    """Refuse what a machine with that many graphics cards cannot do; notes on what has no effect or takes long there.
+def check_machine(config: RunConfig, cards: int, *, sharded: bool = False) -> list[str]:
+    """Refuse what a machine with that many graphics cards cannot do; notes on what works otherwise there, has no effect or takes long.
+
+    Args:
+        sharded: processes share the model's tensors out (FSDP), and so read it into main memory first.
 
     Raises:
         WeftError: UNSUPPORTED, naming the option and the way out.
     """
     method, train, model = config.method, config.train, config.model
+    offload = method.dora and method.dora_offload
     if cards and model.device != "cpu":
+        if offload and not sharded:
+            return ["dora_offload has nothing to bring to the card: the whole model lies there."]
         return []
     here = "There is no graphics card here" if not cards else "The run is to be on the processor"
     if model.device == "cuda":
         raise _cannot(f"{here}, and device = cuda asks for one.", "Take device = auto.")
-    if train.optimizer.startswith("paged"):
-        raise _cannot(
-            f"{here}, and {train.optimizer} moves its state off one.", "Take optimizer = adamw or adamw_8bit."
-        )
     if model.attention == "flash_attention_2":
         raise _cannot(f"{here}, and flash_attention_2 runs on one only.", "Take attention = auto.")
     notes: list[str] = []
-    if method.dora and method.dora_offload:
-        notes.append(f"{here}: dora_offload has no effect.")
+    if train.optimizer.startswith("paged"):
+        notes.append(
+            f"{here}: {train.optimizer} keeps its state in a file, which leaves memory when that gets short. It learns what "
+            f"{train.optimizer.removeprefix('paged_')} learns; where memory suffices, that one spares the disk."
+        )
+    if offload and cards:
+        notes.append("dora_offload: a card computes DoRA's first magnitudes; the run itself stays on the processor.")
+    elif offload:
+        notes.append(f"{here}: dora_offload has no effect. DoRA's first magnitudes are computed on the processor.")
     if method.init == "eva":
         notes.append(f"{here}: EVA takes its time; fewer calibration samples are faster.")
     if train.precision == "fp16":

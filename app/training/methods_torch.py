@@ -22,6 +22,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.training import loftq_torch, run_file
 from app.training.methods import changes_base
 from app.training.run_config import MethodConfig, RunConfig
+from app.training.run_model_torch import cards
 
 ADAPTER = "default"
 Batches = Callable[[], Iterator[dict[str, torch.Tensor]]]
@@ -81,11 +82,16 @@ def lora_config(config: RunConfig, model: Any, token_ids: list[int]) -> peft.Lor
         arguments["layer_replication"] = run_file.ranges(method.layer_replication, "layer_replication")
     if token_ids:
         arguments["trainable_token_indices"] = token_ids
-    if method.dora_offload and torch.cuda.is_available():
-        arguments["runtime_config"] = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     if method.init == "eva":
         arguments["eva_config"] = peft.EvaConfig(rho=method.eva_rho)
-    return peft.LoraConfig(**arguments)
+    return peft.LoraConfig(**arguments, **runtime(config))
+
+
+def runtime(config: RunConfig) -> dict[str, Any]:
+    """What PEFT's config says of this machine, and keeps in no file: `ephemeral_gpu_offload`, where there is a card to bring tensors to."""
+    if not (config.method.dora and config.method.dora_offload and cards()):
+        return {}
+    return {"runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)}
 
 
 def whole(value: float) -> float | int:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from app.core.errors import ErrorKind, WeftError
+from app.training.paged_torch import paged_adamw, paged_adamw_8bit
 from app.training.run_config import TrainConfig
 
 
-def make_optimizer(train: TrainConfig, model: Any) -> torch.optim.Optimizer:
+def make_optimizer(
+    train: TrainConfig, model: Any, places: Sequence[Path] = (), note: Callable[[str], None] = lambda text: None
+) -> torch.optim.Optimizer:
     """The optimizer at full learning rate; `schedule.factor` scales each group's from there.
 
+    Args:
+        places: folders for a paged optimizer's state, where the model is on the processor. note: told where it lies.
+
     Raises:
-        WeftError: ENVIRONMENT without bitsandbytes; UNSUPPORTED where this machine cannot run it.
+        WeftError: ENVIRONMENT without bitsandbytes; DISK_FULL where a paged state finds no room.
     """
     name = train.optimizer
     common = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
@@ -30,10 +38,17 @@ def make_optimizer(train: TrainConfig, model: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, momentum=0.9, **common)
     if name == "adamw":
         return torch.optim.AdamW(parameters, **common, **betas)
+    eight = {"min_8bit_size": _SMALLEST} if name.endswith("8bit") else {}
+    if name.startswith("paged") and all(p.device.type == "cpu" for p in parameters):
+        if eight:
+            made, file = paged_adamw_8bit(_bitsandbytes("AdamW8bit"), parameters, places, **common, **betas, **eight)
+        else:
+            made, file = paged_adamw(parameters, places, **common, **betas)
+        note(file.note())
+        return made
     kind = _bitsandbytes(
         {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[name]
     )
-    eight = {"min_8bit_size": _SMALLEST} if name.endswith("8bit") else {}
     return kind(parameters, **common, **betas, **eight)
 
 
@@ -49,12 +64,6 @@ def _bitsandbytes(name: str) -> Any:
             "This optimizer needs bitsandbytes, which is not installed.",
             'Take optimizer = "adamw", or repair the environment.',
         ) from error
-    if name.startswith("Paged") and not torch.cuda.is_available():
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            "Paged optimizers move their state off a graphics card, and there is none here.",
-            'Take optimizer = "adamw" or "adamw_8bit".',
-        )
     return getattr(bitsandbytes.optim, name)
 
 

@@ -48,6 +48,11 @@ class Base:
         return f"the processor, {count} thread{'s' if count != 1 else ''}"
 
 
+def cards() -> int:
+    """How many graphics cards PyTorch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def choose_device(config: RunConfig, local_process: int | None = None) -> torch.device:
     """Where to train. Raises WeftError UNSUPPORTED when a card is asked for and there is none."""
     cuda = torch.cuda.is_available()

@@ -6,6 +6,7 @@ Order: check, data, base, packing check, adapter (or what an unfinished run kept
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from app.training.packing_torch import PackingCheck, check_packing
 from app.training.run_config import RunConfig, TrainParameters, TrainResult
 from app.training.run_data_torch import RunData, calibration, objectives, read_data
 from app.training.run_finish_torch import BaseHashes, Made, finish, versions
-from app.training.run_model_torch import Base, choose_device, choose_dtype, load_base
+from app.training.run_model_torch import Base, cards, choose_device, choose_dtype, load_base
 from app.training.run_resume import check_same, claim, fingerprint
 from app.training.run_samples_torch import sampler
 from app.training.tokenizer import load_tokenizer
@@ -45,13 +46,17 @@ def run(parameters: TrainParameters, report: Report, accelerator: Any = None) ->
     """
     notes = methods.check(parameters.config)
     methods.check_base(parameters.config, parameters.model)
+    here = methods.check_machine(parameters.config, cards(), sharded=is_sharded(accelerator))
     target = Path(parameters.config.output.dir)
     main = accelerator is None or accelerator.is_main_process
     if main:
         claim(target, parameters)
     folder = RunFolder(target, lambda text: report.log("warning", text)) if main else None
     try:
-        return Run(parameters, report, folder, accelerator, notes).go()
+        run = Run(parameters, report, folder, accelerator, notes)
+        for text in here:  # of this machine, not of the adapter: the card does not keep it
+            run.tell(text)
+        return run.go()
     finally:
         if folder is not None:
             folder.close()
@@ -74,6 +79,10 @@ class Run:
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Say a sentence."""
         if self.main:
             self.control.tell("note", text=text)
 
@@ -114,10 +123,10 @@ class Run:
         if not self.sharded:
             self._ask_the_base(model, base, train, held)
         methods_torch.change_base(config, model, first)
-        optimizer = make_optimizer(config.train, model)
+        optimizer = make_optimizer(config.train, model, self._places(), self.tell)
         plan = EpochPlan(data.lengths(data.train), config.data_config(), config.train, packing=check is not None)
         scaler = torch.amp.GradScaler(base.device.type) if base.dtype is torch.float16 else None
-        self._tell_estimate(data, model)
+        self._tell_estimate(model, device)
         hashes = BaseHashes(base.files if self.main else [])
         wrapped = model
         if self.sharded:
@@ -145,6 +154,7 @@ class Run:
         )
         if before is not None:
             trainer.restore(*before[1:])
+            before = None  # what it holds is twice in memory
         if self.accelerator is not None:  # each process drops out on its own
             torch.manual_seed(
                 config.train.seed + 1_000_003 * (self.accelerator.process_index + 1) + trainer.counters.step
@@ -163,6 +173,11 @@ class Run:
         return finish(made, trainer, ended, self._note, self.report)
 
     # Parts
+
+    def _places(self) -> list[Path]:
+        """Where a paged optimizer's state may lie: the engine's scratch folder; beside the run, where that is too small or in memory."""
+        places = [Path(tempfile.gettempdir())]
+        return places if self.folder is None else [*places, self.folder.path]
 
     def _measure(self, held: Any, data: RunData, base: Base) -> Callable[[Any], float] | None:
         if held is None:
@@ -237,7 +252,7 @@ class Run:
                 self._note(
                     f"Since the run began {', '.join(changed)} changed: it goes on, though not to the same bits."
                 )
-            found = self.folder.load()
+            found = self.folder.load(mapped=self.config.train.optimizer.startswith("paged"))
             if found is not None and self.folder.load_init() is not None:
                 self._note(f"The run goes on after step {found[0].step}.")
                 return found
@@ -315,11 +330,11 @@ class Run:
         if self.main:
             self.control.tell("data", values={name: float(value) for name, value in numbers.items()})
 
-    def _tell_estimate(self, data: RunData, model: Any) -> None:
+    def _tell_estimate(self, model: Any, device: torch.device) -> None:
         if self.folder is None:
             return
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found = estimate(self.config, self.parameters.model, trained=trained)
+        found = estimate(self.config, self.parameters.model, trained=trained, card=device.type == "cuda")
         self.control.tell("estimate", text=words(found), values=msgspec.to_builtins(found))
         need = checkpoint_bytes(self.config, trained) * 2
         free = shutil.disk_usage(self.folder.path).free
@@ -337,9 +352,7 @@ def resumed_settings(kept: dict[str, Any], config: RunConfig) -> peft.LoraConfig
     for name in ("eva_config", "corda_config", "loftq_config", "runtime_config", "lora_ga_config"):
         known.pop(name, None)
     known["init_lora_weights"] = True
-    if config.method.dora_offload and torch.cuda.is_available():
-        known["runtime_config"] = peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
-    return peft.LoraConfig(**known)
+    return peft.LoraConfig(**known, **methods_torch.runtime(config))
 
 
 def pad_token(tokenizer: Any, data: RunData, base: Base) -> int:

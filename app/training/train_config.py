@@ -87,7 +87,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Optimizer,
         _optimizer(
             "Optimizer",
-            "adamw; 8-bit ones save memory; paged ones move their state off a full graphics card; lora_plus trains B faster; lora_fa trains B alone and needs the least memory.",
+            "adamw; 8-bit ones save memory; paged ones let their state leave a full graphics card or, on the processor, full memory (it lies in a file there); lora_plus trains B faster; lora_fa trains B alone and needs the least memory.",
             aliases=("optim",),
         ),
     ] = "adamw"

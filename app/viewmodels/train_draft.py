@@ -304,6 +304,7 @@ class TrainDraft(QObject):
         words = time + (
             f"About {readable_bytes(found.total)} of {where}, {readable_bytes(free)} free; "
             f"{found.trainable:,} parameters are trained; a checkpoint takes {readable_bytes(found.checkpoint)}."
+            + (f" The optimizer's state takes {readable_bytes(found.file)} of the disk." if found.file else "")
         )
         return words, not free or found.total <= free
 

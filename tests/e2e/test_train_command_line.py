@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ files = ["examples.jsonl"]
 [method]
 kind = "lora"
 [train]
+optimizer = "{optimizer}"
 epochs = {epochs}
 learning_rate = 3e-3
 batch_size = 8
@@ -34,7 +36,7 @@ dir = "my-adapter"
 TOPICS = "the sea|bread|a cat|my garden|the moon|rain|a train|books|tea|a mountain|the city|snow".split("|")
 
 
-def _write(folder: Path, epochs: float) -> Path:
+def _write(folder: Path, epochs: float, optimizer: str = "adamw") -> Path:
     rng = random.Random(seeds.fresh())
     rows = []
     for _ in range(200):
@@ -48,14 +50,19 @@ def _write(folder: Path, epochs: float) -> Path:
         )
     (folder / "examples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     place = folder / "RUN.toml"
-    place.write_text(RUN.format(epochs=epochs))
+    place.write_text(RUN.format(epochs=epochs, optimizer=optimizer))
     return place
 
 
 @needs_core
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
-    place = _write(tmp_path, 0.3)
-    found = weft_json("train", str(place))
+    place = _write(tmp_path, 0.3, "paged_adamw")
+    ran = weft("train", str(place), "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    if "There is no graphics card here" in ran.stderr:
+        assert ran.stderr.count("paged_adamw keeps its state in a file") == 1  # before it starts, and not again
+        assert re.search(r"The optimizer's state .* lies in a file in .*weft-scratch-", ran.stderr), ran.stderr
     assert found["adapter"] == str(tmp_path / "my-adapter") and found["ended"] == "complete"
     assert len(found["losses"]) == found["steps"] > 3
     assert found["held_out_loss"] < found["base_held_out_loss"]

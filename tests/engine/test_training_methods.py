@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 
-from app.core.errors import WeftError
 from app.core.library import ModelEntry
 from app.training import optimizers_torch, run_torch
 from app.training.run_model_torch import undo_bf16_packing
@@ -129,14 +128,6 @@ def test_an_optimizer_learns(
     saved = json.loads((Path(result.adapter) / "adapter_config.json").read_text())
     assert saved["r"] == rank
     in_plain_peft(Path(model.path), Path(result.adapter))
-
-
-def test_paged_optimizers_say_what_they_need(model: ModelEntry, data: Path, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a graphics card here: tests/gpu trains with them")
-    with pytest.raises(WeftError, match="graphics card"):
-        train(config(tmp_path, model, data, train={"optimizer": "paged_adamw_8bit"}), model)
-    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("quantization", some(["nf4", "fp4", "int8"], {"nf4"}))

@@ -80,6 +80,29 @@ def test_an_optimizer_learns(
     assert bool(getattr(made[0], "is_paged", False)) == optimizer.startswith("paged")
 
 
+def paged(optimizer: Any) -> list[bool]:
+    """Of each moment that is large enough for bitsandbytes, whether it lies in CUDA's managed memory."""
+    large = [p for p in optimizer.state if p.numel() >= 1e5]
+    return [bool(getattr(optimizer.state[p][name], "is_paged", False)) for p in large for name in ("state1", "state2")]
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_a_paged_state_is_paged_also_after_a_resume(
+    optimizer: str, wide: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(run_torch, "make_optimizer", lambda *given: made.append(make_optimizer(*given)) or made[-1])
+    settings = {**ALL, "optimizer": optimizer, "precision": "bf16"}
+    whole = train(config(tmp_path / "a", wide, data, train=settings, method={"r": 64}), wide)
+    broken = config(tmp_path / "b", wide, data, train=settings, method={"r": 64})
+    report = Remembering()
+    report.at_step = lambda now: report.cancel() if now == 3 else None
+    with pytest.raises(WeftError):
+        train(broken, wide, report)
+    assert train(broken, wide, resume="yes").losses == pytest.approx(whole.losses, rel=0.03)
+    assert len(made) == 3 and all(paged(each) and all(paged(each)) for each in made)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_cancelled_run_goes_on(optimizer: str, precision: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
@@ -101,13 +124,20 @@ def test_qlora_learns(quantization: str, model: ModelEntry, data: Path, tmp_path
     assert result.held_out_loss < result.base_held_out_loss - 0.2
 
 
-def test_dora_with_offload_learns_the_same(model: ModelEntry, data: Path, tmp_path: Path) -> None:
-    losses = []
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dora_with_offload_learns_the_same(device: str, model: ModelEntry, data: Path, tmp_path: Path) -> None:
+    """A model in main memory has the card compute its first magnitudes; one on the card has nothing to bring there."""
+    losses, used = [], []
     for offload in (False, True):
         method = {"dora": True, "dora_offload": offload}
-        made = config(tmp_path / str(offload), model, data, method=method, train={**ALL, "precision": "fp32"})
-        losses.append(train(made, model).losses)
+        given: dict[str, Any] = {"model": {"device": device}, "train": {**ALL, "precision": "fp32"}}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses.append(train(config(tmp_path / str(offload), model, data, method=method, **given), model).losses)
+        used.append(torch.cuda.max_memory_allocated() > before)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert used == ([False, True] if device == "cpu" else [True, True])
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "corda", "eva", "loftq"])

@@ -422,7 +422,6 @@ def test_what_this_machine_cannot_do_is_said_before_the_start(bench: Bench, qtbo
     bench.prepare(qtbot)
     note, start = bench.page.setup.note.text, bench.page.setup.start
     for section, values, word in (
-        ("train", {"optimizer": "paged_adamw_8bit"}, "adamw_8bit"),
         ("model", {"device": "cuda"}, "no graphics card"),
         ("model", {"attention": "flash_attention_2"}, "flash_attention_2"),
         ("train", {"objective": "dpo"}, "chosen and rejected"),
@@ -431,6 +430,13 @@ def test_what_this_machine_cannot_do_is_said_before_the_start(bench: Bench, qtbo
         assert word in note.text() and not start.isEnabled(), (values, note.text())
         bench.draft.set_values(section, {})
     assert start.isEnabled()
+    bench.draft.set_values("train", {"optimizer": "paged_adamw_8bit"})
+    assert "keeps its state in a file" in note.text() and start.isEnabled()
+    assert "of the disk" in bench.page.setup.need.text()
+    bench.draft.set_values("train", {})
+    assert "of the disk" not in bench.page.setup.need.text()
+    bench.draft.set_values("method", {"dora": True, "dora_offload": True})
+    assert "dora_offload has no effect" in note.text() and start.isEnabled()
     bench.draft.set_values("method", {"init": "off"})
     assert "debugging" in note.text() and start.isEnabled()
     bench.draft.set_values("data", {"held_out": 0.0})

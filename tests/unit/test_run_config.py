@@ -15,7 +15,7 @@ from app.core.options import describe
 from app.store.toml_text import dump
 from app.training import methods, run_file
 from app.training.distribution import check_configuration, check_distribution, check_sharded
-from app.training.estimate import estimate
+from app.training.estimate import estimate, words
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 
 SMALLEST = """
@@ -189,8 +189,6 @@ def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "changes", "says"),
     [
-        ("train", {"optimizer": "paged_adamw"}, "adamw_8bit"),
-        ("train", {"optimizer": "paged_adamw_8bit"}, "adamw_8bit"),
         ("model", {"device": "cuda"}, "device = auto"),
         ("model", {"attention": "flash_attention_2"}, "attention = auto"),
     ],
@@ -215,7 +213,31 @@ def test_options_without_effect_are_told() -> None:
     config = run_file.from_table(table)
     assert any("Nothing is held out" in note for note in methods.check(config))
     assert any("dora_offload has no effect" in note for note in methods.check_machine(config, 0))
-    assert methods.check_machine(config, 2) == []
+    assert any("nothing to bring to the card" in note for note in methods.check_machine(config, 2))
+    assert methods.check_machine(config, 2, sharded=True) == []
+    beside = run_file.from_table({**table, "model": {"path": "x", "device": "cpu"}})
+    (note,) = methods.check_machine(beside, 1)
+    assert "a card computes DoRA's first magnitudes" in note
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_what_becomes_of_a_paged_state_is_told_and_counted(optimizer: str) -> None:
+    """On a card bitsandbytes pages; on the processor the state lies in a file, which is no memory."""
+    config = run_file.from_table({"model": {"path": "x"}, "train": {"optimizer": optimizer}, "output": {"dir": "y"}})
+    plain = msgspec.structs.replace(
+        config, train=msgspec.structs.replace(config.train, optimizer=optimizer.removeprefix("paged_"))
+    )
+    (note,) = methods.check_machine(config, 0)
+    assert "keeps its state in a file" in note and methods.check_machine(config, 1) == []
+    assert methods.check_machine(plain, 0) == []
+    shape = ModelShape(layers=10, hidden=512, vocabulary=1000, heads=8)
+    model = ModelEntry(
+        id="x", path="x", name="x", format=ModelFormat.SAFETENSORS, parameters=10**8, weight_bytes=10**8, shape=shape
+    )
+    told, usual, card = estimate(config, model), estimate(plain, model), estimate(config, model, card=True)
+    assert told.file == usual.optimizer == card.optimizer and usual.file == card.file == 0
+    assert usual.total - usual.optimizer <= told.total < usual.total - 0.9 * usual.optimizer
+    assert "of the optimizer in a file" in words(told) and "in a file" not in words(usual)
 
 
 def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
