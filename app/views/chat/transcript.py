@@ -5,7 +5,6 @@ It follows an answer that is being written, until the user scrolls up; then it s
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +15,7 @@ from PySide6.QtWidgets import QAbstractScrollArea, QFrame, QToolButton, QWidget
 
 from app.core.conversation import StoredMessage
 from app.core.errors import WeftError
+from app.views.chat.heights import Heights
 from app.views.chat.style import GRID, INSET, ChatStyle, chat_style
 from app.views.icons import icon
 
@@ -62,9 +62,7 @@ class Transcript(QAbstractScrollArea):
         self._style = chat_style()
         self._entries: list[Entry] = []
         self._index: dict[int, int] = {}
-        self._heights: list[int] = []
-        self._measured: list[bool] = []
-        self._tops: list[int] = []
+        self._heights = Heights(GAP)
         self._views: dict[int, MessageView] = {}  # by message id, the most recently used last
         self._follow = True
         self._covered = 0
@@ -96,15 +94,10 @@ class Transcript(QAbstractScrollArea):
         """Show these messages. `jump` goes to the end (another conversation); else the place is kept."""
         width = self._column()
         anchor = self._anchor()
-        old = {
-            entry.message.id: (h, m) for entry, h, m in zip(self._entries, self._heights, self._measured, strict=True)
-        }
         self._entries = list(entries)
         self._enabled = enabled
         self._index = {entry.message.id: i for i, entry in enumerate(self._entries)}
-        known = [old.get(entry.message.id) for entry in self._entries]
-        self._heights = [k[0] if k else self._guess(e, width) for k, e in zip(known, self._entries, strict=True)]
-        self._measured = [bool(k and k[1]) for k in known]
+        self._heights.replace(list(self._index), lambda index: self._guess(self._entries[index], width))
         for gone in [id for id in self._views if id not in self._index]:
             self._discard(gone)
         for id, view in self._views.items():
@@ -121,7 +114,7 @@ class Transcript(QAbstractScrollArea):
             if (view := self._views.get(entry.message.id)) is not None:
                 self._fill(view, index)
             else:
-                self._measured[index] = False
+                self._heights.forget(index)
 
     def feed(self, message: int, text: str) -> None:
         """Text came for the message that is being written."""
@@ -172,7 +165,7 @@ class Transcript(QAbstractScrollArea):
         entry = self._entries[index]
         view.set_message(entry.message, entry.text, writing=entry.writing, error=entry.error)
         self._place_in(view, index)
-        self._measured[index] = False
+        self._heights.forget(index)
 
     def _place_in(self, view: MessageView, index: int) -> None:
         entry = self._entries[index]
@@ -224,28 +217,20 @@ class Transcript(QAbstractScrollArea):
 
     def _anchor(self) -> tuple[int, int] | None:
         """The first message in view and where its top is, so that it can stay there."""
-        if not self._entries or not self._tops:
+        tops = self._heights.tops
+        if not self._entries or not tops:
             return None
         value = self.verticalScrollBar().value()
-        index = max(0, bisect.bisect_right(self._tops, value) - 1)
-        return self._entries[min(index, len(self._entries) - 1)].message.id, self._tops[index] - value
+        index = self._heights.at(value)
+        return self._entries[min(index, len(self._entries) - 1)].message.id, tops[index] - value
 
     @Slot()
     def _view_resized(self) -> None:
         view = cast("MessageView", self.sender())
         if (index := self._index.get(view.message.id)) is not None:
-            self._measured[index] = False
+            self._heights.forget(index)
         if not self._arranging:
             self._pending.start()
-
-    def _stack(self) -> int:
-        """Tops from heights; returns the whole height."""
-        tops, y = [], TOP + self._covered
-        for height in self._heights:
-            tops.append(y)
-            y += height + GAP
-        self._tops = tops
-        return y + BOTTOM
 
     @Slot()
     def _arrange(self, anchor: tuple[int, int] | None = None) -> None:
@@ -259,14 +244,15 @@ class Transcript(QAbstractScrollArea):
             bar = self.verticalScrollBar()
             first = last = 0
             for _ in range(6):
-                total = self._stack()
+                total = self._heights.stack(TOP + self._covered) + BOTTOM
                 bar.setPageStep(tall)
                 bar.setRange(0, max(0, total - tall))
                 if self._follow:
                     bar.setValue(bar.maximum())
                 elif anchor is not None and anchor[0] in self._index:
-                    bar.setValue(self._tops[self._index[anchor[0]]] - anchor[1])
-                first, last = self._range(bar.value(), tall)
+                    bar.setValue(self._heights.tops[self._index[anchor[0]]] - anchor[1])
+                # What is in view, and a little beyond.
+                first, last = self._heights.between(bar.value() - tall // 4, bar.value() + tall + tall // 4)
                 if not self._measure(first, last, width):
                     break
             self._place(first, last, width, bar.value())
@@ -276,24 +262,12 @@ class Transcript(QAbstractScrollArea):
         self._latest.setVisible(not self._follow and bar.maximum() - bar.value() > tall // 3)
         self._place_button()
 
-    def _range(self, value: int, tall: int) -> tuple[int, int]:
-        """Indexes of the messages in view, and a little beyond."""
-        if not self._entries:
-            return 0, -1
-        first = max(0, bisect.bisect_right(self._tops, value - tall // 4) - 1)
-        last = max(first, bisect.bisect_left(self._tops, value + tall + tall // 4) - 1)
-        return first, min(last, len(self._entries) - 1)
-
     def _measure(self, first: int, last: int, width: int) -> bool:
         changed = False
         for index in range(first, last + 1):
             view = self._view(index)
-            if not self._measured[index]:
-                height = view.height_for(width)
-                self._measured[index] = True
-                if height != self._heights[index]:
-                    self._heights[index] = height
-                    changed = True
+            if not self._heights.is_measured(index) and self._heights.set(index, view.height_for(width)):
+                changed = True
         return changed
 
     def _place(self, first: int, last: int, width: int, value: int) -> None:
@@ -301,7 +275,7 @@ class Transcript(QAbstractScrollArea):
         shown = set[int]()
         for index in range(first, last + 1):
             view = self._views[self._entries[index].message.id]
-            view.setGeometry(x, self._tops[index] - value, width, self._heights[index])
+            view.setGeometry(x, self._heights.tops[index] - value, width, self._heights[index])
             view.show()
             shown.add(self._entries[index].message.id)
         for id, view in self._views.items():
@@ -323,7 +297,7 @@ class Transcript(QAbstractScrollArea):
     def resizeEvent(self, event: QResizeEvent) -> None:
         super().resizeEvent(event)
         if event.size().width() != event.oldSize().width():
-            self._measured = [False] * len(self._entries)
+            self._heights.forget_all()
         self._arrange()
 
     def _place_button(self) -> None:
@@ -366,7 +340,7 @@ class Transcript(QAbstractScrollArea):
             return
         tall, bar = self.viewport().height(), self.verticalScrollBar()
         for _ in range(3):  # heights around it become known on the way
-            top = self._tops[index] + offset
+            top = self._heights.tops[index] + offset
             extent = height or min(self._heights[index], tall // 2)
             if top < bar.value() + self._covered + GRID or top + extent > bar.value() + tall - GRID:
                 self._follow = False
@@ -403,5 +377,5 @@ class Transcript(QAbstractScrollArea):
             return  # an open editor is worth more than fresh colours
         for id in list(self._views):
             self._discard(id)
-        self._measured = [False] * len(self._entries)
+        self._heights.forget_all()
         self._arrange()
