@@ -7,7 +7,6 @@ from PySide6.QtGui import (
     QContextMenuEvent,
     QEnterEvent,
     QFocusEvent,
-    QFont,
     QKeyEvent,
     QKeySequence,
     QPainter,
@@ -15,7 +14,7 @@ from PySide6.QtGui import (
     QPen,
     QTextCursor,
 )
-from PySide6.QtWidgets import QApplication, QLabel, QMenu, QPushButton, QWidget
+from PySide6.QtWidgets import QApplication, QPushButton, QWidget
 
 from app.core.conversation import StoredMessage
 from app.core.errors import WeftError
@@ -23,14 +22,14 @@ from app.viewmodels.chat_reasoning import Split, split_reasoning
 from app.views.chat.markdown_view import MarkdownView
 from app.views.chat.message_editor import MessageEditor
 from app.views.chat.message_footer import MessageFooter, describe_statistics
+from app.views.chat.message_menu import message_menu
 from app.views.chat.reasoning_fold import ReasoningFold
+from app.views.chat.seen_marker import MARKER, SeenMarker
 from app.views.chat.style import GRID, INSET, ChatStyle
 from app.views.dialogs import open_locally
-from app.views.icons import icon
 from app.views.widgets import Banner, button
 
 PADDING = 12  # inside a user's bubble
-MARKER = 40  # height of the line above the first message that the model still sees
 
 
 class MessageView(QWidget):
@@ -63,7 +62,7 @@ class MessageView(QWidget):
         self._editor: MessageEditor | None = None
         self._reasoning: ReasoningFold | None = None
         self._banner: Banner | None = None
-        self._marker: QLabel | None = None
+        self._marker: SeenMarker | None = None
         self._more: QPushButton | None = None
         self._activity = ""
         self.setFocusPolicy(Qt.FocusPolicy.TabFocus)
@@ -203,10 +202,7 @@ class MessageView(QWidget):
         self._leaf, self._enabled = leaf, enabled
         self.footer.set_branches(*branches)
         if marker and self._marker is None:
-            self._marker = QLabel("The model no longer sees the messages above", self)
-            self._marker.setAlignment(Qt.AlignmentFlag.AlignCenter)
-            self._marker.setProperty("tone", "muted")
-            self._marker.setFont(_smaller(self._marker))
+            self._marker = SeenMarker(self._style, self)
             self._marker.show()
             self.height_changed.emit()
         elif not marker and self._marker is not None:
@@ -261,7 +257,7 @@ class MessageView(QWidget):
         """Places everything at this width and returns the height that it takes."""
         y, inner = 0, width - 2 * INSET
         if self._marker is not None:
-            self._marker.setGeometry(INSET, 0, inner, MARKER - GRID)
+            self._marker.setGeometry(2, 0, width - 4, MARKER - GRID)  # inside the frame of the focus
             y += MARKER
         if self._editor is not None:
             height = self._editor.height_for(inner)
@@ -315,12 +311,6 @@ class MessageView(QWidget):
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         style = self._style
-        if self._marker is not None:
-            metrics = self._marker.fontMetrics()
-            half = metrics.horizontalAdvance(self._marker.text()) // 2 + 2 * GRID
-            middle, y = self.width() // 2, (MARKER - GRID) // 2
-            painter.fillRect(0, y, max(0, middle - half), 1, style.border)
-            painter.fillRect(middle + half, y, max(0, self.width() - middle - half), 1, style.border)
         if not self._bubble.isEmpty():
             painter.setPen(Qt.PenStyle.NoPen)
             painter.setBrush(style.bubble)
@@ -392,22 +382,14 @@ class MessageView(QWidget):
 
     def open_menu(self, position: QPoint) -> None:
         """The same actions, as a menu."""
-        menu = QMenu(self)
-        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
-        if self.view.textCursor().hasSelection():
-            menu.addAction(icon("copy"), "Copy selection", self.view.copy)
-        menu.addAction(icon("copy"), "Copy message", lambda: self._request("copy"))
-        select = menu.addAction("Select all", self.view.selectAll)
-        select.setEnabled(not self.editing)
-        menu.addSeparator()
-        for name, title, mark in (
-            ("edit", "Edit\N{HORIZONTAL ELLIPSIS}", "edit"),
-            ("regenerate", "Answer again", "reload"),
-            ("continue", "Continue", "continue"),
-            ("delete", "Delete from here", "trash"),
-        ):
-            made = menu.addAction(icon(mark), title, lambda name=name: self._request(name))
-            made.setEnabled(self._enabled and (name != "continue" or (self._leaf and not self._user)))
+        menu = message_menu(
+            self.view,
+            self._request,
+            editing=self.editing,
+            enabled=self._enabled,
+            can_continue=self._leaf and not self._user,
+            parent=self,
+        )
         menu.popup(position)
 
     def clear_selection(self) -> None:
@@ -419,9 +401,3 @@ class MessageView(QWidget):
     @property
     def has_selection(self) -> bool:
         return self.view.textCursor().hasSelection()
-
-
-def _smaller(widget: QWidget) -> QFont:
-    font = widget.font()
-    font.setPointSizeF(font.pointSizeF() * 0.9)
-    return font
