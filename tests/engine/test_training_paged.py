@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import io
 import os
 import random
@@ -25,7 +23,7 @@ from app.training.optimizers_torch import make_optimizer
 from app.training.paged_torch import StateFile, load_state
 from app.training.train_config import TrainConfig
 from tests import seeds
-from tests.engine import tiny_models, training_kit
+from tests.engine import fork_kit, tiny_models, training_kit
 from tests.engine.training_kit import Remembering, config, in_plain_peft, train
 
 SEED = seeds.of(__name__, 10**6)
@@ -153,72 +151,32 @@ def test_the_state_lies_in_a_nameless_file_and_leaves_memory_with_its_pages(
     assert same_parameters(plain, net)
 
 
-def in_a_fork(work: Callable[[], object]) -> str:
-    """What `work` raises in a process of its own, in words; "" when it ends well."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        said = "?"
-        try:
-            work()
-            said = ""
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writing, said.encode()[:4000])
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(child, 0)
-    return said
-
-
 @linux
 def test_where_memory_is_too_short_for_the_state_the_paged_one_trains(tmp_path: Path) -> None:
-    """The system refuses further private memory (RLIMIT_DATA): the plain optimizer's state finds none.
+    """The system refuses further private memory: the plain optimizer's state finds none.
 
     With 8 bits bitsandbytes' threads and their stacks take as much as the state; that it lies in the file is shown above.
     """
-    resource = importlib.import_module("resource")
     net = Net(*[(512, 512)] * 64)
     state = 64 * 2 * 512 * 512 * 4
 
-    def steps(optimizer: str, limited: bool) -> Callable[[], object]:
+    def steps(optimizer: str, limited: bool) -> Callable[[], None]:
         def work() -> None:
-            hoard: list[torch.Tensor] = []
             torch.set_num_threads(1)
             made = make(optimizer, net, tmp_path)
             for parameter in net.kept:
                 parameter.grad = torch.ones_like(parameter)
             if limited:
-                resource.setrlimit(resource.RLIMIT_DATA, (private_memory(), resource.RLIM_INFINITY))
-                hoard += what_is_left()
-                resource.setrlimit(resource.RLIMIT_DATA, (private_memory() + state // 2, resource.RLIM_INFINITY))
+                fork_kit.allow_only(state // 2)
             made.step()
             made.step()
-            hoard.clear()
 
         return work
 
-    assert in_a_fork(steps("adamw", False)) == ""
-    assert "allocate memory" in in_a_fork(steps("adamw", True))
-    assert in_a_fork(steps("paged_adamw", True)) == ""
-
-
-def what_is_left() -> list[torch.Tensor]:
-    """All that the allocator still has in hand, from what it was given earlier and got back."""
-    found: list[torch.Tensor] = []
-    with contextlib.suppress(RuntimeError):
-        while True:
-            found.append(torch.empty(64 * 1024))
-    return found
-
-
-def private_memory() -> int:
-    """Bytes of private memory that this process has asked for: what RLIMIT_DATA limits."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
-    return int(line.split()[1]) * 1024
+    fork_kit.in_a_fork(steps("adamw", False))
+    with pytest.raises(fork_kit.Failed, match="allocate memory"):
+        fork_kit.in_a_fork(steps("adamw", True))
+    fork_kit.in_a_fork(steps("paged_adamw", True))
 
 
 # Places ----------------------------------------------------------------------------------------------
