@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.amp import GradScaler
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
@@ -178,6 +179,33 @@ def test_cancel_in_the_middle_of_a_step_keeps_the_last_whole_one(model: ModelEnt
     assert caught.value.kind is ErrorKind.CANCELLED
     assert not Path(broken.output.dir).exists()
     same(whole, train(broken, model, resume="yes"))
+
+
+@pytest.mark.slow
+def test_fp16_learns_on_the_processor_and_goes_on_with_its_loss_scaler(
+    model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale doubles so often here that gradients overflow: which steps are left out then depends on the scaler's state."""
+    scalers: list[torch.amp.GradScaler] = []
+
+    def eager(device: str) -> torch.amp.GradScaler:
+        scalers.append(GradScaler(device, init_scale=2.0**14, growth_factor=4.0, growth_interval=2))
+        return scalers[-1]
+
+    monkeypatch.setattr(run_torch.torch.amp, "GradScaler", eager)
+    settings = {"precision": "fp16", "max_steps": 18, "epochs": 3}
+    whole = train(run_file(tmp_path / "a", model, data, train=settings), model)
+    broken = run_file(tmp_path / "b", model, data, train=settings)
+    for step in (5, 11):
+        report = Remembering()
+        report.at_step = lambda now, step=step: die() if now == step else None
+        killed(lambda report=report: train(broken, model, report, resume="if_there"))
+    kept = checkpoint_torch.newest(Path(f"{broken.output.dir}.training"))
+    assert kept is not None and kept[0].step == 9 and kept[0].scaler["scale"] != 2.0**14
+    same(whole, train(broken, model, resume="yes"))
+    assert len(scalers) == 2 and scalers[0].state_dict() == scalers[1].state_dict()
+    assert whole.held_out_loss is not None and whole.base_held_out_loss is not None
+    assert whole.held_out_loss < whole.base_held_out_loss - 0.2
 
 
 def test_pause_and_go_on_changes_nothing(model: ModelEntry, data: Path, tmp_path: Path) -> None:
