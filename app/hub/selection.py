@@ -11,6 +11,7 @@ import msgspec
 
 from app.core.errors import ErrorKind, WeftError
 from app.hub.files import RemoteFile
+from app.hub.pieces import PIECE, Pieces, ordered, whole
 
 _QUANTIZATION = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:IQ[1-4]_(?:XXS|XS|NL|S|M)|Q[2-8]_(?:K(?:_(?:XL|L|M|S))?|[01](?:_[48]_[48])?)|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))(?=[-_./]|$)",
@@ -58,24 +59,36 @@ def quantization(path: str) -> str:
 
 def gguf_choices(files: Sequence[RemoteFile]) -> list[Choice]:
     """The GGUF models of a repository, split ones and their projector as one choice each, smallest first."""
-    found = [file for file in files if file.path.lower().endswith(".gguf")]
-    projectors = [file for file in found if _PROJECTOR.search(file.path)]
+    return whole(choices_in_pieces(files))
+
+
+def choices_in_pieces(files: Sequence[RemoteFile]) -> Pieces[list[Choice]]:
+    """As `gguf_choices`."""
+    projector: RemoteFile | None = None
     groups: dict[str, list[RemoteFile]] = {}
-    for file in found:
-        if file not in projectors:
-            groups.setdefault(_SPLIT.sub(".gguf", file.path), []).append(file)
-    # A 16-bit projector is what programs take when a repository offers several.
-    projector = min(projectors, key=lambda f: (quantization(f.path) not in ("F16", "FP16"), f.size), default=None)
-    choices = [
-        Choice(
-            title=title,
-            quantization=quantization(title),
-            files=tuple(sorted(parts, key=lambda f: f.path)),
-            projector=projector,
+    for number, file in enumerate(files, 1):
+        if file.path.lower().endswith(".gguf"):
+            if _PROJECTOR.search(file.path):
+                if projector is None or _projector_order(file) < _projector_order(projector):
+                    projector = file
+            else:
+                groups.setdefault(_SPLIT.sub(".gguf", file.path), []).append(file)
+        if not number % PIECE:
+            yield
+    choices: list[Choice] = []
+    for number, (title, parts) in enumerate(groups.items(), 1):
+        files_of_it = yield from ordered(parts, lambda f: f.path)
+        choices.append(
+            Choice(title=title, quantization=quantization(title), files=tuple(files_of_it), projector=projector)
         )
-        for title, parts in groups.items()
-    ]
-    return sorted(choices, key=lambda c: (c.bytes, c.title))
+        if not number % PIECE:
+            yield
+    return (yield from ordered(choices, lambda c: (c.bytes, c.title)))
+
+
+def _projector_order(file: RemoteFile) -> tuple[bool, int]:
+    # A 16-bit projector is what programs take when a repository offers several.
+    return quantization(file.path) not in ("F16", "FP16"), file.size
 
 
 def repository_choice(files: Sequence[RemoteFile]) -> Choice:
@@ -83,16 +96,38 @@ def repository_choice(files: Sequence[RemoteFile]) -> Choice:
 
     `.bin` weights stay away when there are safetensors, and copies in other frameworks' formats always.
     """
-    usable = [file for file in files if not _left_out(file.path)]
-    has_safetensors = any(file.path.endswith(".safetensors") for file in usable)
-    # Folder by folder: a checkpoint's safetensors below do not stand for the .bin weights above.
-    twice = {_folder(file.path) for file in usable if file.path.endswith(".safetensors")}
-    kept = [file for file in usable if not (_folder(file.path) in twice and _is_torch_weight(file.path))]
-    if any(_SPLIT.search(file.path) or file.path.endswith(".gguf") for file in kept) and not has_safetensors:
-        wanted = [file for file in kept if file.path.endswith((*_PLAIN, ".gguf"))]
-    else:
-        wanted = [file for file in kept if not file.path.endswith(".gguf")]
+    wanted = whole(repository_files_in_pieces(files))
     return Choice(title="", files=tuple(sorted(wanted, key=lambda f: (f.size, f.path))))
+
+
+def repository_files_in_pieces(files: Sequence[RemoteFile]) -> Pieces[list[RemoteFile]]:
+    """The files of `repository_choice`, in no order."""
+    usable: list[RemoteFile] = []
+    # Folder by folder: a checkpoint's safetensors below do not stand for the .bin weights above.
+    twice: set[str] = set()
+    for number, file in enumerate(files, 1):
+        if not _left_out(file.path):
+            usable.append(file)
+            if file.path.endswith(".safetensors"):
+                twice.add(_folder(file.path))
+        if not number % PIECE:
+            yield
+    kept: list[RemoteFile] = []
+    holds_gguf = False
+    for number, file in enumerate(usable, 1):
+        if not (_is_torch_weight(file.path) and _folder(file.path) in twice):
+            kept.append(file)
+            holds_gguf = holds_gguf or file.path.endswith(".gguf") or _SPLIT.search(file.path) is not None
+        if not number % PIECE:
+            yield
+    only_gguf = holds_gguf and not twice
+    wanted: list[RemoteFile] = []
+    for number, file in enumerate(kept, 1):
+        if file.path.endswith((*_PLAIN, ".gguf")) if only_gguf else not file.path.endswith(".gguf"):
+            wanted.append(file)
+        if not number % PIECE:
+            yield
+    return wanted
 
 
 def is_adapter(files: Sequence[RemoteFile]) -> bool:
@@ -104,14 +139,21 @@ def is_adapter(files: Sequence[RemoteFile]) -> bool:
     return "adapter_config.json" in names and not whole
 
 
-def missing_parts(choice: Choice) -> list[str]:
-    """Names of a split model's parts that the repository lacks."""
+def lost_parts(choice: Choice) -> int:
+    """How many parts of a split model the repository lacks."""
+    # Without writing down the names of all: each of a hundred thousand files may claim to be one of 99,999.
     for file in choice.files:
         if found := _SPLIT.search(file.path):
             base, total = file.path[: found.start()], int(found[2])
-            wanted = {f"{base}-{n:05d}-of-{total:05d}.gguf" for n in range(1, total + 1)}
-            return sorted(wanted - {f.path for f in choice.files})
-    return []
+            ending = f"-of-{total:05d}.gguf"
+            least, length = len(base) + 1, len(base) + 6 + len(ending)
+            numbers = {
+                int(part.path[least : least + 5])
+                for part in choice.files
+                if len(part.path) == length and part.path.startswith(base) and part.path.endswith(ending)
+            }
+            return total - sum(1 <= number <= total for number in numbers)
+    return 0
 
 
 def _left_out(path: str) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-import msgspec
-from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, Signal
+from PySide6.QtCore import QAbstractTableModel, QModelIndex, QObject, QPersistentModelIndex, Qt, QTimer, Signal, Slot
 
-from app.core.library import ModelEntry, ModelFormat
+from app.core.library import ModelEntry
 from app.hub.files import Listing, RemoteFile, SearchHit
-from app.hub.selection import gguf_choices, missing_parts, repository_choice
+from app.hub.pieces import PIECE, Pieces
+from app.viewmodels.file_rows import FileRow, FileRows, notes_of
 from app.viewmodels.fitting import Fitting
 from app.viewmodels.units import readable_bytes, readable_count, readable_when
 
@@ -107,165 +106,157 @@ def _moment(iso: str) -> float:
         return 0.0
 
 
-class FileRow(msgspec.Struct, kw_only=True):
-    """One line of a file list: a file, or files that are of use only together.
-
-    Attributes:
-        model: a GGUF model. usual: part of what "the repository" means. problem: why it is of no use as it is.
-        here: bytes of it that lie on this machine already, and of these `in_place` where they would go.
-        sees: it comes with a projector, so that the model can see images.
-    """
-
-    title: str
-    files: tuple[RemoteFile, ...]
-    quantization: str = ""
-    fitting: Fitting | None = None
-    model: bool = False
-    usual: bool = False
-    checked: bool = False
-    here: int = 0
-    in_place: int = 0
-    sees: bool = False
-    problem: str = ""
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-
 FILE, QUANTIZATION, SIZE, FITS, NOTE = range(5)
 RowRole = Qt.ItemDataRole.UserRole
 
 
 class FileTable(QAbstractTableModel):
-    """The files of a repository with check boxes: its GGUF models as whole choices first, then the rest by size.
+    """The files of a repository with check boxes, in the lines of `FileRows`.
 
     Args:
         judge: where a model of this size fits.
 
     Signals:
-        chosen: another set of files is checked.
+        ready: the lines of the listing are there. chosen: another set of files is checked.
     """
 
     HEADERS = ("File", "Quantization", "Size", "Fits", "Note")
+    ready = Signal()
     chosen = Signal()
 
     def __init__(self, judge: Callable[[ModelEntry], Fitting], parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._judge = judge
         self.listing: Listing | None = None
-        self.rows: list[FileRow] = []
-        self.whole: Fitting | None = None
-        self._folder = ""
+        self._lines: FileRows | None = None
+        self._work: Pieces[None] | None = None
+        self._forget_choice()
+        self._timer = QTimer(self)
+        self._timer.setInterval(0)
+        self._timer.timeout.connect(self._go_on)
 
     def set_listing(self, listing: Listing | None, file: str = "", folder: Path | None = None) -> None:
-        """Show a repository.
+        """Show a repository: at once, or, where it holds thousands of files, a little later; `ready` tells.
 
         Args:
             file: is checked when a link named one, else what most people want. folder: where its files would go.
         """
+        self._timer.stop()
         self.beginResetModel()
         self.listing = listing
-        self.whole = None
-        self._folder = f"{folder}{os.sep}" if folder is not None else ""
-        self.rows = self._rows(listing) if listing is not None else []
-        named = [row for row in self.rows if file and any(file == part.path for part in row.files)]
-        for row in named or self._proposed():
-            row.checked = True
+        self._lines = FileRows(listing, folder, self._judge) if listing is not None else None
+        self._work = self._arrange(self._lines, file) if self._lines is not None else None
+        self._forget_choice()
         self.endResetModel()
         self.chosen.emit()
+        self._go_on()
+        if self.busy:
+            self._timer.start()
 
-    def _rows(self, listing: Listing) -> list[FileRow]:
-        choices = gguf_choices(listing.files)
-        usual = {file.path for file in repository_choice(listing.files).files}
-        rows: list[FileRow] = []
-        covered: set[str] = set()
-        for choice in choices:
-            lost = missing_parts(choice)
-            notes = f"{len(lost)} of its parts are missing on the hub" if lost else ""
-            rows.append(
-                FileRow(
-                    title=choice.title,
-                    files=choice.all_files,
-                    quantization=choice.quantization,
-                    fitting=self._judge(_entry(choice.title, choice.bytes, ModelFormat.GGUF)),
-                    model=True,
-                    sees=choice.projector is not None,
-                    problem=notes,
-                )
-            )
-            covered |= {file.path for file in choice.all_files}
+    @property
+    def busy(self) -> bool:
+        """Whether the lines are still being put in order; there are none until then."""
+        return self._work is not None
 
-        def place(file: RemoteFile) -> tuple[object, ...]:
-            # The parts of a model in their own order, then what else is usual, the largest first.
-            return (file.path not in usual, *((0, 0) if _is_weight(file.path) else (1, -file.size)), file.path)
+    @Slot()
+    def _go_on(self) -> None:
+        """Do one piece of what is left; the window comes between two of them."""
+        if self._work is None or next(self._work, self) is None:
+            return
+        self._timer.stop()
+        self.beginResetModel()
+        self._work = None
+        self.endResetModel()
+        self.ready.emit()
+        self.chosen.emit()
 
-        for file in sorted(listing.files, key=place):
-            if file.path not in covered:
-                rows.append(FileRow(title=file.path, files=(file,), usual=file.path in usual))
-        weights = sum(f.size for f in listing.files if f.path in usual and _is_weight(f.path))
-        if listing.kind == "model" and weights:
-            self.whole = self._judge(_entry(listing.repo, weights, ModelFormat.SAFETENSORS))
-        for row in rows:
-            if listing.here:
-                row.here = sum(file.size for file in row.files if file.path in listing.here)
-                row.in_place = sum(file.size for file in row.files if self._is_in_place(file))
-            if row.usual and _is_weight(row.title):
-                row.fitting = self.whole  # the files of one model fit together or not at all
-        return rows
+    def _arrange(self, lines: FileRows, file: str) -> Pieces[None]:
+        yield from lines.work()
+        named = [row for row in lines.rows if any(file == part.path for part in row.files)] if file else []
+        for number, row in enumerate(named or lines.proposed(), 1):
+            self._check(row, True)
+            if not number % PIECE:
+                yield
 
-    def _is_in_place(self, file: RemoteFile) -> bool:
-        place = self.listing.here.get(file.path, "") if self.listing is not None else ""
-        return bool(place and self._folder) and place.startswith(self._folder)
+    def _forget_choice(self) -> None:
+        self._checked = self._seeing = self._bytes = self._here = self._in_place = 0
 
-    def _proposed(self) -> list[FileRow]:
-        """The repository's usual files; of several GGUF models the one that most people want and that fits."""
-        models = [row for row in self.rows if row.model]
-        if not models:
-            return [row for row in self.rows if row.usual]
-        fitting = [
-            row for row in models if row.fitting is not None and row.fitting.tone == "positive" and not row.problem
-        ]
-        for wanted in ("Q4_K_M", "Q5_K_M", "Q4_K_S"):
-            if found := [row for row in fitting if row.quantization == wanted]:
-                return found[:1]
-        return fitting[-1:] if len(models) > 1 else models
+    @property
+    def rows(self) -> list[FileRow]:
+        return self._lines.rows if self._lines is not None and not self.busy else []
+
+    @property
+    def whole(self) -> Fitting | None:
+        """Where the repository's usual weights fit together."""
+        return self._lines.whole if self._lines is not None else None
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there is anything in it to run."""
+        return self._lines is not None and self._lines.holds_weights
 
     def check(self, which: str) -> None:
         """Check `usual`, `all` or `none`."""
-        usual = [row for row in self.rows if row.usual]
-        proposed = usual if any(_is_weight(row.title) for row in usual) else self._proposed()
+        if self._lines is None or self.busy:
+            return
         for row in self.rows:
-            row.checked = which == "all" or (which == "usual" and any(row is one for one in proposed))
+            row.checked = False
+        chosen = self._lines.named(which)
+        for row in chosen:
+            row.checked = True
+        self._checked = len(chosen)
+        self._seeing = sum(row.sees for row in chosen)
+        self._bytes = sum(row.bytes for row in chosen)
+        self._here = sum(row.here for row in chosen)
+        self._in_place = sum(row.in_place for row in chosen)
         if self.rows:
             self.dataChanged.emit(self.index(0, 0), self.index(len(self.rows) - 1, 0))
         self.chosen.emit()
+
+    # What is checked: sums are kept, since to add up a hundred thousand files takes longer than a click may ------------
+
+    def _check(self, row: FileRow, checked: bool) -> None:
+        if row.checked != checked:
+            row.checked = checked
+            step = 1 if checked else -1
+            self._checked += step
+            self._seeing += step * row.sees
+            self._bytes += step * row.bytes
+            self._here += step * row.here
+            self._in_place += step * row.in_place
+
+    def _without_twice(self, total: int, part: int) -> int:
+        """The projector goes with every model, and is counted once. `part`: what of it is in such a total."""
+        return total - max(0, self._seeing - 1) * part
+
+    @property
+    def any_chosen(self) -> bool:
+        return self._checked > 0
+
+    @property
+    def bytes(self) -> int:
+        """Of the checked files, each counted once."""
+        projector = self._lines.projector if self._lines is not None else None
+        return self._without_twice(self._bytes, projector.size if projector is not None else 0)
+
+    @property
+    def in_place(self) -> int:
+        """Bytes of the checked files that are downloaded already."""
+        return self._without_twice(
+            self._in_place, self._lines.bytes_in_place(self._lines.projector) if self._lines else 0
+        )
+
+    @property
+    def elsewhere(self) -> int:
+        """Bytes of the checked files that lie on this machine already, but not where they would go."""
+        here = self._without_twice(self._here, self._lines.bytes_here(self._lines.projector) if self._lines else 0)
+        return here - self.in_place
 
     @property
     def files(self) -> tuple[RemoteFile, ...]:
         """The checked files, each once."""
         found = {file.path: file for row in self.rows if row.checked for file in row.files}
         return tuple(found.values())
-
-    @property
-    def elsewhere(self) -> int:
-        """Bytes of the checked files that lie on this machine already, but not where they would go."""
-        here = self.listing.here if self.listing is not None else {}
-        if not here:
-            return 0
-        return sum(file.size for file in self.files if file.path in here and not self._is_in_place(file))
-
-    @property
-    def in_place(self) -> int:
-        """Bytes of the checked files that are downloaded already."""
-        if self.listing is None or not self.listing.here:
-            return 0
-        return sum(file.size for file in self.files if self._is_in_place(file))
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether there is anything in it to run."""
-        return any(row.model or _is_weight(row.title) for row in self.rows)
 
     # Qt's questions ---------------------------------------------------------------------------------
 
@@ -310,35 +301,12 @@ class FileTable(QAbstractTableModel):
             return readable_bytes(row.bytes)
         if column == FITS:
             return row.fitting.word if row.fitting is not None else ""
-        return row.problem or ", ".join(_notes(row))
+        return row.problem or ", ".join(notes_of(row))
 
     def setData(self, index: Index, value: object, role: int = Qt.ItemDataRole.EditRole) -> bool:
         if role != Qt.ItemDataRole.CheckStateRole or index.column() != FILE:
             return False
-        self.rows[index.row()].checked = Qt.CheckState(value) == Qt.CheckState.Checked  # type: ignore[arg-type]
+        self._check(self.rows[index.row()], Qt.CheckState(value) == Qt.CheckState.Checked)  # type: ignore[arg-type]
         self.dataChanged.emit(index, index)
         self.chosen.emit()
         return True
-
-
-def _notes(row: FileRow) -> list[str]:
-    """What is worth knowing of a line, the most important first: the rest may not find room."""
-    notes = []
-    if row.in_place >= row.bytes * 0.99 and row.in_place:
-        notes.append("downloaded")
-    elif row.here:
-        notes.append("on this machine" if row.here >= row.bytes * 0.99 else "partly on this machine")
-    if row.sees:
-        notes.append("sees images")
-    if len(row.files) > 1:
-        notes.append(f"{len(row.files)} files")
-    return notes
-
-
-def _is_weight(path: str) -> bool:
-    return path.lower().endswith((".safetensors", ".bin", ".pt", ".pth"))
-
-
-def _entry(name: str, size: int, kind: ModelFormat) -> ModelEntry:
-    """A model of which only the size is known."""
-    return ModelEntry(id=name, name=name, path=name, root="", format=kind, bytes=size, weight_bytes=size)

@@ -19,7 +19,7 @@ from app.hub.part import PartFile, arrived_bytes, remove_parts
 from app.hub.places import folder_for, local_name, local_path, refuse_collisions
 from app.hub.positional import PositionalFile
 from app.hub.reference import HubReference, check_file_path, parse_reference
-from app.hub.selection import gguf_choices, is_adapter, missing_parts, pick, quantization, repository_choice, usual
+from app.hub.selection import gguf_choices, is_adapter, lost_parts, pick, quantization, repository_choice, usual
 from app.hub.trouble import gated_error
 from app.viewmodels.transfer_rates import Speed, shares
 
@@ -152,9 +152,11 @@ def test_a_split_gguf_and_its_projector_are_one_choice() -> None:
         "mmproj-m-f16.gguf",
     ]
     assert choices["Q8_0"].projector is not None
-    assert missing_parts(choices["Q4_K_M"]) == []
+    assert lost_parts(choices["Q4_K_M"]) == 0 and lost_parts(choices["Q8_0"]) == 0
     lame = gguf_choices(files("m-00002-of-00003.gguf"))[0]
-    assert missing_parts(lame) == ["m-00001-of-00003.gguf", "m-00003-of-00003.gguf"]
+    assert lost_parts(lame) == 2
+    [odd] = gguf_choices(files("m-00002-of-00003.gguf", "m-00002-OF-00003.gguf", "m-00009-of-00003.gguf", "m.gguf"))
+    assert lost_parts(odd) == 2, "what is no part of that set stands for none"
 
 
 def test_a_repository_is_fetched_without_what_it_has_twice() -> None:

@@ -65,6 +65,7 @@ class Finder(QWidget):
         self._endpoint = endpoint
         self._folder = folder
         self._reference: HubReference | None = None
+        self._asks = False
         self._stale = False  # the list that is shown is not of what was asked for last
         self.results = ResultTable(self)
         self.files = FileTable(judge, self)
@@ -94,6 +95,7 @@ class Finder(QWidget):
         queries.searched.connect(self._searched)
         queries.listed.connect(self._listed)
         queries.failed.connect(self._failed)
+        self.files.ready.connect(self._ready)
         self.files.chosen.connect(self._show_choice)
         self._typed()
 
@@ -268,9 +270,13 @@ class Finder(QWidget):
 
     @Slot(bool)
     def _asking(self, asking: bool) -> None:
-        self._busy.setVisible(asking)
+        self._asks = asking
+        self._show_busy()
         if not asking:
             self.banner.show_wait("")
+
+    def _show_busy(self) -> None:
+        self._busy.setVisible(self._asks or self.files.busy)
 
     @Slot(list)
     def _searched(self, hits: list[SearchHit]) -> None:
@@ -286,22 +292,32 @@ class Finder(QWidget):
         wanted = self._reference.file if self._reference is not None else ""
         folder = self._folder(listing)
         self._stale = False
-        self.files.set_listing(listing, wanted, folder)
         branch = "" if listing.revision == "main" else f":{listing.revision}"
         self._name.setText(f"{listing.repo}{branch}")
         self._gated.setVisible(listing.gated)
-        kind = "LoRA adapter" if listing.kind == "adapter" else "Model"
-        kind = kind if self.files.holds_weights else "No model in it"
-        whole = self.files.whole
-        fits = f" · fits: {whole.word}" if whole is not None and whole.tone != "plain" else ""
-        count = f"{len(listing.files)} file" + ("" if len(listing.files) == 1 else "s")
-        self._what.setText(f"{kind} · {count}{fits}")
-        self._what.setToolTip(f"Judged by size alone.\n{whole.numbers}" if whole is not None else "")
         self._where.setText(f"to {short_path(str(folder), str(Path.home()))}")
         self.back.setVisible(bool(self.results.hits))
         self._top.setContentsMargins(8 if self.results.hits else 16, 6, 16, 6)  # the button has room of its own
         self._stack.setCurrentIndex(FILES)
         self.file_view.setFocus()
+        self._what.setText(f"Sorting {len(listing.files):,} files\N{HORIZONTAL ELLIPSIS}")
+        self._what.setToolTip("")
+        self.files.set_listing(listing, wanted, folder)
+        self._show_busy()
+
+    @Slot()
+    def _ready(self) -> None:
+        """The lines of a file list are there, which takes a moment for many files."""
+        listing = self.files.listing
+        assert listing is not None
+        self._show_busy()
+        kind = "LoRA adapter" if listing.kind == "adapter" else "Model"
+        kind = kind if self.files.holds_weights else "No model in it"
+        whole = self.files.whole
+        fits = f" · fits: {whole.word}" if whole is not None and whole.tone != "plain" else ""
+        count = f"{len(listing.files):,} file" + ("" if len(listing.files) == 1 else "s")
+        self._what.setText(f"{kind} · {count}{fits}")
+        self._what.setToolTip(f"Judged by size alone.\n{whole.numbers}" if whole is not None else "")
         checked = next((place for place, line in enumerate(self.files.rows) if line.checked), 0)
         self.file_view.setCurrentIndex(self.files.index(checked, 0))
 
@@ -312,6 +328,7 @@ class Finder(QWidget):
         if kind == "hub_files" and self._stack.currentIndex() == FILES:
             # Not a list of something else under a name that is not there: Download would fetch the wrong thing.
             self.files.set_listing(None)
+            self._show_busy()
             self._stack.setCurrentIndex(RESULTS if self.results.hits else EMPTY)
         self.show_error(error)
 
@@ -321,15 +338,14 @@ class Finder(QWidget):
 
     @Slot()
     def _show_choice(self) -> None:
-        files = self.files.files
-        elsewhere = self.files.elsewhere
-        rest = sum(file.size for file in files) - self.files.in_place
+        files, elsewhere = self.files.any_chosen, self.files.elsewhere
+        rest = self.files.bytes - self.files.in_place
         rest -= elsewhere if self.copies.isChecked() else 0
         # What is downloaded already is compared with the hub's checksum again, and fetched only where that differs.
         done = "Add to library" if elsewhere else "Check again" if files else "Download"
         self.fetch.setText(f"Download {readable_bytes(rest)}" if rest > 0 else done)
         self.fetch.setAccessibleName(self.fetch.text())
-        self.fetch.setEnabled(bool(files) and not self._stale)
+        self.fetch.setEnabled(files and not self._stale)
         self.copies.setVisible(bool(elsewhere))
         self.copies.setText(f"Use {readable_bytes(elsewhere)} that is on this machine")
 
@@ -364,5 +380,5 @@ class Finder(QWidget):
 
     @Slot()
     def _fetch(self) -> None:
-        if self.files.listing is not None and self.files.files and not self._stale:
+        if self.files.listing is not None and self.files.any_chosen and not self._stale:
             self.wanted.emit(self.files.listing, self.files.files, self.copies.isChecked())

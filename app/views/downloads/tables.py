@@ -12,7 +12,7 @@ from app.store.downloads import DownloadState
 from app.viewmodels import download_table, hub_tables
 from app.viewmodels.download_table import STATE_WORDS, DownloadRole, file_text
 from app.viewmodels.downloads import Row
-from app.viewmodels.hub_tables import FileRow
+from app.viewmodels.file_rows import FileRow
 from app.views.icons import icon
 from app.views.row_table import Index, RowCell, RowTable, is_selected
 from app.views.theme import theme
