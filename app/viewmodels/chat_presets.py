@@ -33,6 +33,11 @@ class Presets:
         """Built-in ones first, then the user's by name."""
         return presets_in(self._settings.settings)
 
+    def of_new_chats(self) -> tuple[str, Values]:
+        """The system prompt and the changed sampling fields that a new chat begins with."""
+        settings = self._settings.settings
+        return settings.system_prompt, dict(self.all().get(settings.sampling, {}))
+
     def is_own(self, name: str) -> bool:
         return name in self._settings.settings.sampling_presets and name not in BUILT_IN
 

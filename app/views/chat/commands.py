@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from app.viewmodels.chat import ChatController
+from app.viewmodels.chat_list import ConversationList
+from app.viewmodels.chat_presets import Presets, Values
 from app.views.page import PaletteCommand
-
-if TYPE_CHECKING:
-    from app.views.chat.page import ChatPage
 
 CHATS = 200
 
 
-def chat_commands(page: ChatPage) -> list[PaletteCommand]:
-    """The commands as things stand now."""
+class Commanded(Protocol):
+    """What the commands take of the page."""
+
+    controller: ChatController
+    model: ConversationList
+    presets: Presets
+
+    def new_chat(self) -> object: ...
+    def ask_import(self) -> object: ...
+    def toggle_panel(self) -> object: ...
+    def apply_preset(self, values: Values) -> object: ...
+    def open(self, conversation: int) -> object: ...
+
+
+def chat_commands(page: Commanded, to_front: Callable[[], object]) -> list[PaletteCommand]:
+    """The commands as things stand now. `to_front` brings the page to the front."""
 
     def there(run: Callable[[], object]) -> Callable[[], None]:
         def go() -> None:
-            page.page_wanted.emit("chat")
+            to_front()
             run()
 
         return go

@@ -9,12 +9,12 @@ from PySide6.QtCore import QEvent, QObject, QTimer, Signal, Slot
 from PySide6.QtGui import QKeyEvent, QKeySequence
 from PySide6.QtWidgets import QWidget
 
-from app.core.errors import WeftError
 from app.viewmodels.chat import ChatController
 from app.viewmodels.chat_list import ConversationList
 from app.views.chat.frame import ChatFrame
 from app.views.chat.undos import Undos
 from app.views.page import Notice
+from app.views.trying import attempt
 
 
 class ConversationActions(QObject):
@@ -54,7 +54,7 @@ class ConversationActions(QObject):
     @Slot(int, str)
     def _rename(self, conversation: int, title: str) -> None:
         # Later: the view is still closing its editor, and the list is about to be read again.
-        QTimer.singleShot(0, self, lambda: self._try(lambda: self._controller.rename(conversation, title)))
+        QTimer.singleShot(0, self, lambda: attempt(lambda: self._controller.rename(conversation, title), self.failed))
 
     def rename_current(self) -> None:
         """Edit the title of the conversation that is chosen in the list, else of the one in view."""
@@ -67,18 +67,18 @@ class ConversationActions(QObject):
 
     @Slot(int, bool)
     def _pin(self, conversation: int, pinned: bool) -> None:
-        self._try(lambda: self._controller.set_pinned(conversation, pinned))
+        attempt(lambda: self._controller.set_pinned(conversation, pinned), self.failed)
 
     @Slot(int)
     def delete(self, conversation: int) -> None:
         """Put a conversation into the bin."""
         self._leave()
-        self._try(lambda: self._controller.delete(conversation))
+        attempt(lambda: self._controller.delete(conversation), self.failed)
 
     @Slot(str, object)
     def undoable(self, text: str, undo: Callable[[], object]) -> None:
         """Something was deleted: offer to take that back."""
-        once = self.undos.add(partial(self._try, undo), self._composer.text)
+        once = self.undos.add(partial(attempt, undo, self.failed), self._composer.text)
         self.notice.emit(Notice(text=text, action="Undo", run=once))
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:
@@ -97,9 +97,3 @@ class ConversationActions(QObject):
         if not self.undos:
             return True
         return self.undos.typed_since(self._composer.text) and self._composer.edit.document().isUndoAvailable()
-
-    def _try(self, run: Callable[[], object]) -> None:
-        try:
-            run()
-        except WeftError as error:
-            self.failed.emit(error)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from PySide6.QtCore import QCoreApplication, QEvent, Qt, QTimer, Slot
 from PySide6.QtGui import QKeyEvent, QResizeEvent
 from PySide6.QtWidgets import QWidget
 
-from app.core.errors import WeftError
 from app.core.transcripts import TranscriptFormat
 from app.store.chats import ChatStore
 from app.store.settings import SettingsStore
@@ -23,9 +22,11 @@ from app.views.chat.commands import chat_commands
 from app.views.chat.conversation_actions import ConversationActions
 from app.views.chat.frame import ChatFrame
 from app.views.chat.message_actions import MessageActions
+from app.views.chat.panel_actions import PanelActions
 from app.views.chat.transcript import Entry
 from app.views.chat.warm_up import WarmUp
 from app.views.page import Page, PaletteCommand
+from app.views.trying import attempt, attempt_for
 from app.views.widgets import action
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from app.views.chat.find_bar import FindBar
     from app.views.chat.side_panel import SidePanel
 
-T = TypeVar("T")
 NARROW = 900  # below this, list and panel are not shown together
 
 
@@ -56,11 +56,11 @@ class ChatPage(Page):
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
-        self._store, self._loadout, self._settings = store, loadout, settings
+        self._store = store
         self.presets = Presets(settings)
         self._shown_conversation = -1
         self._warm_up = WarmUp(store, self)
-        self.controller = ChatController(store, loadout, self._defaults, self)
+        self.controller = ChatController(store, loadout, self.presets.of_new_chats, self)
         self.model = ConversationList(store, self)
         self._frame = frame = ChatFrame(self.model, self)
         self.side, self.transcript, self.welcome, self.composer = (
@@ -74,6 +74,7 @@ class ChatPage(Page):
         self.messages = MessageActions(self.controller, frame, self)
         self.conversations = ConversationActions(self.controller, self.model, frame, self._leave, self)
         self.activity = Activity(self.controller, loadout, frame, pick_model, self)
+        self._panels = PanelActions(self.controller, loadout, self.presets, self)
         self._connect()
         self._add_actions()
         application = QCoreApplication.instance()
@@ -83,7 +84,7 @@ class ChatPage(Page):
         self._opened()
         self._path_changed()
         self._activity_changed()
-        if interrupted := self._read(self.controller.interrupted, 0):
+        if interrupted := attempt_for(self.controller.interrupted, 0, self.failed):
             self.open(interrupted)
 
     # Building ---------------------------------------------------------------------------------------
@@ -91,17 +92,10 @@ class ChatPage(Page):
     @cached_property
     def panel(self) -> SidePanel:
         """System prompt and sampling of this chat."""
-        from app.views.chat.side_panel import SidePanel
-
-        panel = SidePanel(self.presets)
-        panel.system_changed.connect(self._set_system)
-        panel.sampling_changed.connect(self._set_sampling)
-        panel.failed.connect(self.failed)
+        panel = self._panels.make()
         panel.noticed.connect(self.conversations.undoable)
         panel.closed.connect(self.toggle_panel)
         self._frame.add_panel(panel)
-        self._fill_panel(panel)
-        self._serve_panel(panel)
         return panel
 
     @cached_property
@@ -155,6 +149,7 @@ class ChatPage(Page):
         self.messages.notice.connect(self.notice)
         self.conversations.notice.connect(self.notice)
         self.conversations.failed.connect(self.failed)
+        self._panels.failed.connect(self.failed)
         self.activity.conversation_wanted.connect(self.open)
         self.activity.page_wanted.connect(self.page_wanted)
         self.composer.sent.connect(self.send)
@@ -189,7 +184,7 @@ class ChatPage(Page):
         self.composer.edit.setFocus()
 
     def commands(self) -> list[PaletteCommand]:
-        return chat_commands(self)
+        return chat_commands(self, partial(self.page_wanted.emit, "chat"))
 
     def toggle_side(self) -> None:
         self.side.setVisible(self.side.isHidden())
@@ -225,17 +220,12 @@ class ChatPage(Page):
 
     # The conversation in view -----------------------------------------------------------------------
 
-    def _defaults(self) -> tuple[str, Values]:  # what a new chat begins with
-        settings = self._settings.settings
-        values = self.presets.all().get(settings.sampling, {})
-        return settings.system_prompt, dict(values)
-
     def open(self, conversation: int) -> None:
         """Bring a conversation into view."""
         if conversation == self.controller.conversation_id:
             return
         self._leave()
-        self._try(lambda: self.controller.open(conversation))
+        attempt(lambda: self.controller.open(conversation), self.failed)
         self.composer.edit.setFocus()
 
     @Slot()
@@ -249,8 +239,7 @@ class ChatPage(Page):
     def _leave(self) -> None:
         """Keep what is typed here before another conversation comes into view."""
         self.composer.flush()
-        if self._has("panel"):
-            self.panel.flush()
+        self._panels.flush()
 
     @Slot(str)
     def send(self, text: str) -> None:
@@ -272,26 +261,11 @@ class ChatPage(Page):
         self._shown_conversation = controller.conversation_id
         self._title.setText(controller.conversation.title if controller.conversation else "New chat")
         if not began:  # a new chat that got its first message keeps what is typed
-            self.composer.set_text(self._read(controller.draft, ""))
-        if self._has("panel"):
-            self._fill_panel(self.panel)
+            self.composer.set_text(attempt_for(controller.draft, "", self.failed))
         self.side.set_current(controller.conversation_id)
         if self._has("finding"):
             self.finding.close()
         self._jump = True
-
-    def _fill_panel(self, panel: SidePanel) -> None:
-        panel.defaults = self._defaults()
-        panel.set_values(self.controller.system, self.controller.sampling)
-
-    def _serve_panel(self, panel: SidePanel) -> None:
-        loader = self._loadout.loader
-        model = self._loadout.model
-        if model is not None:
-            panel.set_own(model.name, model.own_sampling.values(), model.own_sampling.notes)
-        else:
-            panel.set_own("", {}, ())
-        panel.set_served(loader.sampling if loader else None, f"{loader.title} does not have it." if loader else "")
 
     @Slot()
     def _path_changed(self) -> None:
@@ -331,14 +305,12 @@ class ChatPage(Page):
     def _activity_changed(self) -> None:
         self.activity.show()
         self.model.set_writing(self.controller.writing_conversation)
-        if self._has("panel"):
-            self._serve_panel(self.panel)
 
     # Conversations ----------------------------------------------------------------------------------
 
     @Slot()
     def _refresh_list(self) -> None:
-        self._try(self.model.refresh)
+        attempt(self.model.refresh, self.failed)
         self.side.set_current(self.controller.conversation_id)
         if self.controller.conversation is not None:
             self._title.setText(self.controller.conversation.title)
@@ -373,23 +345,13 @@ class ChatPage(Page):
 
     # Panel and drafts -------------------------------------------------------------------------------
 
-    @Slot(str)
-    def _set_system(self, text: str) -> None:
-        self._try(lambda: self.controller.set_system(text))
-
-    @Slot(dict)
-    def _set_sampling(self, values: Values) -> None:
-        self._try(lambda: self.controller.set_sampling(values))  # type: ignore[arg-type]
-
     def apply_preset(self, values: Values) -> None:
         """Answer with this sampling from now on."""
-        if self._has("panel"):
-            self.panel.set_values(self.controller.system, values)  # type: ignore[arg-type]
-        self._set_sampling(values)
+        self._panels.apply(values)
 
     @Slot(str)
     def _draft_changed(self, text: str) -> None:
-        self._try(lambda: self.controller.set_draft(text))
+        attempt(lambda: self.controller.set_draft(text), self.failed)
 
     # Find -------------------------------------------------------------------------------------------
 
@@ -428,18 +390,3 @@ class ChatPage(Page):
         super().changeEvent(event)
         if event.type() in (QEvent.Type.PaletteChange, QEvent.Type.FontChange) and hasattr(self, "transcript"):
             QTimer.singleShot(0, self, self.transcript.restyle)
-
-    # Helpers ----------------------------------------------------------------------------------------
-
-    def _try(self, run: Callable[[], object]) -> None:
-        try:
-            run()
-        except WeftError as error:
-            self.failed.emit(error)
-
-    def _read(self, run: Callable[[], T], default: T) -> T:
-        try:
-            return run()
-        except WeftError as error:
-            self.failed.emit(error)
-            return default

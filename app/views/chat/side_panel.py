@@ -8,13 +8,13 @@ from PySide6.QtCore import QEvent, QObject, QPoint, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QKeyEvent
 from PySide6.QtWidgets import QComboBox, QFrame, QLineEdit, QMenu, QPlainTextEdit, QScrollArea, QWidget
 
-from app.core.errors import WeftError
 from app.core.options import OptionValue
 from app.core.sampling import Sampling, worded
 from app.viewmodels.chat_presets import Presets
 from app.views.chat.style import GRID
 from app.views.icons import icon
 from app.views.options_form import OptionsForm
+from app.views.trying import attempt
 from app.views.widgets import button, column, icon_button, label, row, title
 
 CHANGED = "Changed"
@@ -303,9 +303,6 @@ class SidePanel(QFrame):
 
         self._try(delete)
 
-    def _try(self, change: object) -> None:
-        try:
-            change()  # type: ignore[operator]
-        except WeftError as error:
-            self.failed.emit(error)
+    def _try(self, change: Callable[[], object]) -> None:
+        attempt(change, self.failed)
         self._fill_presets()
