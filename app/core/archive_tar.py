@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from app.core.archives import CHUNK, Guard, Member, damaged, hostile
+from app.core.archive_guard import CHUNK, Guard, Member, damaged, hostile
 
 _BLOCK = 512
 _MAX_HEADER = 64 * 1024  # bytes of a pax header or long name

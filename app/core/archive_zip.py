@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from app.core.archives import CHUNK, Guard, Member, damaged, hostile
+from app.core.archive_guard import CHUNK, Guard, Member, damaged, hostile
 from app.core.errors import ErrorKind, WeftError
 
 MAX_DIRECTORY = 4 << 20  # bytes; 4,096 entries with long names take less than 2 MiB

@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from app.core.archives import Limits, archive_stem, is_archive, unpack
+from app.core.archive_guard import Limits
+from app.core.archives import archive_stem, is_archive, unpack
 from app.core.errors import ErrorKind, WeftError
 from tests import seeds
 
