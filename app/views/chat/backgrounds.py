@@ -7,28 +7,26 @@ from PySide6.QtGui import QPainter, QTextBlock, QTextDocument
 
 from app.views.chat.code_strips import CodeStrips
 from app.views.chat.layout import QUOTE_DEPTH, RULE
+from app.views.chat.pen import Pen
 from app.views.chat.style import ChatStyle
-from app.views.chat.writer import DocumentWriter
 
 RADIUS = 6
 BAR, STEP = 3, 16  # pixels: how broad a quotation's bar is, and how far from the next level's
 
 
-def paint_backgrounds(
-    painter: QPainter, writer: DocumentWriter, strips: CodeStrips, style: ChatStyle, wanted: QRect
-) -> None:
+def paint_backgrounds(painter: QPainter, pen: Pen, strips: CodeStrips, style: ChatStyle, wanted: QRect) -> None:
     """Paint what lies between the upper and the lower end of what is wanted, in document coordinates."""
-    for code in writer.codes:
+    for code in pen.codes:
         rect = strips.rect(code).adjusted(0.5, 0.5, -0.5, -0.5)
         if rect.bottom() < wanted.top() or rect.top() > wanted.bottom():
             continue
         painter.setPen(style.border)
         painter.setBrush(style.code_background)
         painter.drawRoundedRect(rect, RADIUS, RADIUS)
-    if writer.decorated:
-        block = writer.document.begin()
+    if pen.decorated:
+        block = pen.document.begin()
         while block.isValid():
-            _paint_block(painter, block, writer.document, style)
+            _paint_block(painter, block, pen.document, style)
             block = block.next()
 
 

@@ -10,7 +10,8 @@ import msgspec
 
 from app.views.chat.blocks import Block, BlockSplitter, fold_at, safe_cut
 from app.views.chat.code_strips import CodeStrips, Progress
-from app.views.chat.writer import DocumentWriter, Mark
+from app.views.chat.pen import Mark
+from app.views.chat.writer import DocumentWriter
 
 FRAME = 33  # milliseconds between renderings of a streaming tail
 CODE_SLICE = 6000  # characters of code inserted at a time

@@ -6,8 +6,8 @@ from PySide6.QtCore import Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QPalette
 from PySide6.QtWidgets import QHBoxLayout, QLabel, QToolButton, QWidget
 
+from app.views.chat.pen import CodeBlock
 from app.views.chat.style import ChatStyle
-from app.views.chat.writer import CodeBlock
 
 
 class CodeHeader(QWidget):

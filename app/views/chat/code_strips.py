@@ -13,8 +13,8 @@ from PySide6.QtWidgets import QTextBrowser
 from app.views.chat.code_block import CodeHeader
 from app.views.chat.highlight import CodeHighlighter
 from app.views.chat.layout import CODE_HEADER, CODE_PADDING
+from app.views.chat.pen import CodeBlock, Pen
 from app.views.chat.style import ChatStyle
-from app.views.chat.writer import CodeBlock, DocumentWriter
 
 
 class Progress:
@@ -49,9 +49,9 @@ class CodeStrips(QObject):
     def _view(self) -> QTextBrowser:
         return cast(QTextBrowser, self.parent())
 
-    def reset(self, writer: DocumentWriter, style: ChatStyle, progress: Progress) -> None:
+    def reset(self, pen: Pen, style: ChatStyle, progress: Progress) -> None:
         """Another text begins."""
-        self._writer, self._style, self._progress = writer, style, progress
+        self._pen, self._style, self._progress = pen, style, progress
         self._colored_due = 0.0
         self._runs: deque[tuple[int, CodeHighlighter]] = deque()
         self._colored: dict[int, int] = {}  # code id: length of the text last coloured
@@ -67,7 +67,7 @@ class CodeStrips(QObject):
 
     def watch(self) -> None:
         """The text has grown: give new code blocks their strips, and changed ones their colours."""
-        for code in self._writer.codes:
+        for code in self._pen.codes:
             if code.id not in self.headers:
                 header = CodeHeader(self._style, code.language, self._view.viewport())
                 header.copy_requested.connect(self._copy)
@@ -89,7 +89,7 @@ class CodeStrips(QObject):
         if any(id == code.id for id, _ in self._runs):
             return  # when that run ends, the next one starts
         now = time.perf_counter()
-        if self._progress.code_grows and code is self._writer.codes[-1]:
+        if self._progress.code_grows and code is self._pen.codes[-1]:
             if now < self._colored_due:
                 return  # it still grows: lexing it all again for each batch would be quadratic
             self._colored_due = now + 0.2 + len(code.text) / 30_000

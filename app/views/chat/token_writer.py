@@ -1,12 +1,12 @@
 """Write the tokens of one block of Markdown: lists, quotations, headings, tables, and the text within them.
 
-Text goes in through the writer's cursor with formats, never as HTML.
+Text goes in through a pen's cursor with formats, never as HTML.
 """
 
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markdown_it.token import Token
 from PySide6.QtCore import Qt
@@ -25,10 +25,8 @@ from PySide6.QtGui import (
 from app.views.chat.blocks import Block
 from app.views.chat.layout import CODE_ID, CODE_PADDING, INDENT, PARAGRAPH, RULE
 from app.views.chat.parse import safe_link, split_links
+from app.views.chat.pen import Pen
 from app.views.chat.style import mix
-
-if TYPE_CHECKING:
-    from app.views.chat.writer import DocumentWriter
 
 _HEADING_SCALE = {1: 1.45, 2: 1.28, 3: 1.14, 4: 1.0, 5: 1.0, 6: 1.0}
 _ALIGN = {
@@ -40,8 +38,8 @@ _ALIGN = {
 class TokenWriter:
     """Writes the tokens of one block."""
 
-    def __init__(self, writer: DocumentWriter, block: Block) -> None:
-        self._writer = writer
+    def __init__(self, pen: Pen, block: Block) -> None:
+        self._pen = pen
         self._block = block
         self._lists: list[QTextListFormat] = []
         self._list_objects: list[Any] = []
@@ -81,14 +79,14 @@ class TokenWriter:
             self._quote -= 1
         elif kind in ("fence", "code_block"):
             self._item_starts = False
-            self._writer.open_code(token.info.strip().split(" ")[0], indent=self._indent())
-            self._writer.append_code(token.content.rstrip("\n"))
-            self._writer.close_code()
+            self._pen.open_code(token.info.strip().split(" ")[0], indent=self._indent())
+            self._pen.append_code(token.content.rstrip("\n"))
+            self._pen.close_code()
         elif kind == "hr":
-            form = self._writer.block_format(0, top=PARAGRAPH / 2, bottom=PARAGRAPH)
+            form = self._pen.block_format(0, top=PARAGRAPH / 2, bottom=PARAGRAPH)
             form.setProperty(RULE, True)
-            self._writer.decorated = True
-            self._writer.paragraph(form, self._writer.char())
+            self._pen.decorated = True
+            self._pen.paragraph(form, self._pen.char())
 
     def _indent(self) -> int:
         return INDENT * len(self._lists) + 16 * self._quote
@@ -116,9 +114,9 @@ class TokenWriter:
 
     def _text_block(self, parent: Token | None) -> QTextCharFormat:
         """Start a block for text in the present containers; returns its character format."""
-        writer, style = self._writer, self._writer.style
-        char = writer.char()
-        form = writer.block_format(16 * self._quote, quote=self._quote)
+        pen, style = self._pen, self._pen.style
+        char = pen.char()
+        form = pen.block_format(16 * self._quote, quote=self._quote)
         if self._quote:
             char.setForeground(mix(style.text, style.base, 0.25))
         if parent is not None and parent.type == "heading_open":
@@ -137,13 +135,13 @@ class TokenWriter:
             form.setBottomMargin(4)
             if not self._item_starts:
                 form.setIndent(len(self._lists))
-        writer.paragraph(form, char)
+        pen.paragraph(form, char)
         if self._lists and self._item_starts:
             self._item_starts = False
             if self._list_objects[-1] is None:
-                self._list_objects[-1] = writer.cursor.createList(self._lists[-1])
+                self._list_objects[-1] = pen.cursor.createList(self._lists[-1])
             else:
-                self._list_objects[-1].add(writer.cursor.block())
+                self._list_objects[-1].add(pen.cursor.block())
         return char
 
     def _inline_block(self, token: Token, parent: Token) -> None:
@@ -158,14 +156,14 @@ class TokenWriter:
                 children[0].content = children[0].content[4:]
         char = self._text_block(parent)
         if marker is not None:
-            form = self._writer.cursor.blockFormat()
+            form = self._pen.cursor.blockFormat()
             form.setMarker(marker)
-            self._writer.cursor.setBlockFormat(form)
+            self._pen.cursor.setBlockFormat(form)
         self.inline(children, char)
 
     def inline(self, children: list[Token], char: QTextCharFormat) -> None:
         """Write inline tokens at the cursor."""
-        cursor, style = self._writer.cursor, self._writer.style
+        cursor, style = self._pen.cursor, self._pen.style
         stack = [char]
         for token in children:
             kind, form = token.type, stack[-1]
@@ -196,7 +194,7 @@ class TokenWriter:
                 math.setFontFamilies(style.mono.families())
                 math.setFontItalic(True)
                 cursor.insertText(token.content, math)
-            elif kind == "hardbreak" or (kind == "softbreak" and self._writer.breaks):
+            elif kind == "hardbreak" or (kind == "softbreak" and self._pen.breaks):
                 cursor.insertText("\u2028", form)
             elif kind == "softbreak":
                 cursor.insertText(" ", form)
@@ -206,7 +204,7 @@ class TokenWriter:
                 cursor.insertText(f"Image: {token.content or 'without a description'}", image)
 
     def _text(self, text: str, form: QTextCharFormat) -> None:
-        cursor = self._writer.cursor
+        cursor = self._pen.cursor
         for broken, part in enumerate(text.replace("<br/>", "<br>").replace("<br />", "<br>").split("<br>")):
             if broken:
                 cursor.insertText("\u2028", form)
@@ -225,7 +223,7 @@ class TokenWriter:
             form.setAnchor(True)
             form.setAnchorHref(safe)
             form.setToolTip(f"<qt>{html.escape(safe)}</qt>")  # else it might be read as HTML
-            form.setForeground(self._writer.style.link)
+            form.setForeground(self._pen.style.link)
             form.setFontUnderline(True)
 
     def _table(self, tokens: list[Token]) -> None:
@@ -238,9 +236,9 @@ class TokenWriter:
         columns = max((len(row) for row in rows), default=0)
         if not columns:
             return
-        writer, cursor = self._writer, self._writer.cursor
+        pen, cursor = self._pen, self._pen.cursor
         cursor.movePosition(QTextCursor.MoveOperation.End)
-        if writer.fresh:  # a table needs a block before it; make that one vanish
+        if pen.fresh:  # a table needs a block before it; make that one vanish
             cursor.setBlockFormat(_tiny_block())
             cursor.setBlockCharFormat(_tiny_char())
         table: QTextTable = cursor.insertTable(len(rows), columns, self._table_format(columns))
@@ -250,42 +248,42 @@ class TokenWriter:
         cursor.movePosition(QTextCursor.MoveOperation.End)
         cursor.setBlockFormat(_tiny_block())
         cursor.setBlockCharFormat(_tiny_char())
-        writer.fresh = True
+        pen.fresh = True
 
     def _table_format(self, columns: int) -> QTextTableFormat:
-        writer = self._writer
+        pen = self._pen
         form = QTextTableFormat()
         form.setBorder(1)
-        form.setBorderBrush(writer.style.border)
+        form.setBorderBrush(pen.style.border)
         form.setBorderStyle(QTextFrameFormat.BorderStyle.BorderStyle_Solid)
         form.setBorderCollapse(True)
         form.setCellPadding(6)
         form.setCellSpacing(0)
         # A frame's margin does not merge with that of the block before, which Qt leaves out before a frame.
-        after_code = writer.cursor.block().blockFormat().hasProperty(CODE_ID)
-        form.setTopMargin(2 if writer.empty else PARAGRAPH + (CODE_PADDING if after_code else 0))
+        after_code = pen.cursor.block().blockFormat().hasProperty(CODE_ID)
+        form.setTopMargin(2 if pen.empty else PARAGRAPH + (CODE_PADDING if after_code else 0))
         form.setBottomMargin(PARAGRAPH)
         form.setHeaderRowCount(1)
         form.setColumnWidthConstraints([QTextLength()] * columns)
         return form
 
     def _cell(self, table: QTextTable, row: int, column: int, parent: Token, inline: Token) -> None:
-        writer = self._writer
+        pen = self._pen
         cell = table.cellAt(row, column)
-        char = writer.char()
+        char = pen.char()
         if row == 0:
             char.setFontWeight(QFont.Weight.DemiBold)
             form = cell.format()
-            form.setBackground(writer.style.code_background)
+            form.setBackground(pen.style.code_background)
             cell.setFormat(form)
-        saved = writer.cursor
-        writer.cursor = cell.firstCursorPosition()
+        saved = pen.cursor
+        pen.cursor = cell.firstCursorPosition()
         align = QTextBlockFormat()
         align.setAlignment(_ALIGN.get(str(parent.attrs.get("style", "")), Qt.AlignmentFlag.AlignLeft))
-        writer.cursor.setBlockFormat(align)
-        writer.cursor.setBlockCharFormat(char)
+        pen.cursor.setBlockFormat(align)
+        pen.cursor.setBlockCharFormat(char)
         self.inline(list(inline.children or []), char)
-        writer.cursor = saved
+        pen.cursor = saved
 
 
 def _tiny_block() -> QTextBlockFormat:
