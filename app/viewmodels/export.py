@@ -338,6 +338,7 @@ class ExportDraft(QObject):
         job = self.following or self.job
         if job is not None:
             self.paused = paused
+            self._pace.hold(paused)
             self._queue.adjust(job.id, {"paused": paused})
             self.changed.emit()
 

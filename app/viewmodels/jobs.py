@@ -28,16 +28,30 @@ CLOSE_MS = 5000
 
 
 class Pace:
-    """Seconds left, from how far a piece of work has come, lately and in all."""
+    """Seconds left, from how far a piece of work has come, lately and in all. Time in which it was held does not count."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._away = 0.0  # seconds of pauses that are over
+        self._held: float | None = None  # when the pause began that is not
         self._points: list[tuple[float, float]] = []
         self._begun = (0.0, 0.0)
         self._phase_total = 0.0
 
+    def hold(self, held: bool) -> None:
+        """The work was paused, or goes on."""
+        if held and self._held is None:
+            self._held = self._clock()
+        elif not held and self._held is not None:
+            self._away += self._clock() - self._held
+            self._held = None
+
+    def _now(self) -> float:
+        """The clock, without pauses."""
+        return (self._clock() if self._held is None else self._held) - self._away
+
     def add(self, progress: Progress) -> None:
-        now = self._clock()
+        now = self._now()
         if progress.total != self._phase_total or (self._points and progress.done < self._points[-1][1]):
             self._points.clear()
             self._begun = (now, progress.done)
@@ -66,7 +80,7 @@ class Pace:
         if not self.speed or rest <= 0:
             return None
         start, first = self._begun
-        whole = rest * (self._clock() - start) / (progress.done - first) if progress.done > first else 0.0
+        whole = rest * (self._now() - start) / (progress.done - first) if progress.done > first else 0.0
         return max(rest / self.speed, whole)
 
 
@@ -126,6 +140,7 @@ class JobCenter(QObject):
         if tasks is not None:
             tasks.changed.connect(self.changed)
             tasks.progressed.connect(self._task_progress)
+            tasks.held.connect(self._task_held)
             tasks.ended.connect(self._task_ended)
 
     # Environments -----------------------------------------------------------------------------------
@@ -204,9 +219,18 @@ class JobCenter(QObject):
 
     @Slot(int, object)
     def _task_progress(self, job: int, progress: Progress) -> None:
-        self._paces.setdefault(job, Pace()).add(progress)
+        if job not in self._paces:
+            self._paces[job] = Pace()
+            self._paces[job].hold(self.tasks is not None and self.tasks.is_held(job))
+        self._paces[job].add(progress)
         if not self._throttle.isActive():
             self._throttle.start()
+
+    @Slot(int, bool)
+    def _task_held(self, job: int, held: bool) -> None:
+        if job in self._paces:
+            self._paces[job].hold(held)
+        self.changed.emit()
 
     @Slot(object, object, object)
     def _task_ended(self, job: Job, _result: object, _error: object) -> None:
@@ -290,6 +314,10 @@ class JobCenter(QObject):
         if self.running is None or self.running.progress is None or environment_of(job) != self.running.environment:
             return None
         return self.running.pace.left(self.running.progress)
+
+    def is_held(self, job: Job) -> bool:
+        """Whether it was told to pause."""
+        return not job.state.ended and self.tasks is not None and self.tasks.is_held(job.id)
 
     def can_cancel(self, job: Job) -> bool:
         if self._is_task(job):
@@ -445,7 +473,7 @@ class JobTable(QAbstractTableModel):
         if column == JOB:
             return job.title
         if column == STATE:
-            return STATE_WORDS[job.state][0]
+            return "Paused" if self._center.is_held(job) else STATE_WORDS[job.state][0]
         if column == PROGRESS:
             if job.state.ended:
                 return job.message or ("" if job.state is JobState.DONE else job.hint)

@@ -18,6 +18,7 @@ from app.store.jobs import JobStore
 log = logging.getLogger("weft")
 CLOSE_MS = 6000
 # What lies on the disk of these goes on from any moment, but is cleared away by a cancel: the end of the window kills them.
+_HOLDS = {"pause": True, "resume": False, "stop": False}  # what a training is told
 KILLED_AT_CLOSE = frozenset({"merge", "export_gguf", "quantize"})
 
 
@@ -43,6 +44,7 @@ class TaskQueue(QObject):
     Signals:
         changed: a job was added, began or ended.
         progressed(job id, Progress), metric(job id, step, dict), news(job id, JSON), warned(job id, sentence): while it runs.
+        held(job id, bool): it was told to pause, or to go on.
         ended(Job, result dict or None, WeftError or None): the job as it ended.
         followed(job id, Job): what was to follow a job that ended well is in the queue now.
     """
@@ -52,6 +54,7 @@ class TaskQueue(QObject):
     metric = Signal(int, int, object)
     news = Signal(int, str)
     warned = Signal(int, str)
+    held = Signal(int, bool)
     ended = Signal(object, object, object)
     followed = Signal(int, object)
 
@@ -72,6 +75,7 @@ class TaskQueue(QObject):
         self._waiting: list[Job] = []
         self._running: dict[str, Any] = {}  # by resource
         self._latest: dict[int, Progress] = {}
+        self._held: set[int] = set()
         self._over: set[int] = set()  # jobs that have ended, while their threads have not
         self._closing = False
 
@@ -152,10 +156,18 @@ class TaskQueue(QObject):
             worker.stop()
 
     def adjust(self, job_id: int, parameters: Mapping[str, Any]) -> None:
-        """Tell a running task to change something (`{"pause": true}`, …)."""
+        """Tell a running task to change something (`{"paused": true}`, a training's `{"action": "pause"}`, …)."""
         worker = self._worker(job_id)
         if worker is not None:
             worker.adjust(json.dumps(dict(parameters)))
+            held = parameters.get("paused", _HOLDS.get(str(parameters.get("action"))))
+            if isinstance(held, bool) and held != self.is_held(job_id):
+                (self._held.add if held else self._held.discard)(job_id)
+                self.held.emit(job_id, held)
+
+    def is_held(self, job_id: int) -> bool:
+        """Whether a job that runs here was told to pause."""
+        return job_id in self._held
 
     def retry(self, job_id: int) -> Job:
         """A new job like an ended one. A task with a `resume` parameter goes on from what lies on disk.
@@ -282,6 +294,7 @@ class TaskQueue(QObject):
             if worker is done:  # another one that has finished too may not have been heard to its end
                 del self._running[resource]
                 self._latest.pop(worker.job.id, None)
+                self._held.discard(worker.job.id)
                 self._over.discard(worker.job.id)
                 worker.deleteLater()
         self._next()

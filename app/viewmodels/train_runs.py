@@ -264,6 +264,7 @@ class TrainRuns(QObject):
             state.unsaved = True
         elif news.kind == "state":
             state.paused, state.stopping = news.text == "paused", news.text == "stopping"
+            self._paces.setdefault(number, Pace()).hold(state.paused)
         elif news.kind in ("note", "split", "estimate"):
             state.note(news.text)
         self._touch(number)

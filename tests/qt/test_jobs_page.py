@@ -177,6 +177,33 @@ def test_pace_and_words() -> None:
     assert text == "Downloading · 50.0 MB of 100 MB · 5 s left"
 
 
+def test_a_pause_does_not_slow_the_estimate_down() -> None:
+    now, done = [0.0], 0.0
+    pace = Pace(lambda: now[0])
+
+    def work(seconds: int) -> Progress:
+        nonlocal done
+        for _ in range(seconds):
+            now[0] += 1.0
+            done += 1e6
+            pace.add(Progress(phase="x", done=done, total=100e6, unit="bytes"))
+        return Progress(phase="x", done=done, total=100e6, unit="bytes")
+
+    assert pace.left(work(40)) == pytest.approx(60, rel=0.05)
+    for _ in range(2):
+        pace.hold(True)
+        now[0] += 1.5
+        at = Progress(phase="Paused", done=done, total=100e6, unit="bytes")
+        pace.add(at)  # a task tells once more that it waits
+        before = pace.left(at)
+        now[0] += 3600
+        pace.hold(True)  # said twice is held once
+        assert pace.left(at) == before and before is not None
+        pace.hold(False)
+        pace.hold(False)
+    assert pace.left(work(10)) == pytest.approx(50, rel=0.05)
+
+
 def test_a_burst_does_not_promise_an_end_that_is_minutes_away() -> None:
     now = [0.0]
     pace = Pace(lambda: now[0])

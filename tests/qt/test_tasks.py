@@ -15,9 +15,11 @@ from pytestqt.qtbot import QtBot
 from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import Job, JobState
 from app.engine.client import EngineClient
+from app.engine.environments import Environments
 from app.store.database import Database
 from app.store.jobs import JobStore
 from app.viewmodels import tasks as tasks_module
+from app.viewmodels.jobs import STATE, JobCenter, JobTable
 from app.viewmodels.tasks import Step, TaskQueue, parameters_of
 from app.workers.task_worker import TaskWorker
 
@@ -176,12 +178,23 @@ def test_a_failure_a_death_and_a_missing_environment_are_told(qtbot: QtBot, benc
     assert bench.still == [False] * 3, "whoever hears of an end is not told that it goes on"
 
 
-def test_an_adjustment_reaches_the_task(qtbot: QtBot, bench: Bench) -> None:
+def test_an_adjustment_reaches_the_task(qtbot: QtBot, bench: Bench, tmp_path: Path) -> None:
+    center = JobCenter(bench.store, Environments(tmp_path / "environments"), lambda *_: None, tasks=bench.queue)
+    table, held = JobTable(center), list[tuple[int, bool]]()
+    bench.queue.held.connect(lambda number, on: held.append((number, on)))
     job = bench.submit(steps=40, seconds=0.05)
     qtbot.waitUntil(lambda: bool(bench.news), timeout=WAIT)
     bench.queue.adjust(job.id, {"pause": True})
+    assert not bench.queue.is_held(job.id), "that is not a word for it"
+    told = [{"paused": True}, {"paused": True}, {"action": "resume"}, {"action": "pause"}]
+    for words in told:
+        bench.queue.adjust(job.id, words)
+    assert held == [(job.id, True), (job.id, False), (job.id, True)] and bench.queue.is_held(job.id)
+    table.refresh()
+    assert table.data(table.index(0, STATE)) == "Paused" and center._paces[job.id]._held is not None
     qtbot.waitUntil(lambda: bool(bench.ends), timeout=WAIT)
-    assert bench.ends[0][1]["adjusted"] == [{"pause": True}]
+    assert bench.ends[0][1]["adjusted"] == [{"pause": True}, *told]
+    qtbot.waitUntil(lambda: not bench.queue.is_held(job.id), timeout=WAIT)
 
 
 def test_retry_resumes_what_can_be_resumed(qtbot: QtBot, bench: Bench) -> None:
