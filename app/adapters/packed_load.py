@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,6 +25,7 @@ from app.adapters.merge_files import TORCH_NAMES
 from app.adapters.packed_experts import PARTS, PackedExperts, standable
 from app.adapters.packed_grid import LARGEST, Grid, awq, damaged, gptq, hqq
 from app.adapters.packed_linear import PackedLinear, fits_int4
+from app.adapters.packed_places import Places
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import JsonObject, SafetensorsTensor, read_safetensors_header
 
@@ -322,30 +322,29 @@ def _linear(module: Any) -> tuple[int, int, bool] | None:
 
 
 def _place_stored(model: Any, stored: Stored, dtype: torch.dtype) -> None:
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    names = model.state_dict()
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _TOLD}
-    experts: dict[str, dict[str, str]] = {}  # owner: name of the module to be, stem
-    for stem, parts in stored.parts.items():
-        key, converted = rename_source_key(f"{stem}.weight", renamings, converters, model.base_model_prefix, names)
-        name = key.removesuffix(".weight")
-        size = _linear(model.get_submodule(name)) if converted is None and key in names and name != key else None
-        if converted is not None and key in names:
-            owner = key.rpartition(".")[0]
-            mark = next(key for key in _MARKS if key in parts)
-            own, _ = rename_source_key(f"{stem}.{mark}", renamings, [], model.base_model_prefix, names)
-            if own.startswith(f"{owner}.") and standable(model.get_submodule(owner)):
-                experts.setdefault(owner, {})[own.removesuffix(f".{mark}")] = stem
-                continue
-        if converted is not None or size is None:
+    places = _places(model, stored)
+    for name, stem in places.modules.items():
+        size = _linear(model.get_submodule(name))
+        if size is None:
             raise _no_place(stem)
         inputs, outputs, _ = size
-        bias = model.get_submodule(name).bias is not None or "bias" in parts
+        bias = model.get_submodule(name).bias is not None or "bias" in stored.parts[stem]
         _put(model, name, stored, stem, (outputs, inputs), bias, dtype)
-    for owner, found in experts.items():
+    for owner, found in places.experts.items():
         _place_experts(model, owner, found, stored, dtype)
+
+
+def _places(model: Any, stored: Stored) -> Places:
+    """Where what is packed belongs. All of a folder's matrices are packed by one method."""
+    mark = next(key for key in _MARKS if key in next(iter(stored.parts.values())))
+    places = Places(model, stored.parts, mark)
+    together = [
+        stem for owner, f in places.experts.items() if not standable(model.get_submodule(owner)) for stem in f.values()
+    ]
+    if nowhere := [*places.nowhere, *together]:
+        raise _no_place(nowhere[0])
+    return places
 
 
 def _put(

@@ -1,65 +1,37 @@
-"""What quantizing a model has changed in its matrices, measured on the files that it made."""
+"""What quantizing a model has changed in its matrices, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
-from app.adapters.merge_files import TORCH_NAMES, BaseFiles
-from app.adapters.merge_packed_torch import PackedFiles
+from app.adapters.merge_files import BaseFiles
+from app.adapters.quantize_model_torch import read_tensor
+from app.adapters.quantized_folder import MatrixLoss
 
 
 def loss_note(
-    made: list[Path],
-    table: Mapping[str, Any],
-    model_type: str,
-    wanted: BaseFiles,
-    base: BaseFiles | None,
-    check: Callable[[], None],
+    losses: Sequence[MatrixLoss], wanted: BaseFiles, base: BaseFiles | None, check: Callable[[], None]
 ) -> str:
     """A sentence on it.
 
     Args:
-        made: weight files of the quantized model. table: its quantization_config.
-        wanted: of the 16-bit model that went in. base: of the model before adapters were merged in; None where none were.
+        losses: of all matrices.
+        wanted: the 16-bit model that was quantized. base: the model before adapters were merged in; None where none were.
         check: called between matrices; raises to stop.
-
-    Raises:
-        WeftError: CORRUPT, UNSUPPORTED when the files cannot be read as Weft's loaders read them.
     """
-    losses: list[float] = []
     shares: list[float] = []
-    with PackedFiles(made, table, model_type, "float32") as packed:
-        for name in [tensor.name for tensor in packed.tensors.values() if tensor.offset < 0]:
-            check()
-            if name not in wanted.tensors:
-                continue  # stacked otherwise in the 16-bit files
-            value = _float(wanted, name)
-            error = float((_float(packed, name) - value).norm())
-            losses.append(error / max(float(value.norm()), 1e-30))
-            if base is not None and name in base.tensors:
-                change = float((value - _float(base, name)).norm())
-                shares += [error / change] if change > 1e-6 * float(value.norm()) else []
-    if not losses:
-        return ""
-    worst, mean = max(losses), sum(losses) / len(losses)
-    said = (
-        f"The {len(losses)} matrices differ from 16 bits by {mean:.1%} of their size on average, {worst:.1%} at worst"
-    )
+    for name, error, size in losses:
+        check()
+        name = f"{name}.weight"
+        if base is None or name not in base.tensors or name not in wanted.tensors:
+            continue  # stacked otherwise in the base's files
+        change = float((read_tensor(wanted, name).float() - read_tensor(base, name).float()).norm())
+        shares += [error / change] if change > 1e-6 * size else []
+    parts = [error / max(size, 1e-30) for _, error, size in losses]
+    mean, worst = sum(parts) / len(parts), max(parts)
+    said = f"The {len(parts)} matrices differ from 16 bits by {mean:.1%} of their size on average, {worst:.1%} at worst"
     if not shares:
         return f"{said}. What that does to answers the certificate tells."
     ratio = sum(shares) / len(shares)
     much = f"{ratio:.1f} times" if ratio >= 1 else f"{ratio:.0%} of"
     return f"{said}: {much} what the adapters changed in them. What that does to answers the certificate tells."
-
-
-def _float(files: BaseFiles, name: str) -> Tensor:
-    """A tensor as float32."""
-    stored = files.tensors[name]
-    data = bytearray(stored.bytes)
-    files.read(stored, 0, memoryview(data))
-    return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[stored.dtype])).reshape(stored.shape).float()

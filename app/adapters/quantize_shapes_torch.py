@@ -1,17 +1,17 @@
-"""What GPTQModel is to quantize, read from a model's config alone, and a look at what came out. Needs torch and transformers."""
+"""What is to be quantized, read from a model's config alone. Needs torch and transformers."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app.adapters.layer_walk_torch import layers_of
+from app.adapters.packed_experts import standable
+from app.adapters.quantize_model_torch import is_router
 from app.core.errors import ErrorKind, WeftError
 from app.core.quantize_plan import GROUPS, QuantizePlan
-
-_INSIDE_A_LAYER = re.compile(r"\.\d+\.")
 
 
 class Shapes(NamedTuple):
@@ -34,7 +34,7 @@ def shapes_of(folder: Path, original: Mapping[str, Any]) -> Shapes:
         original: its config.json.
 
     Raises:
-        WeftError: UNSUPPORTED for architectures that GPTQModel does not know, for models of more than text, and own code.
+        WeftError: UNSUPPORTED for architectures without layers, for models of more than text, and own code.
     """
     import torch
     import transformers
@@ -43,12 +43,6 @@ def shapes_of(folder: Path, original: Mapping[str, Any]) -> Shapes:
     hint = "Merge into safetensors, or export a GGUF with `weft export`."
     if any(key in original for key in ("vision_config", "audio_config")):
         raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} reads more than text, and only text calibrates it here.", hint)
-    from gptqmodel.models.auto import SUPPORTED_MODELS
-
-    if kind.lower() not in SUPPORTED_MODELS:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED, f"GPTQModel does not know the architecture {kind or 'of this model'}.", hint
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -59,19 +53,31 @@ def shapes_of(folder: Path, original: Mapping[str, Any]) -> Shapes:
         raise WeftError(
             ErrorKind.UNSUPPORTED, f"Transformers cannot build this model: {str(error)[:200]}", hint
         ) from error
-    matrices: list[tuple[str, int, int]] = []
-    for name, module in model.named_modules():
-        if not _INSIDE_A_LAYER.search(f".{name}"):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            matrices.append((name, module.in_features, module.out_features))
-        elif type(module).__name__ == "Conv1D":
-            matrices.append((name, *module.weight.shape))
+    layers = layers_of(model)
+    matrices = [each for name, layer in layers for each in _matrices(name, layer)]
     if not matrices:
         raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} has no matrices in layers that could be quantized.", hint)
     total = sum(parameter.numel() for parameter in model.parameters())
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    return Shapes(matrices, max(0, total - sum(i * o for _, i, o in matrices)), layers)
+    return Shapes(matrices, max(0, total - sum(i * o for _, i, o in matrices)), len(layers))
+
+
+def _matrices(name: str, layer: Any) -> Iterator[tuple[str, int, int]]:
+    """Those of a layer; an expert's one by one, which transformers keeps together."""
+    import torch
+
+    for part, module in layer.named_modules():
+        if is_router(part):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            yield f"{name}.{part}", module.in_features, module.out_features
+        elif type(module).__name__ == "Conv1D":
+            yield f"{name}.{part}", *module.weight.shape
+        elif standable(module):
+            experts, width, hidden = module.gate_up_proj.shape
+            for number in range(experts):
+                yield f"{name}.{part}.{number}.gate_proj", hidden, width // 2
+                yield f"{name}.{part}.{number}.up_proj", hidden, width // 2
+                yield f"{name}.{part}.{number}.down_proj", width // 2, hidden
 
 
 def stored_dtype(folder: Path) -> Any:
@@ -123,32 +129,3 @@ def check_shapes(plan: QuantizePlan, shapes: Shapes) -> None:
                 f"{name} has {inputs} inputs, which groups of {plan.group_size} do not divide.",
                 f"Choose a group size of {fitting[-1]}." if fitting else "Export a GGUF with `weft export`.",
             )
-
-
-def check_weights(folder: Path) -> int:
-    """Refuse what nobody should load: files that cannot be read, and scales that are no numbers. Returns the packed matrices.
-
-    Raises:
-        WeftError: CORRUPT, UNSUPPORTED.
-    """
-    import safetensors
-    import torch
-
-    matrices = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(str(file), "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                matrices += name.endswith(".qweight")
-                if name.endswith(".scales") and not bool(torch.isfinite(opened.get_tensor(name)).all()):
-                    raise WeftError(
-                        ErrorKind.CORRUPT,
-                        f"{name.removesuffix('.scales')} came out with scales that are no numbers.",
-                        "Check that the model itself answers sensibly, and calibrate on another or a longer text.",
-                    )
-    if not matrices:
-        raise WeftError(
-            ErrorKind.UNSUPPORTED,
-            "Nothing of this model was quantized.",
-            "Export a GGUF with `weft export` instead.",
-        )
-    return matrices

@@ -83,12 +83,7 @@ class RepeatedLayers:
                 "Merge the adapter into a copy of the model, and load that.",
             )
         _, owner, name, layers = max(lists, key=lambda found: found[0])
-        known = {"num_hidden_layers": count}
-        for key in _LISTS:
-            value = getattr(config, key, None)
-            if isinstance(value, (list, tuple)) and len(value) == count:
-                known[key] = list(value)
-        return owner, name, layers, known
+        return owner, name, layers, {"num_hidden_layers": count, **layer_lists(config)}
 
     def _configure(self, values: dict[str, Any]) -> None:
         config = self._text_config()
@@ -115,6 +110,16 @@ def _parameter(value: Any) -> Any:
     if isinstance(value, torch.nn.Parameter) and value.dim() < 2 and value.dtype.is_floating_point:
         return torch.nn.Parameter(value.detach().clone(), requires_grad=False)
     return value
+
+
+def layer_lists(config: Any) -> dict[str, list[Any]]:
+    """What a text model's config says of its layers one by one (their kind of attention), by name."""
+    found = {key: getattr(config, key, None) for key in _LISTS}
+    return {
+        key: list(value)
+        for key, value in found.items()
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+    }
 
 
 def source_layers(ranges: Sequence[tuple[int, int]]) -> list[int]:

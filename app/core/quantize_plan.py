@@ -12,7 +12,7 @@ import msgspec
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack
 
-ENVIRONMENT = "gptq"
+ENVIRONMENT = "core"
 BITS: dict[str, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 GROUPS: dict[str, tuple[int, ...]] = {"gptq": (16, 32, 64, 128, 256, 512, 1024), "awq": (16, 32, 64, 128)}
 SHORTEST = 16  # tokens of a piece of the text; and no piece at all is shorter

@@ -26,7 +26,7 @@ _USUAL = "q4_k_m"
 _COMMON = (_USUAL, "q5_k_m", "q6_k", "q8_0", "f16")
 MARGIN = 64 * 1024 * 1024
 _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
-_CALIBRATING = 1_200_000_000  # and those that calibrate
+_CALIBRATING = 900_000_000  # and those that calibrate
 _QUANTIZED = {
     "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
     "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text: for graphics cards.",
@@ -262,12 +262,15 @@ def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: 
     kept = min(weights, 2 * shape.vocabulary * shape.hidden)  # embedding and head stay as they are
     result = int((weights - kept) * (bits_of(key, options, entry) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
     sixteen = 2 * weights
-    between = (2 if stack.adapters or entry.format in PACKED else 1) * sixteen + result
-    layer = 4 * (weights - kept) // max(1, shape.layers)
+    merged = bool(stack.adapters) or entry.format in PACKED
+    # Weights in 16 bits are mapped, and a layer's go when it is done; others are converted, and a mixture's experts put together.
+    converted = shape.experts or (not merged and entry.quantization.upper() in ("F32", "F64"))
+    held = sixteen if converted else 2 * kept
+    layer = 2 * 4 * (weights - kept) // max(1, shape.layers)
     read = QuantizePlan(model="", target="", calibration="")
     text = 4 * read.samples * read.length * shape.hidden
     squares = 4 * max(shape.hidden, shape.intermediate) ** 2
-    return result, between, _CALIBRATING + 2 * kept + layer + 2 * text + 3 * squares
+    return result, sixteen if merged else 0, _CALIBRATING + held + layer + 2 * text + 4 * squares
 
 
 def largest(entry: ModelEntry) -> int:

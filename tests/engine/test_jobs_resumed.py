@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,11 +66,6 @@ def parts(tmp_path: Path) -> tuple[Path, Path, Path]:
     return model, adapter, text
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gptqmodel", SimpleNamespace(__version__="1"))
-
-
 def job(parts: tuple[Path, Path, Path], target: Path, weight: float) -> quantize._Run:
     model, adapter, text = parts
     plan = QuantizePlan(model=str(model), target=str(target), calibration=str(text), stack=stacked(adapter, weight))
@@ -81,7 +74,7 @@ def job(parts: tuple[Path, Path, Path], target: Path, weight: float) -> quantize
 
 @pytest.mark.parametrize("then", [1.0, 2.0], ids=["the first again", "the second again"])
 def test_a_job_killed_while_it_clears_away_another_leaves_nothing_to_trust(
-    tmp_path: Path, parts: tuple[Path, Path, Path], library: None, then: float
+    tmp_path: Path, parts: tuple[Path, Path, Path], then: float
 ) -> None:
     number = 0
     for number in range(1, 100):
@@ -260,16 +253,16 @@ def test_an_export_of_a_model_that_changed_meanwhile_gets_no_name(
 
 
 def test_a_quantized_model_whose_text_changed_meanwhile_gets_no_name(
-    tmp_path: Path, parts: tuple[Path, Path, Path], library: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = SimpleNamespace(path=parts[0], config={}, close=lambda: None)
+    stage = SimpleNamespace(path=parts[0], config={}, weights=[], close=lambda: None)
     monkeypatch.setattr("app.tasks.merge.stage_of", lambda *_, **__: stage)
     monkeypatch.setattr("app.adapters.quantize_shapes_torch.shapes_of", lambda *_: None)
     monkeypatch.setattr("app.adapters.quantize_shapes_torch.check_shapes", lambda *_: None)
     made = job(parts, tmp_path / "out", 0.0)
-    for name, value in {"_pieces": [], "_require_space": None, "_finish": (0, 0), "_measure": None}.items():
+    for name, value in {"_pieces": [], "_require_space": None, "_finish": None, "_say_loss": None}.items():
         monkeypatch.setattr(made, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(made, "_quantize", lambda *_: parts[2].write_text("Another text."))
+    monkeypatch.setattr(made, "_quantize", lambda *_: ([], [], parts[2].write_text("Another text.")))
     with pytest.raises(WeftError) as caught:
         made.run()
     assert caught.value.kind is ErrorKind.CORRUPT
@@ -314,38 +307,15 @@ def test_an_export_killed_after_a_merge_by_peft_goes_on_with_it(
     assert any("earlier run" in note for note in exports[1].notes)
 
 
-def test_the_second_attempt_begins_when_the_first_ones_memory_is_free(
-    tmp_path: Path, parts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Quantizer:
-        pass
-
-    attempts: list[weakref.ref[Quantizer]] = []
-
-    def calibrate(*_: Any) -> None:
-        gc.collect()
-        assert not [each for each in attempts if each() is not None]
-        quantizer = Quantizer()
-        attempts.append(weakref.ref(quantizer))
-        if len(attempts) == 1:
-            raise quantize._UnusableLayersError
-
-    made = job(parts, tmp_path / "out", 1.0)
-    monkeypatch.setattr(made, "_kept_layers", lambda *_: {})
-    monkeypatch.setattr(made, "_calibrate", calibrate)
-    made._quantize(parts[0], SimpleNamespace(root=tmp_path), [], None)  # type: ignore[arg-type]
-    assert len(attempts) == 2
-
-
 # In words -----------------------------------------------------------------------------------------
 
 
 def test_only_what_could_not_be_written_is_said_to_be_so(
-    tmp_path: Path, parts: tuple[Path, Path, Path], library: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.adapters.quantize_shapes_torch.shapes_of", lambda *_: None)
     monkeypatch.setattr("app.adapters.quantize_shapes_torch.check_shapes", lambda *_: None)
-    stage = SimpleNamespace(path=parts[0], config={}, close=lambda: None)
+    stage = SimpleNamespace(path=parts[0], config={}, weights=[], close=lambda: None)
     monkeypatch.setattr("app.tasks.merge.stage_of", lambda *_, **__: stage)
     shard = str(parts[0] / "model.safetensors")
     with Staging(tmp_path / "out") as staging:

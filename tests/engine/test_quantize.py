@@ -15,13 +15,12 @@ from typing import Any
 
 import msgspec
 import pytest
-
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as app/tasks/quantize.py has it in a child of its own
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from app.adapters.merge_staging import Staging
+from app.adapters.quantized_folder import LayerFiles
 from app.core.certify_plan import Certificate, CertifyPlan, CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import MergePlan
@@ -40,22 +39,6 @@ from tests.engine.merge_kit import Report, fresh_seed
 GROUP = 32
 NOTHING = AdapterStack()
 LENGTH = 96
-# What GPTQModel leaves behind: pools of threads, and temporary folders when it loads.
-pytestmark = [
-    pytest.mark.leaves_behind("GPTQModel keeps its threads until the process ends"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # it would be compiled for half a minute
-    pytest.importorskip(
-        "gptqmodel", reason="gptqmodel is not installed in this interpreter (environments install gptq)"
-    )
 
 
 @pytest.fixture
@@ -123,41 +106,47 @@ def rounded(model: Any, bits: int) -> Any:
     return model
 
 
-def reloaded(folder: Path) -> Any:
-    """As somebody else would: by transformers, which takes GPTQModel's kernels. No weight may be missing."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", output_loading_info=True)
-    assert not info["missing_keys"], info
-    return model.eval()
+def unpacked(folder: Path) -> Any:
+    """What the packed numbers stand for, as a plain model in float32."""
+    target = folder.with_name(f"{folder.name}-unpacked")
+    merge(MergePlan(model=str(folder), stack=NOTHING, target=str(target), packed="16bit", dtype="float32"), Report())
+    model = load(target)
+    shutil.rmtree(target)
+    return model
 
 
 # KL in nats that models of these sizes stay well under; the model against a random one is above 1.
 @pytest.mark.parametrize(
     ("method", "bits", "bound", "more"),
-    [("gptq", 4, 0.2, {}), ("gptq", 8, 0.005, {}), ("gptq", 4, 0.2, {"desc_act": True}), ("awq", 4, 0.2, {})],
-    ids=["gptq4", "gptq8", "gptq4 desc_act", "awq4"],
+    [
+        ("gptq", 4, 0.2, {}),
+        ("gptq", 8, 0.005, {}),
+        ("gptq", 3, 0.6, {}),
+        ("gptq", 2, 1.2, {}),
+        ("gptq", 4, 0.2, {"desc_act": True}),
+        ("awq", 4, 0.2, {}),
+    ],
+    ids=["gptq4", "gptq8", "gptq3", "gptq2", "gptq4 desc_act", "awq4"],
 )
 def test_a_quantized_model_answers_like_the_16_bit_one(
-    tmp_path: Path, library: None, text: Path, seed: int, method: str, bits: int, bound: float, more: dict[str, Any]
+    tmp_path: Path, text: Path, seed: int, method: str, bits: int, bound: float, more: dict[str, Any]
 ) -> None:
     make(tmp_path / "model", seed)
-    report, here = Report(), sorted(Path().iterdir())
+    report = Report()
     made = run(plan(tmp_path / "model", tmp_path / "made", text, method=method, bits=bits, **more), report)
     assert isinstance(made, QuantizeResult) and made.matrices == 14 and made.samples == 48
     assert ("Quantizing by " + method.upper()) in {phase for phase, *_ in report.phases}
-    assert sorted(Path().iterdir()) == here  # the library's own logs do not lie about
     check_folder(tmp_path, method, bits)
     assert any("differ from 16 bits by" in note for note in made.notes), made.notes
     ids = tokens(tmp_path / "model", text)
     wanted = log_probabilities(load(tmp_path / "model"), ids)
-    found = divergence(wanted, log_probabilities(reloaded(tmp_path / "made"), ids))
+    found = divergence(wanted, log_probabilities(unpacked(tmp_path / "made"), ids))
     plain = divergence(wanted, log_probabilities(rounded(load(tmp_path / "model"), bits), ids))
     print(f"{method} {bits} bits: KL {found:.5f}, rounded to nearest {plain:.5f}")
     told = certificate(tmp_path, text)
     assert told.top1_agreement < 1 or told.mean_kl > 0, "something was compared"
     assert told.mean_kl < 2 * bound and (tmp_path / "made" / "certificate.json").is_file()
-    assert 0 < found < bound
-    if bits == 4:  # at 8 bits the kernels' own 16-bit sums are of the size of what is lost
-        assert found < 0.8 * plain
+    assert 0 < found < bound and found < 0.9 * plain
 
 
 def certificate(tmp_path: Path, text: Path, stack: AdapterStack = NOTHING) -> Certificate:
@@ -183,7 +172,7 @@ def check_folder(tmp_path: Path, method: str, bits: int) -> None:
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_float16_model_stays_float16_and_the_text_is_cut_to_what_it_reads(
-    tmp_path: Path, library: None, text: Path, seed: int, method: str
+    tmp_path: Path, text: Path, seed: int, method: str
 ) -> None:
     make(tmp_path / "model", seed, num_hidden_layers=1, max_position_embeddings=64, dtype=torch.float16)
     (before,) = (tmp_path / "model").glob("*.safetensors")
@@ -199,7 +188,7 @@ def test_a_float16_model_stays_float16_and_the_text_is_cut_to_what_it_reads(
     assert not any("a longer text" in note for note in made.notes), "the number of pieces was the limit"
 
 
-def test_adapters_are_merged_in_before(tmp_path: Path, library: None, text: Path, seed: int) -> None:
+def test_adapters_are_merged_in_before(tmp_path: Path, text: Path, seed: int) -> None:
     make(tmp_path / "model", seed)
     base = load(tmp_path / "model")
     lora = random_adapter(tmp_path / "lora", "llama", base, seed, r=8)
@@ -212,7 +201,7 @@ def test_adapters_are_merged_in_before(tmp_path: Path, library: None, text: Path
     ids = tokens(tmp_path / "model", text)
     plain = log_probabilities(base, ids)
     wanted = log_probabilities(merged(base, [(lora, 0.7)]), ids)
-    found = log_probabilities(reloaded(tmp_path / "made"), ids)
+    found = log_probabilities(unpacked(tmp_path / "made"), ids)
     assert divergence(wanted, found) < 0.05 * divergence(wanted, plain)
     told = certificate(tmp_path, text, stack)
     print(f"certificate: KL {told.mean_kl:.2e}")
@@ -220,9 +209,7 @@ def test_adapters_are_merged_in_before(tmp_path: Path, library: None, text: Path
     assert "lora 0.7" in (tmp_path / "made" / "README.md").read_text("utf-8")
 
 
-def test_a_packed_base_is_unpacked_merged_into_and_packed_again(
-    tmp_path: Path, library: None, text: Path, seed: int
-) -> None:
+def test_a_packed_base_is_unpacked_merged_into_and_packed_again(tmp_path: Path, text: Path, seed: int) -> None:
     make(tmp_path / "plain", seed)
     run(plan(tmp_path / "plain", tmp_path / "model", text, bits=8), Report())
     unpacked = tmp_path / "unpacked"
@@ -240,25 +227,42 @@ def test_a_packed_base_is_unpacked_merged_into_and_packed_again(
     assert told.mean_kl < 0.1 * plain
 
 
-def test_layers_that_cannot_be_gone_on_with_are_made_anew(
-    tmp_path: Path, library: None, text: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_killed_run_goes_on_from_its_last_whole_layer_to_the_same_bytes(
+    tmp_path: Path, text: Path, seed: int, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path / "model", seed)
-    wanted = plan(tmp_path / "model", tmp_path / "made", text)
-    with monkeypatch.context() as patched:  # a death while it writes: nothing is cleared away
+    make(tmp_path / "model", seed, num_hidden_layers=4)
+    run(plan(tmp_path / "model", tmp_path / "whole", text, method=method), Report())
+    wanted = plan(tmp_path / "model", tmp_path / "made", text, method=method)
+    written: list[int] = []
+
+    class Dying(LayerFiles):
+        def write(self, model: Any, layer: int, made: Any) -> None:
+            if len(written) == 3:
+                raise ZeroDivisionError
+            super().write(model, layer, made)
+            written.append(layer)
+
+    with monkeypatch.context() as patched:  # a death in the middle: nothing is cleared away
         patched.setattr(Staging, "discard", lambda _: None)
-        patched.setattr("app.tasks.quantize._Run._finish", lambda *_: 1 / 0)
+        patched.setattr("app.adapters.quantized_folder.LayerFiles", Dying)
         with pytest.raises(ZeroDivisionError):
             run(wanted, Report())
     (staging,) = tmp_path.glob(".weft-*")
-    (current,) = (staging / "layers").rglob("CURRENT*")
-    current.write_text("{}", "utf-8")
-    made = run(wanted, Report())
-    assert made.matrices == 14 and not any("earlier run" in note for note in made.notes)
+    assert written == [0, 1, 2] and not (tmp_path / "made").exists()
+    (staging / "layers" / "3.part").write_bytes(b"half")
+    (staging / "layers" / "2.safetensors").write_bytes(b"damaged")
+    written.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("app.adapters.quantized_folder.LayerFiles", Dying)
+        made = run(wanted, Report())
+    assert written == [2, 3], "the first two were not made anew"
+    assert any("Layers that an earlier run" in note for note in made.notes)
+    assert weights_of(tmp_path / "made") == weights_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".weft-*"))
 
 
-def test_a_cancel_leaves_nothing(tmp_path: Path, library: None, text: Path, seed: int) -> None:
+def test_a_cancel_leaves_nothing(tmp_path: Path, text: Path, seed: int) -> None:
     make(tmp_path / "model", seed)
 
     class Cancelling(Report):
@@ -307,7 +311,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
-    tmp_path: Path, library: None, text: Path, seed: int, method: str
+    tmp_path: Path, text: Path, seed: int, method: str
 ) -> None:
     """Merging, reading, each layer, writing: what has the final name is whole, and what was done is used."""
     make(tmp_path / "model", seed, num_hidden_layers=6)
@@ -319,7 +323,7 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
     whole, chance = weights_of(tmp_path / "whole"), random.Random(seed)
     quantizing = [event for event in seen if event.phase.startswith("Quantizing")]
     assert all(a.done <= b.done for a, b in itertools.pairwise(quantizing)) and quantizing[-1].unit == "bytes"
-    for number in range(4):
+    for number in range(25):
         later = number % 2  # every other one in the middle of the layers
         after = chance.uniform(0.4, 0.9) if later else chance.randrange(len(seen))
         count = itertools.count()
@@ -336,8 +340,7 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
             shutil.rmtree(tmp_path / "made")
     made = Child(tmp_path).run(plans[1], lambda _: False)
     assert made is not None and weights_of(tmp_path / "made") == whole
-    used = "Layers that an earlier run" if method == "gptq" else "The merged model of an earlier run"
-    assert any(used in note for note in made.notes), made.notes
+    assert any("Layers that an earlier run" in note for note in made.notes), made.notes
     assert not list(tmp_path.glob(".weft-*"))
 
 
@@ -354,7 +357,7 @@ def test_killed_at_random_points_it_leaves_nothing_half_and_goes_on(
     ids=["group", "odd inputs", "odd outputs", "short text", "no text", "a program"],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    tmp_path: Path, library: None, text: Path, seed: int, changes: dict, more: dict, kind: ErrorKind, said: str
+    tmp_path: Path, text: Path, seed: int, changes: dict, more: dict, kind: ErrorKind, said: str
 ) -> None:
     make(tmp_path / "model", seed, **changes)
     more = dict(more)
@@ -373,7 +376,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.fault
 @pytest.mark.parametrize("merged_first", [False, True], ids=["as it is", "with an adapter"])
 def test_too_little_disk_is_refused_before_anything_is_written(
-    tmp_path: Path, library: None, text: Path, seed: int, merged_first: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, seed: int, merged_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "model", seed)
     stack = NOTHING
@@ -392,9 +395,12 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".weft-*"))
 
 
-def test_an_unknown_architecture_is_refused_in_words(tmp_path: Path, library: None, text: Path, seed: int) -> None:
-    tiny_models.make(tmp_path / "model", "mamba", seed=seed)
-    with pytest.raises(WeftError, match="does not know the architecture mamba") as refused:
+def test_an_unknown_architecture_is_refused_in_words(tmp_path: Path, text: Path, seed: int) -> None:
+    make(tmp_path / "model", seed)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**config, "model_type": "spinning_jenny"}), "utf-8")
+    with pytest.raises(WeftError, match="cannot build this model") as refused:
         run(plan(tmp_path / "model", tmp_path / "made", text), Report())
     assert refused.value.kind is ErrorKind.UNSUPPORTED
 

@@ -101,7 +101,7 @@ class Jobs(QObject):
         return name in self.ready
 
     def expected_bytes(self, name: str) -> int:
-        return {"gptq": 1_200_000_000}.get(name, 900_000_000)
+        return {"core": 1_200_000_000}.get(name, 900_000_000)
 
     def install(self, name: str) -> None:
         self.installs.append(name)
@@ -186,10 +186,11 @@ def test_gguf_installs_what_it_needs_first_and_goes_on_by_itself(
     assert "Q4_K_M" in dialog.outcome.text() and "1 min" in dialog.outcome.text()
 
 
-def test_gptq_and_awq_are_calibrated_in_an_engine_of_their_own(
+def test_gptq_and_awq_are_calibrated_in_the_engine_of_transformers(
     dialog: ExportDialog, queue: Queue, jobs: Jobs, tmp_path: Path
 ) -> None:
     form = dialog.form
+    jobs.ready.clear()  # an engine whose installation was cancelled
     form.format.setCurrentIndex(form.format.findData("awq"))
     assert not form.calibrated.bits.isEnabled() and form.calibrated.bits.currentData() == 4, "AWQ has 4 bits alone"
     assert form.more.header.isChecked() and form.calibrated.isVisible() and not form.calibrated.order.isVisible()
@@ -203,15 +204,15 @@ def test_gptq_and_awq_are_calibrated_in_an_engine_of_their_own(
     fields._set(calibration="/texts/mine.txt")
     assert fields.text.text() == "mine.txt"
     dialog.start.click()
-    assert jobs.installs == ["gptq"] and not queue.submitted
-    jobs.environment_ready.emit("gptq")
+    assert jobs.installs == ["core"] and not queue.submitted
+    jobs.environment_ready.emit("core")
     (task, title, plan, environment) = queue.submitted[0]
-    assert (task, environment) == ("quantize", "gptq") and isinstance(plan, QuantizePlan)
+    assert (task, environment) == ("quantize", "core") and isinstance(plan, QuantizePlan)
     assert plan.target == str(tmp_path / "tiny-1B-pirate-GPTQ-8bit") and Path(plan.target).name in title
     assert (plan.method, plan.bits, plan.group_size, plan.desc_act) == ("gptq", 8, 64, True)
     assert plan.calibration == "/texts/mine.txt" and plan.stack.adapters
     (step,) = queue.then
-    assert (step.task, step.environment, step.parameters.b.model) == ("certify", "gptq", plan.target)
+    assert (step.task, step.environment, step.parameters.b.model) == ("certify", "core", plan.target)
     queue.progressed.emit(7, Progress(phase="Quantizing by GPTQ", done=GB, total=4 * GB, unit="bytes"))
     assert "1.0 GB of 4.0 GB" in dialog.figures.text() and dialog.pause.isVisible()
     made = QuantizeResult(folder=plan.target, bytes=GB, matrices=14, method="gptq", bits=8, tokens=5000, seconds=70)

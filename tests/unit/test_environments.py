@@ -544,15 +544,13 @@ def test_an_interpreter_of_ones_own_is_asked_for_its_files(monkeypatch: pytest.M
 def test_the_lists_and_the_extras_are_equal() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     specs = Environments(Path("nowhere")).specs()
-    assert set(specs) == {"core", "llamacpp", "export", "gptq"}
+    assert set(specs) == {"core", "llamacpp", "export"}
     for name in ("core", "llamacpp"):
         assert [r for layer in specs[name].layers for r in layer.requirements] == extras[name]
-    core = {layer.name for layer in specs["core"].layers}
-    assert [r for layer in specs["gptq"].layers if layer.name not in core for r in layer.requirements] == extras["gptq"]
     # What is made of both needs no extra of its own, and its source is of the very version that runs.
     own = [layer for layer in specs["export"].layers if layer.name == "converter"]
     assert [layer.source for layer in own] == [r for r in extras["llamacpp"] if r.startswith("llama-cpp-python")]
-    assert specs["export"].on_demand and specs["gptq"].on_demand and not specs["core"].on_demand
+    assert specs["export"].on_demand and not specs["core"].on_demand
 
 
 def test_every_pin_agrees_with_the_constraints() -> None:
@@ -560,7 +558,7 @@ def test_every_pin_agrees_with_the_constraints() -> None:
     lines = (resources() / "environments" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     constraints = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     extras = project["optional-dependencies"]
-    pins = {*project["dependencies"], *extras["core"], *extras["llamacpp"], *extras["gptq"], *extras["dev"]}
+    pins = {*project["dependencies"], *extras["core"], *extras["llamacpp"], *extras["dev"]}
     for pin in pins:
         name, _, version = pin.partition("==")
         key = name.split("[")[0].lower().replace("_", "-")

@@ -1,0 +1,225 @@
+"""A model run layer by layer over a text: each layer sees all of the text before the next one begins. Needs torch and transformers.
+
+What a layer is handed beside its hidden states (masks, rotary embeddings) differs between architectures and between the layers of one.
+So the model's own forward runs once, over one piece of the text, and carries the walk: where it comes to a layer, that layer is
+worked on with all pieces, and then the forward goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.core.errors import ErrorKind, WeftError
+
+LINEAR_TYPES = ("Linear", "Conv1D")
+_HINT = "Merge into safetensors, or export a GGUF with `weft export`."
+
+
+class StopLayerError(Exception):
+    """Raised by a hook: the rest of the layer need not be computed."""
+
+
+class LayerPass:
+    """A layer, and what comes to it.
+
+    Attributes:
+        index: its number. name: of the module in the model. module: in float32, on the device.
+        states: its inputs, float32 (1, length, hidden) each, in main memory; after `advance`, its outputs.
+    """
+
+    def __init__(
+        self, index: int, name: str, module: Any, states: list[Tensor], handed: Callable[..., Any], device: torch.device
+    ) -> None:
+        self.index, self.name, self.module, self.states, self.device = index, name, module, states, device
+        self._handed = handed
+        self.output: Any = None
+
+    def forward(self, hidden: Tensor) -> Any:
+        """What the layer makes of one piece, as it returns it."""
+        with torch.no_grad():
+            return self._handed(hidden.to(self.device))
+
+    def hear(self, check: Callable[[], None]) -> None:
+        """Run all pieces for the sake of hooks; they may raise StopLayerError. Nothing is kept."""
+        for hidden in self.states:
+            check()
+            try:
+                self.forward(hidden)
+            except StopLayerError:
+                continue
+
+    def advance(self, check: Callable[[], None]) -> None:
+        """Run all pieces, and put outputs in the place of inputs."""
+        for number, hidden in enumerate(self.states):
+            check()
+            made = self.forward(hidden)
+            if number == 0:
+                self.output = made
+            self.states[number] = first(made).to("cpu")
+
+
+def first(made: Any) -> Tensor:
+    """The hidden states of what a layer returns."""
+    return made[0] if isinstance(made, tuple | list) else made
+
+
+def layers_of(model: Any) -> list[tuple[str, Any]]:
+    """(name, module) of a model's layers, first to last: the outermost list of modules that most of its matrices lie in.
+
+    Raises:
+        WeftError: UNSUPPORTED where there is none.
+    """
+    found: list[tuple[str, Any]] = []
+    most = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or any(name.startswith(f"{other}.") for other, _ in found):
+            continue
+        weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        if weights > most:
+            most, found = weights, [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
+    if not found:
+        kind = getattr(model.config, "model_type", "this model")
+        raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} has no layers that could be quantized one by one.", _HINT)
+    return found
+
+
+def walk(
+    model: Any, pieces: Sequence[Sequence[int]], each: Callable[[LayerPass], None], device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Run a model over a text, layer by layer.
+
+    Args:
+        model: a causal language model of transformers, in main memory; its layers are given up one by one.
+        pieces: token ids; all of one length. each: called with every layer; it calls `advance` once.
+
+    Returns:
+        What the last layer made of each piece, float32 (1, length, hidden).
+
+    Raises:
+        WeftError: UNSUPPORTED for architectures whose layers get more of the text than their hidden states.
+    """
+    layers = layers_of(model)
+    base = getattr(model, model.base_model_prefix, model)
+    embed = model.get_input_embeddings()
+    inside = {id(part) for _, layer in layers for part in layer.modules()} | {id(embed)}
+    head = model.get_output_embeddings()
+    for module in base.modules():  # what is small computes in float32
+        if id(module) in inside or isinstance(module, torch.nn.Embedding) or module is head:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        embedded = _embedded(embed, pieces)
+        states = _first_states(base, layers[0][1], embedded)
+        del embedded[1:]
+        place = torch.device(device)
+        for index, (name, layer) in enumerate(layers):
+            layer.forward = _Carrier(index, name, layer, states, each, place)
+        base(inputs_embeds=embedded[0], use_cache=False)
+    return states
+
+
+def _embedded(embed: Any, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What the embedding makes of each piece, computed in float32: of the rows that are used alone."""
+    tokens = torch.tensor([list(piece) for piece in pieces])
+    used, places = tokens.unique(return_inverse=True)
+    whole = embed.weight
+    embed.weight = torch.nn.Parameter(whole.data[used].float(), requires_grad=False)
+    try:
+        return [embed(row[None]).float() for row in places]
+    finally:
+        embed.weight = whole
+
+
+class _Carrier:
+    """Stands for a layer's forward while the model carries the walk through its layers."""
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        layer: Any,
+        states: list[Tensor],
+        each: Callable[[LayerPass], None],
+        device: torch.device,
+    ) -> None:
+        self._index, self._name, self._layer, self._states, self._each = index, name, layer, states, each
+        self._device = device
+        self._own = layer.forward
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        _, rest, others = _apart(args, named)
+        rest, others = _placed(rest, self._device), _placed(others, self._device)
+        layer = self._layer
+        layer.float().to(self._device)
+        own, given = self._own, "hidden_states" in named
+
+        def handed(hidden: Tensor) -> Any:
+            return own(*rest, hidden_states=hidden, **others) if given else own(hidden, *rest, **others)
+
+        taken = LayerPass(self._index, self._name, layer, self._states, handed, self._device)
+        self._each(taken)
+        layer.to("meta")  # its memory goes; the files still have it
+        return _placed(taken.output, torch.device("cpu"))
+
+
+def _first_states(base: Any, layer: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
+    """What comes to the first layer, for each piece."""
+    own, states, beside = layer.forward, list[Tensor](), list[list[Tensor]]()
+
+    def taken(*args: Any, **named: Any) -> Any:
+        hidden, rest, others = _apart(args, named)
+        states.append(hidden)
+        beside.append(list(_tensors((rest, others))))
+        raise StopLayerError
+
+    layer.forward = taken
+    try:
+        for piece in embedded:
+            with contextlib.suppress(StopLayerError):
+                base(inputs_embeds=piece, use_cache=False)
+    finally:
+        layer.forward = own
+    for other in beside[1:]:
+        same = len(other) == len(beside[0])
+        if not same or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(other, beside[0], strict=True)):
+            raise WeftError(
+                ErrorKind.UNSUPPORTED,
+                "The layers of this architecture get more of the text than their hidden states.",
+                _HINT,
+            )
+    return states
+
+
+def _apart(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Hidden states apart from what else a layer is called with."""
+    if "hidden_states" in named:
+        return named["hidden_states"], args, {k: v for k, v in named.items() if k != "hidden_states"}
+    return args[0], args[1:], named
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _placed(part, device) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_placed(part, device) for part in value)
+    return value

@@ -1,0 +1,193 @@
+"""The weight files of a quantized model: one a layer, each put on the disk as soon as it is complete, and one for all the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.adapters import packed_grid, packed_write
+from app.adapters.merge_files import BaseFiles
+from app.adapters.quantize_model_torch import QuantizableModel, read_tensor
+from app.adapters.quantized_layer import LayerResult
+from app.core.disk import sync_file, sync_folder
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_REST = "rest"
+
+
+class MatrixLoss(NamedTuple):
+    """How far a matrix is from what it was: Frobenius norms of the change and of the matrix. name: in the files, without `.weight`."""
+
+    name: str
+    error: float
+    size: float
+
+
+class LayerFiles:
+    """The files of one run, in a folder of their own; an earlier run's are gone on with.
+
+    Args:
+        folder: where they lie. files: the 16-bit weights. method: `gptq` or `awq`. bits: of a weight.
+        dtype: in which what is not quantized is stored.
+    """
+
+    def __init__(self, folder: Path, files: BaseFiles, method: str, bits: int, dtype: torch.dtype) -> None:
+        self.folder, self._files, self._method, self._bits, self._dtype = folder, files, method, bits, dtype
+        folder.mkdir(exist_ok=True)
+        for part in folder.glob("*.part"):
+            part.unlink()
+
+    def done(self) -> int:
+        """How many layers, from the first on, an earlier run has completed."""
+        count = 0
+        while self._path(str(count)).is_file():
+            count += 1
+        return count
+
+    def write(self, model: QuantizableModel, layer: int, made: LayerResult) -> None:
+        """Put a layer on the disk.
+
+        Raises:
+            OSError.
+        """
+        tensors: dict[str, Tensor] = {}
+        losses: list[MatrixLoss] = []
+        for name, result in made.matrices.items():
+            stem = model.stem(layer, name)
+            packed = (
+                packed_write.awq(result.made) if self._method == "awq" else packed_write.gptq(result.made, self._bits)
+            )
+            tensors |= {f"{stem}.{key}": tensor.cpu() for key, tensor in packed.items()}
+            losses.append(MatrixLoss(stem, result.error, result.size))
+        replaced = {f"{loss.name}.weight" for loss in losses}
+        for name, tensor in made.changed.items():
+            stored = model.stored_name(layer, name)
+            tensors[stored] = tensor.to(self._dtype).cpu()
+        prefix = model.prefix(layer)
+        for name in self._files.tensors:
+            if name.startswith(prefix) and name not in replaced and name not in tensors:
+                tensors[name] = self._as_stored(name)
+        told = json.dumps({"losses": losses, "unseen": made.unseen})
+        self._save(self._path(str(layer)), tensors, told)
+
+    def write_rest(self, model: QuantizableModel) -> None:
+        """Put all that lies in no layer on the disk.
+
+        Raises:
+            OSError.
+        """
+        prefixes = tuple(model.prefix(number) for number in range(len(model.layers)))
+        names = [name for name in self._files.tensors if not name.startswith(prefixes)]
+        self._save(self._path(_REST), {name: self._as_stored(name) for name in names}, "{}")
+
+    def _as_stored(self, name: str) -> Tensor:
+        tensor = read_tensor(self._files, name)
+        return tensor.to(self._dtype) if tensor.dtype in _FLOATS else tensor
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _save(self, path: Path, tensors: dict[str, Tensor], told: str) -> None:
+        part = path.with_suffix(".part")
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part, metadata={"format": "pt", "weft": told})
+        sync_file(part)
+        part.replace(path)
+        sync_folder(self.folder)
+
+    def weights(self, model: QuantizableModel, layer: int) -> dict[str, Tensor] | None:
+        """W, float32 (out, in), of a layer that is done, by the matrices' names in it; None when its file is not what it should be."""
+        found: dict[str, Tensor] = {}
+        try:
+            with safe_open(str(self._path(str(layer))), "pt") as opened:
+                names = set(opened.keys())
+                for matrix in model.matrices(layer):
+                    stem = model.stem(layer, matrix.name)
+                    keys = [key for key in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{key}" in names]
+                    parts = {key: opened.get_tensor(f"{stem}.{key}") for key in keys}
+                    inputs = matrix.weight.shape[1]
+                    read = packed_grid.awq if self._method == "awq" else packed_grid.gptq
+                    found[matrix.name] = read(stem, parts, inputs).weight()
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        return found
+
+    def forget(self, layer: int) -> None:
+        """Remove a layer's file and all after it."""
+        for number in range(layer, self.done()):
+            self._path(str(number)).unlink()
+
+    def losses(self, layers: int) -> tuple[list[MatrixLoss], int]:
+        """Of all matrices; and how many of them no token came to."""
+        found: list[MatrixLoss] = []
+        unseen = 0
+        for number in range(layers):
+            with safe_open(str(self._path(str(number))), "pt") as opened:
+                told = json.loads((opened.metadata() or {})["weft"])
+            found += [MatrixLoss(*each) for each in told["losses"]]
+            unseen += told["unseen"]
+        return found, unseen
+
+    def publish(self, layers: int, target: Path) -> int:
+        """Move the files into the model's folder, with the index that says what lies where. Returns their bytes.
+
+        Raises:
+            OSError.
+        """
+        order = [_REST, *map(str, range(layers))]
+        names: dict[str, str] = {}
+        total = taken = 0
+        for number, each in enumerate(order):
+            name = f"model-{number + 1:05}-of-{len(order):05}.safetensors"
+            with safe_open(str(self._path(each)), "pt") as opened:
+                names |= dict.fromkeys(opened.keys(), name)
+            size = self._path(each).stat().st_size
+            with self._path(each).open("rb") as file:
+                total += size - 8 - int.from_bytes(file.read(8), "little")
+            taken += size
+            try:  # what an interrupted run goes on from stays
+                os.link(self._path(each), target / name)
+            except OSError:  # a drive without hard links
+                self._path(each).replace(target / name)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        return taken
+
+
+def quantization_table(
+    method: str, bits: int, group: int, *, by_importance: bool, kept: list[str]
+) -> Mapping[str, object]:
+    """config.json's `quantization_config`, as the programs that read such folders want it.
+
+    Args:
+        kept: names, in the files, of what lies in layers and is not quantized.
+    """
+    if method == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": bits,
+            "group_size": group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": kept or None,
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": by_importance,
+        "sym": True,
+        "lm_head": False,
+        "true_sequential": True,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["weft"]},
+    }
