@@ -127,12 +127,12 @@ def _export(parameters: TrainParameters, parsed: argparse.Namespace) -> int:
 
     pins = requirements_of(resources() / "environments" / "core.toml")
     folder = parsed.export.expanduser().absolute()
-    todo = export(parameters, folder, pins, parameters.run_file, with_model=parsed.with_model)
+    steps = export(parameters, folder, pins, parameters.run_file, with_model=parsed.with_model)
     if parsed.json:
-        sys.stdout.write(msgspec.json.encode({"folder": str(folder), "next": todo}).decode() + "\n")
+        sys.stdout.write(msgspec.json.encode({"folder": str(folder), "next": steps}).decode() + "\n")
     else:
         print(folder)
-        print("\n".join(f"next: {each}" for each in todo), file=sys.stderr)
+        print("\n".join(f"next: {each}" for each in steps), file=sys.stderr)
     return 0
 
 

@@ -121,14 +121,14 @@ class Installation:
 
     def _install_layers(self) -> None:
         stamp = self._folders.read_stamp(self._name)
-        todo = [layer for layer in self._spec.layers if stamp.layers.get(layer.name) != layer.fingerprint]
-        for layer in todo:  # taken back before anything changes: a layer may move packages of another
+        waiting = [layer for layer in self._spec.layers if stamp.layers.get(layer.name) != layer.fingerprint]
+        for layer in waiting:  # taken back before anything changes: a layer may move packages of another
             stamp.layers.pop(layer.name, None)
         stamp.failed.clear()
-        if todo:
+        if waiting:
             stamp.probed = False
         self._folders.write_stamp(self._name, stamp)
-        for layer in (layer for layer in todo if not layer.optional):
+        for layer in (layer for layer in waiting if not layer.optional):
             self._layer(layer, stamp)
         checks = [layer.gpu for layer in self._spec.layers if layer.gpu]
         if not stamp.probed or (checks and stamp.gpu is None):
@@ -136,7 +136,7 @@ class Installation:
             stamp.gpu = all(self._can_use_gpu(code) for code in checks) if checks else None
             stamp.probed = True
             self._folders.write_stamp(self._name, stamp)
-        for layer in (layer for layer in todo if layer.optional):
+        for layer in (layer for layer in waiting if layer.optional):
             try:
                 self._layer(layer, stamp)
             except WeftError as error:

@@ -67,18 +67,18 @@ def export(
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        todo = _fill(parameters, staged, requirements, run_file, with_model)
+        steps = _fill(parameters, staged, requirements, run_file, with_model)
         staged.rename(folder)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    return todo
+    return steps
 
 
 def _fill(parameters: TrainParameters, staged: Path, requirements: str, run_file: str, with_model: bool) -> list[str]:
     config, model = parameters.config, parameters.model
     config = _carry_data(config, staged)
-    todo: list[str] = []
+    steps: list[str] = []
     source = Path(model.path)
     if with_model or model.bytes <= LARGEST_MODEL:
         target = staged / "model" / source.name
@@ -89,7 +89,7 @@ def _fill(parameters: TrainParameters, staged: Path, requirements: str, run_file
             shutil.copyfile(source, target)
     else:
         (staged / "model").mkdir()
-        todo.append(f"Put the model {model.name} into model/{source.name}; it was too large to carry along.")
+        steps.append(f"Put the model {model.name} into model/{source.name}; it was too large to carry along.")
     place = f"model/{source.name}"
     replace = msgspec.structs.replace
     model = replace(
@@ -110,7 +110,7 @@ def _fill(parameters: TrainParameters, staged: Path, requirements: str, run_file
     start.write_text(START, "utf-8")
     start.chmod(0o755)
     _carry_code(staged / "app")
-    todo += [
+    steps += [
         "python -m pip install -r requirements.txt",
         "./start.sh",
         "Bring the folder adapter/ back and add it on the LoRAs page.",
@@ -120,11 +120,11 @@ def _fill(parameters: TrainParameters, staged: Path, requirements: str, run_file
         "",
         "On the machine that is to train:",
         "",
-        *(f"1. {each}" for each in todo),
+        *(f"1. {each}" for each in steps),
     ]
     lines += ["", "A run that was interrupted goes on with the same line."]
     (staged / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
-    return todo
+    return steps
 
 
 def _carry_data(config: RunConfig, staged: Path) -> RunConfig:

@@ -128,8 +128,8 @@ def test_an_exported_run_trains_from_its_folder_alone(model: ModelEntry, data: P
         method={"init": "eva", "calibration": str(data), "calibration_samples": 4},
     )
     parameters = TrainParameters(config=made, model=model)
-    todo = export(parameters, tmp_path / "away", "torch\n", "# run\n")
-    assert any("start.sh" in each for each in todo)
+    steps = export(parameters, tmp_path / "away", "torch\n", "# run\n")
+    assert any("start.sh" in each for each in steps)
     with pytest.raises(WeftError, match="there already"):
         export(parameters, tmp_path / "away", "", "")
     away = tmp_path / "elsewhere"
