@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from app.cli_library import find_model, find_stack
 from app.cli_task import ensure_environment, run_task
-from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, environment_of, lines
+from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, environment_of, lines, verdict
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import resources
 
@@ -99,8 +100,12 @@ def certified_json(made: msgspec.Struct, found: Certificate | None) -> str:
     """A result with its certificate as one JSON document."""
     document = msgspec.to_builtins(made)
     if found is not None:
-        document["certificate"] = msgspec.to_builtins(found)
+        document["certificate"] = _document(found)
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+
+
+def _document(found: Certificate) -> dict[str, Any]:
+    return {**msgspec.to_builtins(found), "verdict": verdict(found)}
 
 
 def _text(path: Path) -> Path:
@@ -121,7 +126,7 @@ def _run(parsed: argparse.Namespace) -> int:
         window=parsed.window,
     )
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print(msgspec.json.format(msgspec.json.encode(_document(found)), indent=2).decode())
     else:
         print_certificate(found)
     return 0

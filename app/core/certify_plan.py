@@ -103,10 +103,11 @@ def environment_of(a: CertifySide, b: CertifySide) -> str:
 
 
 def lines(found: Certificate) -> list[str]:
-    """A certificate in words, a fact a line."""
+    """A certificate in words, a fact a line: first which models, then what the figures mean."""
     return [
         f"A: {found.a}",
         f"B: {found.b}",
+        verdict(found),
         f"text: {found.text}, {found.predictions:,} predictions in windows of {found.window} tokens",
         f"largest logit difference: {found.largest_logit_difference:.3g}",
         f"mean KL(A‖B): {found.mean_kl:.3g} nats (largest {found.largest_kl:.3g})",

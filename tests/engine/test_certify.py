@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, lines
+from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, lines, verdict
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.score_windows import score_windows
@@ -122,7 +122,12 @@ def test_a_merge_is_certified_and_stored_in_its_card(tmp_path: Path, seed: int) 
     stored = msgspec.json.decode((target / "certificate.json").read_bytes(), type=Certificate)
     assert stored == made and len(made.files) == 2
     card = (target / "README.md").read_text()
-    assert card.startswith(before.rstrip("\n")) and "## Certificate" in card and "mean KL" in card
+    assert (
+        card.startswith(before.rstrip("\n"))
+        and "## Certificate" in card
+        and "mean KL" in card
+        and verdict(made) in card
+    )
     (target / "README.md").write_text(card + "\n## Mine\n\nKept.\n")
     run(plan, FakeReport())
     again = (target / "README.md").read_text()
