@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from app.adapters.hf_stack import signature
+from app.adapters.merge_staging import PREFIX
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
 from app.core.library import ModelFormat
@@ -354,6 +355,8 @@ def check_plan(plan: MergePlan) -> None:
     if plan.shard_size < 0:
         raise WeftError(ErrorKind.BAD_INPUT, "A negative shard size means nothing.", "Give a size in bytes, or 0.")
     model, target = Path(plan.model), Path(plan.target)
+    if target.parent.name.startswith(PREFIX):
+        return  # on the way to something else, such as a GGUF file beside its base: hidden, and removed again
     with contextlib.suppress(OSError):
         if target.resolve() == model.resolve() or model.resolve() in target.resolve().parents:
             raise WeftError(

@@ -16,16 +16,19 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import peft
 import pytest
 import torch
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import TYPES, ExportPlan, ExportResult
 from app.core.formats import read_gguf_header
+from app.core.merge_plan import MergePlan
 from app.core.recognise_gguf import gguf_model
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine import protocol
 from app.engine.client import EngineClient, EngineExit, error_of
+from app.tasks.merge import check_plan
 from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, merged, random_adapter, random_model
@@ -270,6 +273,23 @@ def test_template_ends_and_metadata_come_along(tmp_path: Path, export: Exporter)
     assert header.metadata["tokenizer.ggml.eos_token_id"] == 1 and header.metadata["tokenizer.ggml.bos_token_id"] == 0
     assert header.text("general.architecture") == "llama" and header.text("general.name")
     assert Path(made.modelfile).read_text().startswith("FROM ./out.gguf\n")
+
+
+def test_what_peft_merges_can_be_exported_beside_its_base(tmp_path: Path, export: Exporter) -> None:
+    """The merged model is then a folder on the way, inside the base's own: nothing that a merge could be refused for."""
+    model = base(tmp_path / "base", "llama", SEED)
+    wrapped = peft.get_peft_model(model, peft.LoHaConfig(r=3, alpha=5, target_modules=["v_proj"], init_weights=False))
+    wrapped.save_pretrained(tmp_path / "loha")
+    wanted = plan(tmp_path, "f32", (tmp_path / "loha", 1.0), name="base/out")
+    before = model.model.layers[0].self_attn.v_proj.base_layer.weight.detach().clone()
+    made = export(wanted)
+    assert any("PEFT" in note for note in made.notes)
+    written = np.frombuffer(tensors(Path(made.file))["blk.0.attn_v.weight"][1], np.float32)
+    merged_one = wrapped.merge_and_unload().model.layers[0].self_attn.v_proj.weight.detach()
+    assert np.abs(written - merged_one.flatten().numpy()).max() < 1e-5 and (merged_one - before).abs().max() > 1e-3
+    assert not [path.name for path in (tmp_path / "base").iterdir() if path.name.startswith(".")]
+    with pytest.raises(WeftError, match="in the base's own folder"):
+        check_plan(MergePlan(model=wanted.model, stack=wanted.stack, target=str(tmp_path / "base" / "merged")))
 
 
 def test_bad_plans_are_refused_before_anything_is_written(tmp_path: Path, export: Exporter) -> None:
