@@ -41,6 +41,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     seeds.begin(item.nodeid)
 
 
+@pytest.fixture
+def seed() -> int:
+    """What a test makes its random models, adapters and files of."""
+    return seeds.given()
+
+
 @pytest.fixture(autouse=True)
 def collected_here() -> Iterator[None]:
     """Cycles are collected in this thread, after each test: Qt's objects do not survive being freed in a worker's.

@@ -35,5 +35,7 @@ def of(name: str, bound: int = 1 << 30) -> int:
 
 
 def given() -> int:
-    """WEFT_TEST_SEED, else a fresh seed."""
-    return int(os.environ.get("WEFT_TEST_SEED") or fresh())
+    """WEFT_TEST_SEED, else a fresh seed; printed, so that a failure can be repeated."""
+    value = int(os.environ.get("WEFT_TEST_SEED") or fresh())
+    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
+    return value

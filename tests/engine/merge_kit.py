@@ -18,18 +18,10 @@ from app.adapters.merge_files import TORCH_NAMES
 from app.adapters.merge_stream_torch import Merge
 from app.core.merge_plan import MergePlan
 from app.core.stack import AdapterStack, StackedAdapter
-from tests import seeds
 from tests.engine.adapter_kit import random_adapter, random_model
 
 tqdm.tqdm.monitor_interval = 0  # its thread would outlive a slow test
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def fresh_seed() -> int:
-    """A new one each time; printed, so that a failure can be repeated."""
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 class Report:

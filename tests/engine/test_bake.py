@@ -25,7 +25,6 @@ from app.backends.transformers import Backend
 from app.core.errors import WeftError
 from app.core.sampling import Sampling
 from app.engine.protocol import BatchRow, GenerateBatch, Load
-from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, close, logits, merged, random_adapter, random_model, tokens
 from tests.engine.backend_kit import FakeReport, ask, ask_surely, loaded
@@ -33,13 +32,6 @@ from tests.engine.test_batches_transformers import RowReport, stack
 from tests.engine.test_live_stack import make
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def bits(model: Any) -> dict[str, tuple[int, torch.Tensor]]:

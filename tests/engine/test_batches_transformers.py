@@ -34,13 +34,6 @@ from tests.engine.backend_kit import FakeReport, Said, ask, ask_surely, assistan
 from tests.engine.test_live_stack import kinds
 
 
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
-
-
 class RowReport(FakeReport):
     """Keeps rows apart."""
 

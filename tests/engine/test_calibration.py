@@ -23,9 +23,10 @@ from app.core.errors import WeftError
 from app.core.quantize_plan import QuantizePlan
 from app.generation.hf_files import Stage
 from app.tasks.quantize import run
+from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import FAMILIES, VOCABULARY
-from tests.engine.merge_kit import Report, fresh_seed, load, make_base
+from tests.engine.merge_kit import Report, load, make_base
 
 PIECES, LENGTH = 3, 40  # longer than the sliding windows of the tiny models
 MORE = {
@@ -75,7 +76,7 @@ def opened(folder: Path, seed: int) -> tuple[QuantizableModel, list[list[int]]]:
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_layer_by_layer_is_the_model_and_a_scale_taken_up_changes_nothing(tmp_path: Path, family: str) -> None:
     """The walk's last outputs are the model's; every fold that is found keeps each layer's output, whatever scale is put in."""
-    seed = fresh_seed()
+    seed = seeds.given()
     make(tmp_path, family, seed)
     model, pieces = opened(tmp_path, seed)
     exact = load(tmp_path, "bfloat16").float()
@@ -108,7 +109,7 @@ def test_layer_by_layer_is_the_model_and_a_scale_taken_up_changes_nothing(tmp_pa
 
 
 def test_matrices_of_one_input_are_heard_once_and_in_order(tmp_path: Path) -> None:
-    seed = fresh_seed()
+    seed = seeds.given()
     make(tmp_path, "qwen3_moe", seed)
     model, pieces = opened(tmp_path, seed)
     orders: list[list[list[list[str]]]] = []
@@ -156,7 +157,7 @@ def brain_surgeon(weight: torch.Tensor, hessian: torch.Tensor, made: Rounded, or
 @pytest.mark.parametrize("by_importance", [False, True], ids=["in order of groups", "by importance"])
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (8, 256)])
 def test_gptq_is_the_papers_recursion(bits: int, group: int, by_importance: bool) -> None:
-    seed = fresh_seed()
+    seed = seeds.given()
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(48, 256, generator=generator)
     x = inputs(1500, 256, generator)
@@ -187,7 +188,7 @@ def nearest_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def test_inputs_that_never_came_are_rounded_plainly() -> None:
-    generator = torch.Generator().manual_seed(fresh_seed())
+    generator = torch.Generator().manual_seed(seeds.given())
     weight = torch.randn(32, 128, generator=generator)
     nearest = nearest_of(weight, 8, 32) - weight
     made = quantize(weight, torch.zeros(128, 128), 8, 32)
@@ -202,7 +203,7 @@ def test_inputs_that_never_came_are_rounded_plainly() -> None:
 
 
 def test_awq_spares_what_its_inputs_weigh_most() -> None:
-    generator = torch.Generator().manual_seed(fresh_seed())
+    generator = torch.Generator().manual_seed(seeds.given())
     weight, x = torch.randn(64, 256, generator=generator), inputs(600, 256, generator)
     x[:, :4] *= 100  # as real models have a few channels that are much larger than all others
     scale = awq_quantize.best_scales([weight], x[:300], x.abs().mean(0), 64)
@@ -220,7 +221,7 @@ def test_awq_spares_what_its_inputs_weigh_most() -> None:
 
 def test_no_scale_is_taken_where_none_is_better() -> None:
     """Inputs of one size, and a grid that the weights lie on already."""
-    generator = torch.Generator().manual_seed(fresh_seed())
+    generator = torch.Generator().manual_seed(seeds.given())
     codes = torch.randint(0, 16, (32, 64), generator=generator).float()
     codes[:, 0], codes[:, 32], codes[:, 1], codes[:, 33] = 0, 0, 15, 15
     weight = (codes - 8) * 0.25
@@ -234,7 +235,7 @@ def test_no_scale_is_taken_where_none_is_better() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_is_packed_is_read_back(bits: int) -> None:
-    generator = torch.Generator().manual_seed(fresh_seed())
+    generator = torch.Generator().manual_seed(seeds.given())
     out, width, group = 64, 96, 32
     codes = torch.randint(0, 1 << bits, (out, width), generator=generator).to(torch.uint8)
     zeros = torch.randint(1, 1 << bits, (out, width // group), generator=generator).to(torch.uint8)
@@ -252,7 +253,7 @@ def test_what_is_packed_is_read_back(bits: int) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma2", "phi"])
 def test_other_architectures_come_out_whole(tmp_path: Path, family: str, method: str) -> None:
-    seed = fresh_seed()
+    seed = seeds.given()
     changes = {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.12}
     tiny_models.make(tmp_path / "model", family, seed=seed, dtype=torch.bfloat16, **changes)
     text = tmp_path / "text.txt"

@@ -19,7 +19,6 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.score_windows import score_windows
 from app.tasks.certify import run
-from tests import seeds
 from tests.engine import tiny_gguf, tiny_models
 from tests.engine.adapter_kit import merged, random_adapter, random_model
 from tests.engine.backend_kit import FakeReport
@@ -33,13 +32,6 @@ TEXT = Path(__file__).resolve().parents[2] / "resources" / "certificate_text.txt
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def folder(path: Path, seed: int, family: str = "llama", size: int = 0) -> tuple[Path, Any, Any]:

@@ -14,20 +14,12 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.core.recognise import recognise_adapter, recognise_model
 from app.tasks import convert_adapter
-from tests import seeds
 from tests.engine.adapter_kit import FAMILIES, random_adapter, random_model
 from tests.engine.backend_kit import FakeReport
 
 STARTER = Path(__file__).resolve().parents[2] / "resources" / "starter"
 VOICE = STARTER / "voice-adapter"
 GGUF = STARTER / "weft-starter-f16.gguf"
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def entry(path: Path) -> ModelEntry:

@@ -15,7 +15,6 @@ from app.core.ggml import TYPES
 from app.core.stack import AdapterStack, StackedAdapter
 from app.tasks.certify import run as certify
 from app.tasks.export_gguf import run as export
-from tests import seeds
 from tests.engine import tiny_gguf
 from tests.engine.backend_kit import FakeReport
 from tests.engine.killed import killed
@@ -29,13 +28,6 @@ SHAPES = {f"blk.{layer}.{name}": size for layer in range(2) for name, size in {"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 @pytest.mark.parametrize(

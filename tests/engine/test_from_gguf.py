@@ -22,17 +22,9 @@ from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header
 from app.core.recognise_gguf import adapter_problem
-from tests import seeds
 from tests.engine.adapter_kit import FAMILIES, logits, merged_logits, random_adapter, random_model, tokens
 
 GGUF_NAMES = {"phi": "phi2", "cohere": "command-r", "mistral": "llama", "mixtral": "llama"}
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def gguf_base(model: Any, family: str) -> Base:

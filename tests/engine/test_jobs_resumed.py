@@ -22,7 +22,8 @@ from app.core.export_plan import ExportPlan, gguf_type
 from app.core.quantize_plan import QuantizePlan
 from app.core.stack import AdapterStack, StackedAdapter
 from app.tasks import export_gguf, merge, quantize
-from tests.engine.merge_kit import Report, fresh_seed, make_base
+from tests import seeds
+from tests.engine.merge_kit import Report, make_base
 
 pytestmark = pytest.mark.fault
 CHANGES = ("unlink", "rmdir", "replace", "mkdir")
@@ -278,7 +279,7 @@ def test_an_export_killed_after_a_merge_by_peft_goes_on_with_it(
     from app.adapters import merge_stream_torch
 
     model, adapter = tmp_path / "base", tmp_path / "adapter"
-    make_base(model, "llama", fresh_seed(), "bfloat16")
+    make_base(model, "llama", seeds.given(), "bfloat16")
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").touch()
     real, merges = merge_stream_torch.Merge, []

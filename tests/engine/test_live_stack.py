@@ -22,13 +22,6 @@ from tests.engine.adapter_kit import FAMILIES, close, logits, merged, random_ada
 TOLERANCE = 1e-4
 
 
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
-
-
 def kinds(family: str, model: Any) -> list[dict[str, Any]]:
     """Settings of eight adapters of mixed ranks and kinds."""
     modules, embedding = FAMILIES[family][2], FAMILIES[family][3]

@@ -15,15 +15,7 @@ from safetensors.torch import save_file
 from app.adapters.live_torch import LiveStack
 from app.adapters.tensors_torch import open_adapter
 from app.core.errors import WeftError
-from tests import seeds
 from tests.engine.adapter_kit import logits, merged, random_adapter, random_model, rms, tokens
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def write(

@@ -25,7 +25,6 @@ from app.core.module_names import place_of as place
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.llama_context import LlamaContext
 from app.generation.llama_log import library_log
-from tests import seeds
 from tests.engine import gguf_kit
 from tests.engine.adapter_kit import (
     FAMILIES,
@@ -48,13 +47,6 @@ ALWAYS_TIED = ("gemma", "cohere")  # llama.cpp knows no output head of theirs
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "adapters"
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 class Opened:

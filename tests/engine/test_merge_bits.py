@@ -18,7 +18,6 @@ from tests.engine.merge_kit import (
     DTYPES,
     Report,
     assert_same_bits,
-    fresh_seed,
     make_adapter,
     make_base,
     peft_merge,
@@ -29,11 +28,6 @@ from tests.engine.merge_kit import (
 
 _TIED = {"gemma", "cohere", "gpt2", "bloom"}  # PEFT's own merge of a tied embedding differs from PEFT's own logits
 _INNER = ("lora", "rslora", "dora", "patterns", "experts")  # kinds that leave embedding and head alone: tied is as good
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 def kinds(family: str, rng: random.Random) -> dict[str, dict[str, Any]]:

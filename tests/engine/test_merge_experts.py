@@ -21,7 +21,6 @@ from tests.engine.merge_kit import (
     DTYPES,
     Report,
     assert_same_bits,
-    fresh_seed,
     load,
     make_adapter,
     make_base,
@@ -63,11 +62,6 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}, []),
 }
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 @pytest.mark.parametrize("family", MIXTURES)

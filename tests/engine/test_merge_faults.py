@@ -22,15 +22,10 @@ from app.adapters import merge_write_torch
 from app.adapters.merge_staging import PREFIX
 from app.core.errors import ErrorKind, WeftError
 from app.tasks import merge as task
-from tests.engine.merge_kit import Report, fresh_seed, load, make_adapter, make_base, peft_merge, plan, saved
+from tests.engine.merge_kit import Report, load, make_adapter, make_base, peft_merge, plan, saved
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 @pytest.fixture

@@ -44,13 +44,6 @@ ALWAYS_TIED = ("gemma", "cohere")
 TOLERANCE = 1e-3
 
 
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
-
-
 def stack(*pairs: tuple[Path, float]) -> AdapterStack:
     return AdapterStack(adapters=tuple(StackedAdapter(path=str(path), weight=weight) for path, weight in pairs))
 

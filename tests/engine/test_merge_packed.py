@@ -18,7 +18,7 @@ from app.adapters.merge_bnb_torch import UnpackedFiles
 from app.core.errors import ErrorKind, WeftError
 from app.tasks import merge as task
 from tests.engine.adapter_kit import differences, logits, tokens
-from tests.engine.merge_kit import Report, fresh_seed, load, make_adapter, make_base, plan, saved
+from tests.engine.merge_kit import Report, load, make_adapter, make_base, plan, saved
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,11 +27,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 def packed_base(tmp_path: Path, kind: str, seed: int) -> tuple[Path, Any]:

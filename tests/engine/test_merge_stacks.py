@@ -31,7 +31,6 @@ from tests.engine.merge_kit import (
     DTYPES,
     Report,
     assert_same_bits,
-    fresh_seed,
     load,
     make_adapter,
     make_base,
@@ -44,11 +43,6 @@ from tests.engine.merge_kit import (
 
 TOLERANCE = 1e-4
 Stack = list[tuple[Path, float]]
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 def kinds(family: str) -> list[dict[str, Any]]:

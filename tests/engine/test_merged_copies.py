@@ -21,7 +21,6 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header
 from app.core.library import ModelEntry
 from app.core.stack import AdapterStack, StackedAdapter
-from tests import seeds
 from tests.engine import tiny_gguf
 from tests.engine.adapter_kit import logits, merged, random_adapter
 from tests.engine.backend_kit import FakeReport, ask, assistant, loaded, user
@@ -45,13 +44,6 @@ KINDS: dict[str, dict[str, Any]] = {
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "merged"
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def transformed(path: Path, tied: bool) -> Any:

@@ -13,7 +13,6 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed in th
 
 from app.adapters.merged_copies import MergedCopies
 from app.core.stack import AdapterStack, StackedAdapter
-from tests import seeds
 from tests.engine import gguf_kit
 from tests.engine.adapter_kit import FAMILIES, any_weight, logits, merged, random_adapter, random_model, tokens
 from tests.engine.half_gelu import GELU, as_in_ggml
@@ -25,13 +24,6 @@ FEW = 2  # architectures that each run of the default tier takes, by chance
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def kinds(family: str) -> list[dict[str, Any]]:

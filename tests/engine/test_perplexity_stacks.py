@@ -15,20 +15,12 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine.protocol import Score
-from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import merged, random_adapter
 from tests.engine.backend_kit import FakeReport, ask, loaded
 
 TEXT = "the rain is on the shore and the tea is hot; the weft goes over and under the warp. " * 2
 WINDOW, STRIDE = 48, 20
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def plain(net: Any, tokens: list[int], window: int, stride: int) -> tuple[float, int]:

@@ -34,16 +34,11 @@ from app.tasks.quantize import run
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import merged, random_adapter
 from tests.engine.backend_kit import FakeReport
-from tests.engine.merge_kit import Report, fresh_seed
+from tests.engine.merge_kit import Report
 
 GROUP = 32
 NOTHING = AdapterStack()
 LENGTH = 96
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from bitsandbytes.functional import has_avx512bf16
 
 FORWARDS = 3
 BFLOAT16 = 2.0**-8  # relative
-
-
-@pytest.fixture
-def seed() -> int:
-    made = random.randrange(1 << 30)
-    print("seed", made)
-    return made
 
 
 def run(backend: Backend, ids: torch.Tensor) -> torch.Tensor:

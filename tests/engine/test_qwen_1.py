@@ -40,9 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    seed = seeds.given()
-    print(f"seed {seed} (WEFT_TEST_SEED={seed} repeats it)")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(seeds.given())
 
 
 def random_weights(rng: np.random.Generator) -> Weights:

@@ -15,19 +15,11 @@ from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack, StackedAdapter
 from app.generation.hf_decode import Decoder
-from tests import seeds
 from tests.engine.adapter_kit import close, logits, merged, random_adapter, random_model, tokens
 from tests.engine.conversation_kit import chosen
 
 RANGES = [[0, 2], [1, 2], [0, 1]]
 ORDER = [0, 1, 1, 0]
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def stack(**weights: float) -> AdapterStack:

@@ -16,17 +16,14 @@ from app.core.adapter_content import content_of
 from app.core.adapter_file import read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.torch_header import read_torch_header
-from tests import seeds
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "U8": "u1"}
 
 
 @pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    torch.manual_seed(value)
-    return value
+def seed(seed: int) -> int:
+    torch.manual_seed(seed)
+    return seed
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from app.adapters.hf_stack import ModelStack
 from app.core.adapter_import import ImportOptions, Outcome, import_adapters
 from app.core.stack import AdapterStack, StackedAdapter
-from tests import seeds
 from tests.engine.adapter_kit import close, logits, random_model, tokens
 
 SHAPES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.up_proj": (48, 32)}
@@ -40,13 +39,6 @@ class Trained(NamedTuple):
     name: str
     alpha: float | None = None
     magnitudes: dict[str, torch.Tensor] = {}
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def random_pairs(dtype: torch.dtype = torch.float32) -> Pairs:

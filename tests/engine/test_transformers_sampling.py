@@ -20,18 +20,10 @@ from app.backends.transformers import SPEC, Backend
 from app.core.errors import ErrorKind, WeftError
 from app.core.sampling import Sampling
 from app.generation.hf_sampling import RepetitionLengths, Sampler, dry_breaker_tokens, dry_penalties
-from tests import seeds
 from tests.engine import tiny_models
 from tests.engine.backend_kit import ask, loaded
 
 SIZE = 50
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    fresh = seeds.fresh(2**31)
-    print("seed", fresh)
-    return fresh
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,7 @@ WAIT = 15_000
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = seeds.given()
-    print(f"seed {seed} (WEFT_TEST_SEED={seed} repeats it)")
-    return random.Random(seed)
+    return random.Random(seeds.given())
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from app.store.adapters import AdapterStore
 from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import refresh
-from tests import seeds
 from tests.fakes.library_files import (
     gguf_bytes,
     safetensors_bytes,
@@ -59,13 +58,6 @@ def peft(folder: Path, seed: int, **config: object) -> Path:
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config})
     (folder / "adapter_model.safetensors").write_bytes(random_tensors(seed))
     return folder
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 class Library:

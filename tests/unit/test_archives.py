@@ -26,14 +26,6 @@ import pytest
 from app.core.archive_guard import Limits
 from app.core.archives import archive_stem, is_archive, unpack
 from app.core.errors import ErrorKind, WeftError
-from tests import seeds
-
-
-@pytest.fixture
-def seed() -> int:
-    value = seeds.given()
-    print(f"seed {value} (WEFT_TEST_SEED={value} repeats it)")
-    return value
 
 
 def contents(folder: Path) -> dict[str, bytes]:
