@@ -97,6 +97,13 @@ def agreed(accelerator: Any, token: torch.Tensor) -> torch.Tensor:
     return broadcast(token.contiguous(), from_process=0)
 
 
+def anywhere(accelerator: Any, happened: bool) -> bool:
+    """Whether something happened in any process (all have to ask)."""
+    if accelerator is None:
+        return happened
+    return bool(accelerator.reduce(torch.tensor([float(happened)], device=accelerator.device), "sum").item())
+
+
 def prepare(accelerator: Any, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Model and optimizer as accelerate hands them back."""
     if is_sharded(accelerator):

@@ -58,12 +58,9 @@ def estimate(
     """
     trained = trained or trainable(config, model)
     width = _compute_bytes(config, card)
-    optimizer = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lora_plus_8bit": 2, "sgd": 4, "lora_fa": 4}.get(
-        config.train.optimizer, 8
-    )
-    moments, file = trained * optimizer, 0
+    moments, file = state_bytes(config.train.optimizer, trained), 0
     if config.train.optimizer.startswith("paged") and not card:  # 8 bits: the scale of each 256 numbers stays
-        moments, file = trained * 2 * 4 // 256 if optimizer == 2 else 0, moments
+        moments, file = trained * 2 * 4 // 256 if config.train.optimizer.endswith("8bit") else 0, moments
     parameters = model.parameters or model.weight_bytes // 2
     unpacked = (parameters * _PER_UNPACKED / (100 if card else 1)) if model.format in PACKED else 0.0
     seconds = _seconds(config, model, parameters, tokens, examples, flops, unpacked) if flops and tokens else 0.0
@@ -77,6 +74,13 @@ def estimate(
         trainable=trained,
         seconds=seconds,
         file=file,
+    )
+
+
+def state_bytes(optimizer: str, trained: int) -> int:
+    """What an optimizer keeps of so many trained parameters."""
+    return trained * {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lora_plus_8bit": 2, "sgd": 4, "lora_fa": 4}.get(
+        optimizer, 8
     )
 
 
@@ -174,6 +178,14 @@ def checkpoint_bytes(config: RunConfig, trained: int) -> int:
     return trained * 12 + 64 * 1024
 
 
+def duration(seconds: float) -> str:
+    """For people: less than a minute, 12 minutes, 3.5 hours."""
+    if seconds < 60:
+        return "a minute at most"
+    minutes = round(seconds / 60)
+    return f"{seconds / 3600:.1f} hours" if minutes >= 120 else f"{minutes} minute{'s' if minutes > 1 else ''}"
+
+
 def words(found: RunEstimate) -> str:
     """For people, one line."""
 
@@ -181,7 +193,7 @@ def words(found: RunEstimate) -> str:
         return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
     file = f"; {size(found.file)} of the optimizer in a file" if found.file else ""
-    time = f", about {max(1.0, found.seconds / 60):.0f} minutes" if found.seconds else ""
+    time = f", about {duration(found.seconds)}" if found.seconds else ""
     return (
         f"About {size(found.total)} of memory ({size(found.weights)} base, {size(found.activations)} activations, "
         f"{size(found.adapter + found.optimizer)} adapter and optimizer){file}, {found.trainable:,} trained parameters{time}."

@@ -18,6 +18,7 @@ import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
+from app.adapters.repeat_torch import layer_lists, source_layers
 from app.core.errors import ErrorKind, WeftError
 from app.training import loftq_torch, run_file
 from app.training.methods import changes_base
@@ -109,6 +110,8 @@ def inject(config: RunConfig, model: Any, settings: peft.LoraConfig, *, late: bo
         WeftError: BAD_INPUT when the names match nothing; UNSUPPORTED for what PEFT cannot do on this model.
     """
     prepare_base(model, config)
+    text = model.config.get_text_config(decoder=True)
+    lists = layer_lists(text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice; what matters is checked by `check_gradients`
@@ -127,6 +130,9 @@ def inject(config: RunConfig, model: Any, settings: peft.LoraConfig, *, late: bo
             f"PEFT cannot set this adapter up on this model: {text}",
             "Choose other modules or variants.",
         ) from error
+    if config.method.layer_replication:  # PEFT repeats the layers, and leaves these as they are
+        order = source_layers(run_file.ranges(config.method.layer_replication, "layer_replication"))
+        text.__dict__.update({key: [value[layer] for layer in order] for key, value in lists.items()})
     return wrapped
 
 

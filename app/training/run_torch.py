@@ -16,13 +16,15 @@ import msgspec
 import peft
 import torch
 
+from app.adapters.repeat_torch import layer_lists
 from app.core.errors import ErrorKind, WeftError
 from app.engine.reporting import Report
 from app.training import methods, methods_save_torch, methods_torch
 from app.training.checkpoint_torch import Counters, RunFolder
 from app.training.distributed_torch import agreed, is_sharded, prepare, put, shared, wait_long
 from app.training.distribution import check_sharded
-from app.training.estimate import checkpoint_bytes, estimate, words
+from app.training.dry_step_torch import try_out
+from app.training.estimate import checkpoint_bytes, duration, estimate, words
 from app.training.loss_torch import try_head
 from app.training.optimizers_torch import make_optimizer
 from app.training.packing_torch import PackingCheck, check_packing
@@ -120,6 +122,11 @@ class Run:
         train, held = objectives(config, data, pad, check, device, chunked=config.train.chunked_loss)
         self.report.progress("Preparing")
         model, first = self._adapter(base, token_ids, data, tokenizer, pad, before is not None)
+        if config.method.layer_replication and (lists := layer_lists(model.config.get_text_config(decoder=True))):
+            self._note(
+                f"PEFT repeats the layers and not what the model's config lists of each: whoever loads the adapter elsewhere sets "
+                f"{', '.join(f'{name} = {value}' for name, value in lists.items())} there."
+            )
         if not self.sharded:
             self._ask_the_base(model, base, train, held)
         methods_torch.change_base(config, model, first)
@@ -159,11 +166,12 @@ class Run:
             torch.manual_seed(
                 config.train.seed + 1_000_003 * (self.accelerator.process_index + 1) + trainer.counters.step
             )
-        silent = trainer.try_out(plan.longest())
+        silent, speed = try_out(trainer, plan.longest())
         if silent:
             self._note(
                 f"{len(silent)} expert tensors got no gradient on the longest batch: the router did not choose them there."
             )
+        self._tell_time(data, trainer, speed)
         wait_long(self.accelerator, False)
         self.control.tell("state", text="running")
         ended = trainer.run()
@@ -344,6 +352,18 @@ class Run:
                 f"The disk has {free / 2**30:.2f} GiB left, and checkpoint and adapter take about {need / 2**30:.2f} GiB.",
                 "Free some space, choose an output folder on another disk, or a smaller rank.",
             )
+
+    def _tell_time(self, data: RunData, trainer: Trainer, speed: float) -> None:
+        """How long the steps that are left will take, by the one that was tried."""
+        lengths = data.lengths(data.train)
+        train, processes = self.config.train, 1 if self.accelerator is None else self.accelerator.num_processes
+        each = train.batch_size * train.gradient_accumulation * sum(lengths) / max(1, len(lengths))
+        whole = min(each * trainer.plan.total, sum(lengths) * train.epochs)  # an epoch's last step may be short
+        speed = max(1e-9, speed * processes)
+        seconds = whole * (1 - trainer.counters.step / max(1, trainer.plan.total)) / speed
+        if self.main:
+            text = f"Training will take about {duration(seconds)}, by the step that was tried ({speed:,.0f} tokens a second)."
+            self.control.tell("estimate", text=text, values={"seconds": seconds})
 
 
 def resumed_settings(kept: dict[str, Any], config: RunConfig) -> peft.LoraConfig:

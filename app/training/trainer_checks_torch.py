@@ -8,6 +8,8 @@ from app.core.errors import ErrorKind, WeftError
 from app.engine.failures import mentions_out_of_memory
 from app.training.distributed_torch import whole_tensor
 
+_SMALLER = "Take a shorter max_length, gradient_checkpointing = true, a smaller rank, or quantization = nf4."
+
 
 def check_gradients(trained: dict[str, torch.nn.Parameter]) -> list[str]:
     """Every trained tensor has a finite gradient, and A or B of each module one that is not zero.
@@ -47,10 +49,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and mentions_out_of_memory(str(error))
 
 
-def memory_error(error: BaseException) -> WeftError:
-    """What is said where not even one row fits."""
+def memory_error(error: BaseException | None) -> WeftError:
+    """What is said where not even one row fits. None: it was another process that had no memory."""
+    if error is None:
+        return WeftError(
+            ErrorKind.OUT_OF_MEMORY,
+            "Not even one sequence at once fits into the memory of another process.",
+            _SMALLER,
+        )
     return WeftError(
         ErrorKind.OUT_OF_MEMORY,
         f"Not even one sequence at once fits into memory. ({' '.join(str(error).split())[:160]})",
-        "Take a shorter max_length, gradient_checkpointing = true, a smaller rank, or quantization = nf4.",
+        _SMALLER,
     )

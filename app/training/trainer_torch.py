@@ -22,7 +22,7 @@ from app.training.checkpoint_torch import Counters, RunFolder, random_states, se
 from app.training.distributed_torch import is_sharded, load_optimizer, put, whole_state, whole_tensor
 from app.training.optimizers_torch import set_learning_rates
 from app.training.run_config import TrainConfig
-from app.training.trainer_checks_torch import check_gradients, is_out_of_memory, memory_error
+from app.training.trainer_checks_torch import is_out_of_memory, memory_error
 from app.training.trainer_control import Control
 
 Batch = tuple[tuple[int, ...], ...]
@@ -102,40 +102,12 @@ class Trainer:
         self._before: Any = None  # random states before the step at work
         self._saved = -1
 
-    # Before the first step
-
-    def try_out(self, batch: Batch) -> list[str]:
-        """One step's arithmetic on the longest batch, without effect: memory suffices, and every trained tensor gets a gradient.
-
-        Returns:
-            Names of experts that got none (the router did not choose them here).
-
-        Raises:
-            WeftError: OUT_OF_MEMORY when not even one row fits; INTERNAL for a trained tensor without gradient.
-        """
-        states = random_states()
-        self.model.train()
-        try:
-            while True:
-                try:
-                    self._backward([batch], scale=False)
-                    break
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if not self._halve(batch):
-                        raise memory_error(error) from error
-            return check_gradients(self.trained)
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            set_random_states(states)
-
-    def _halve(self, batch: Batch) -> bool:
-        """Compute half as many rows at once from now on."""
+    def halve(self, batch: Batch, *, together: bool = False) -> bool:
+        """Compute half as many rows at once from now on; in several processes only where all of them do it `together`."""
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self.counters.split * 2 > max(1, len(batch)) or self.accelerator is not None:
+        if self.counters.split * 2 > max(1, len(batch)) or (self.accelerator is not None and not together):
             return False
         self.counters.split *= 2
         rows = math.ceil(self.train_config.batch_size / self.counters.split)
@@ -197,12 +169,12 @@ class Trainer:
         states = self._before = random_states()
         while True:
             try:
-                loss, tokens, weight, further = self._backward(group)
+                loss, tokens, weight, further = self.backward(group)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self._halve(max(group, key=len)):
+                if not self.halve(max(group, key=len)):
                     self._rewind()
                     if not self.sharded:  # the other processes are not here to gather it
                         self.checkpoint()
@@ -226,16 +198,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(epoch, loss, rate, norm, tokens, weight, further)
 
-    def _backward(self, group: Group, *, scale: bool = True) -> tuple[float, int, float, dict[str, float]]:
-        """Forward and backward over a step's batches. Returns mean loss, tokens computed, divisor, further sums."""
+    def backward(self, group: Group, *, dry: bool = False) -> tuple[float, int, float, dict[str, float]]:
+        """Forward and backward over a step's batches. Returns mean loss, tokens computed, divisor, further sums.
+
+        Args:
+            dry: it does not count, and each process does it alone, so that none waits for one that has no memory.
+        """
         weight = sum(self.objective.weight(batch) for batch in group) or 1.0
         parts = [part for batch in group for part in _split(batch, self.counters.split)]
         mine, world = share(parts, self.accelerator)
         total, tokens, further = 0.0, 0, {}
         for index, (part, counts) in enumerate(mine):
-            if scale and index:
+            if index and not dry:
                 self._between_parts()
-            with self._synchronised(index == len(mine) - 1):
+            with self._synchronised(index == len(mine) - 1 and not (dry and not self.sharded)):
                 with self.autocast():
                     loss, count, numbers = self.objective.loss(self.model, part)
                 loss = loss * (counts * world / weight)
@@ -246,7 +222,7 @@ class Trainer:
                 tokens += count
                 for name, value in numbers.items():
                     further[name] = further.get(name, 0.0) + value
-        if self.accelerator is not None:
+        if self.accelerator is not None and not dry:
             sums = torch.tensor([total, float(tokens)], dtype=torch.float64)
             total, tokens_all = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
             tokens = int(tokens_all)

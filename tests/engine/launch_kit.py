@@ -50,17 +50,20 @@ def launched(
     kill_at: int = 0,
     fails: bool = False,
     cards: bool = False,
+    module: str = "app.training.run_launched",
+    **variables: str,
 ) -> list[dict[str, Any]]:
     """The events of a run under `accelerate launch`. kill_at: it is killed after that step's checkpoint.
-    fails: it may end with an error. cards: it may use them."""
+    fails: it may end with an error. cards: it may use them. module: what each process runs; with these variables."""
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_bytes(
         msgspec.json.encode(TrainParameters(config=made, model=model, resume=resume))  # type: ignore[arg-type]
     )
     (folder / "accelerate.yaml").write_text(how)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
-    command += ["--main_process_port", str(random.randint(20000, 60000)), "-m", "app.training.run_launched", "run.json"]
+    command += ["--main_process_port", str(random.randint(20000, 60000)), "-m", module, "run.json"]
     given = environment(ROOT) if cards else {**environment(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    given |= variables
     events: list[dict[str, Any]] = []
     with (
         (folder / "errors").open("w+") as errors,

@@ -47,6 +47,7 @@ def same_adapter(one: Path, other: Path) -> None:
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": (DDP, {}),
+    "ddp_paged": (DDP, {"train": {"optimizer": "paged_adamw"}}),
     "ddp_preferences": (DDP, {"train": {"objective": "dpo"}}),
     "fsdp": (FSDP, {"train": {"samples": "What is a loom?", "sample_tokens": 4, "keep_best": True}}),
     "fsdp_dora": (

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from app.core.library import ModelEntry
+from app.training import run_torch
 from app.training.run_config import RunConfig
 from app.training.trainer_data_torch import SftData
-from app.training.trainer_torch import Trainer
 from tests import seeds
 from tests.engine import fork_kit, tiny_models, training_kit
+from tests.engine.launch_kit import DDP, FSDP, launched
 from tests.engine.training_kit import Remembering, config, train
 
 pytestmark = [
@@ -56,7 +58,7 @@ def running(made: RunConfig, model: ModelEntry, *, spare: int | None = None, aft
     def work() -> dict[str, Any]:
         torch.set_num_threads(1)
         report, taken = Remembering(), [0]
-        loss, try_out = SftData.loss, Trainer.try_out
+        loss, try_out = SftData.loss, run_torch.try_out
 
         def measured(self: Any, model: Any, batch: Any) -> Any:
             before = fork_kit.private_memory()
@@ -64,15 +66,15 @@ def running(made: RunConfig, model: ModelEntry, *, spare: int | None = None, aft
             taken.append(fork_kit.private_memory() - before)
             return found
 
-        def limited(self: Any, batch: Any) -> Any:
+        def limited(*given: Any) -> Any:
             fork_kit.allow_only(None if after else spare)
-            return try_out(self, batch)
+            return try_out(*given)
 
         def at_step(step: int) -> None:
             if step == after:
                 fork_kit.allow_only(spare)
 
-        SftData.loss, Trainer.try_out, report.at_step = measured, limited, at_step  # type: ignore[method-assign]
+        SftData.loss, run_torch.try_out, report.at_step = measured, limited, at_step  # type: ignore[method-assign]
         result = train(made, model, report)
         said = [(news["step"], news["text"]) for news in report.heard if news["kind"] == "split"]
         return {"losses": result.losses, "said": said, "logs": report.logs, "taken": max(taken)}
@@ -111,3 +113,30 @@ def test_where_not_one_row_fits_it_is_said_and_nothing_is_left(model: ModelEntry
         fork_kit.in_a_fork(running(made, model, spare=8 * 2**20))
     assert "DefaultCPUAllocator" in str(caught.value)  # its own words, not a test's
     assert not Path(made.output.dir).exists() and not (tmp_path / "adapter.training").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_memory_that_runs_out_in_one_of_two_processes(
+    way: str, whole: dict[str, Any], model: ModelEntry, data: Path, tmp_path: Path
+) -> None:
+    """Processes that each hold the model halve the batch together; those that share it out say what helps, and end."""
+    made = settings(tmp_path / "run", model, data, gradient_accumulation=2)
+    one = fork_kit.in_a_fork(running(settings(tmp_path / "one", model, data, gradient_accumulation=2), model))
+    events = launched(
+        msgspec.structs.replace(made, model=msgspec.structs.replace(made.model, device="cpu")),
+        model,
+        tmp_path / "run",
+        DDP if way == "ddp" else FSDP,
+        fails=way == "fsdp",
+        module="tests.engine.limited_process",
+        WEFT_TEST_SPARE=str(whole["taken"] * 4 // 5),
+    )
+    if way == "fsdp":
+        told = next(event for event in events if event["kind"] == "failed")
+        assert (told["error"], told["process"]) == ("out_of_memory", 1) and "max_length" in told["hint"]
+        return
+    news = [msgspec.json.decode(event["json"]) for event in events if event["kind"] == "news"]
+    assert any(f"batches of {ROWS // 2} instead of {ROWS}" in each["text"] for each in news if each["kind"] == "split")
+    assert events[-1]["kind"] == "done", events[-1]
+    assert events[-1]["result"]["losses"] == pytest.approx(one["losses"], rel=1e-3)

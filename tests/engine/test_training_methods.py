@@ -130,6 +130,25 @@ def test_an_optimizer_learns(
     in_plain_peft(Path(model.path), Path(result.adapter))
 
 
+@pytest.mark.parametrize("family", some(["gemma2", "qwen2"], {"gemma2"}))
+def test_layers_of_different_kinds_are_repeated(
+    family: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose config lists the attention of each layer: PEFT repeats the layers, and not that list."""
+    entry = tiny_models.make(tmp_path / "model", family, seed=SEED)
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, entry, data, method={"layer_replication": [[0, 2], [1, 3]]}), entry)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    plain = in_plain_peft(Path(entry.path), Path(result.adapter))
+    kinds = plain.config.layer_types
+    plain.config.__dict__["layer_types"] = [kinds[layer] for layer in (0, 1, 1, 2)]
+    assert captured.logits is not None
+    assert (forward(plain, ids) - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
+    assert any("layer_types" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("quantization", some(["nf4", "fp4", "int8"], {"nf4"}))
 def test_qlora_trains_on_a_quantized_base(
     quantization: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,18 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"optimizer": "lora_plus", "learning_rate": 1e-3, "precision": "bf16", "gradient_checkpointing": True},
     },
     "loftq_tokens": {"method": {"init": "loftq", "trainable_tokens": "5 7"}},
+    "paged_8bit_nf4": {
+        "method": {"dora": True, "r": 64},
+        "model": {"quantization": "nf4"},
+        "train": {"optimizer": "paged_adamw_8bit"},
+    },
+    "paged_corda": {"method": {"init": "corda", "calibration_samples": 6}, "train": {"optimizer": "paged_adamw"}},
+    "replication_head": {"method": {"layer_replication": [[0, 2], [1, 3]], "modules_to_save": ["lm_head"]}},
+    "dpo_pissa": {"method": {"init": "pissa"}, "train": {"objective": "dpo", "learning_rate": 1e-3, "samples": ""}},
+    "orpo_int8": {
+        "model": {"quantization": "int8"},
+        "train": {"objective": "orpo", "learning_rate": 1e-3, "samples": "", "optimizer": "sgd"},
+    },
 }
 
 
@@ -97,6 +109,8 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
 def test_a_run_killed_between_steps_ends_in_the_same_bits(
     kind: str, model: ModelEntry, data: Path, tmp_path: Path
 ) -> None:
+    if KINDS[kind].get("train", {}).get("objective", "sft") != "sft":
+        data = training_kit.preferences(tmp_path / "pairs.jsonl", SEED)
     whole = train(run_file(tmp_path / "a", model, data, **{k: dict(v) for k, v in KINDS[kind].items()}), model)
     broken = run_file(tmp_path / "b", model, data, **{k: dict(v) for k, v in KINDS[kind].items()})
     rng = random.Random(f"{SEED} {kind}")
@@ -271,13 +285,13 @@ def test_two_runs_in_one_place_are_refused(model: ModelEntry, data: Path, tmp_pa
 def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(
     model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = run_torch.Trainer._backward
+    original = run_torch.Trainer.backward
 
-    def poisoned(self: Any, group: Any, *, scale: bool = True) -> Any:
-        found = original(self, group, scale=scale)
+    def poisoned(self: Any, group: Any, *, dry: bool = False) -> Any:
+        found = original(self, group, dry=dry)
         return (float("nan"), *found[1:]) if self.counters.step == 7 else found
 
-    monkeypatch.setattr(run_torch.Trainer, "_backward", poisoned)
+    monkeypatch.setattr(run_torch.Trainer, "backward", poisoned)
     result = train(run_file(tmp_path, model, data), model)
     assert result.ended == "nan" and len(result.losses) == 7
     from safetensors.torch import load_file
