@@ -3,24 +3,66 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from app.core.stack import AdapterStack, StackedAdapter
+from tests import seeds
+from tests.engine.adapter_kit import FAMILIES
 
+ADAPTERS = 8  # that a family's tests have
 STEPS = 6
+T = TypeVar("T")
 
 
-def steps(
-    adapters: int, actions: tuple[str, ...], most: int = STEPS
-) -> st.SearchStrategy[list[tuple[str, int, float, int]]]:
-    """Lists of (action, which adapter, weight, tokens that the user says then)."""
-    one = st.tuples(
-        st.sampled_from(actions), st.integers(0, adapters - 1), st.floats(-1, 1.5, width=16), st.integers(1, 4)
+class Said(NamedTuple):
+    """What happens in a conversation.
+
+    Attributes:
+        steps: (action, which adapter, weight, tokens that the user says then).
+        first: so many adapters are in the stack from the start. chance: the seed of the user's words.
+    """
+
+    steps: list[tuple[str, int, float, int]]
+    first: int
+    chance: int
+
+
+def conversations(
+    actions: tuple[str, ...], *, examples: int, most: int = STEPS, shrink: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a test of a function with parameters `family` and `said`: so many conversations of every family.
+
+    Args:
+        most: steps of one. shrink: look for the shortest that fails, which takes minutes.
+    """
+    step = st.tuples(
+        st.sampled_from(actions), st.integers(0, ADAPTERS - 1), st.floats(-1, 1.5, width=16), st.integers(1, 4)
     )
-    return st.lists(one, min_size=2, max_size=most)
+    said = st.builds(
+        Said, st.lists(step, min_size=2, max_size=most), st.sampled_from([0, 2, 3, ADAPTERS]), st.integers(0, 1 << 30)
+    )
+    how = settings(
+        max_examples=examples,
+        deadline=None,
+        phases=tuple(Phase) if shrink else (Phase.explicit, Phase.reuse, Phase.generate),
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    return lambda test: pytest.mark.parametrize("family", sorted(FAMILIES))(how(given(said=said)(test)))
+
+
+def made_once(made: dict[str, T], family: str, make: Callable[[int], T]) -> T:
+    """What `make` makes of a fresh seed, once for all conversations of a family."""
+    if family not in made:
+        seed = seeds.fresh(1 << 24)  # hypothesis seeds `random`
+        print(f"{family}: seed {seed}")
+        made[family] = make(seed)
+    return made[family]
 
 
 class Stacking:

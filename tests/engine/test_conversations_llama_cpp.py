@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed in this interpreter")
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 
-from tests import seeds
-from tests.engine.adapter_kit import FAMILIES, VOCABULARY, logits, merged
-from tests.engine.conversation_kit import Stacking, chosen, steps
+from tests.engine.adapter_kit import VOCABULARY, logits, merged
+from tests.engine.conversation_kit import Said, Stacking, chosen, conversations, made_once
 from tests.engine.half_gelu import GELU, as_in_ggml
 from tests.engine.test_llama_stack import ALWAYS_TIED, TOLERANCE, make, opened
 
@@ -31,35 +28,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path_factory.getbasetemp() / "adapters"))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@settings(
-    max_examples=4,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a conversation takes minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(said=steps(8, ACTIONS), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
+@conversations(ACTIONS, examples=4)
 def test_a_conversation_with_any_switches_is_the_merged_models(
-    tmp_path_factory: pytest.TempPathFactory,
-    family: str,
-    said: list[tuple[str, int, float, int]],
-    first: int,
-    chance: int,
+    tmp_path_factory: pytest.TempPathFactory, family: str, said: Said
 ) -> None:
-    if family not in _MADE:
-        seed = seeds.fresh(1 << 24)  # hypothesis seeds `random`
-        print(f"{family}: seed {seed}")
-        folder = tmp_path_factory.mktemp(family)
+    def made(seed: int) -> tuple[Any, Path, list[Path]]:
         changes: dict[str, Any] = {"tie_word_embeddings": family in ALWAYS_TIED}
         if family == "mistral":
             changes["sliding_window"] = None  # GGUF files of this family know no window
-        _MADE[family] = make(folder, family, seed, **changes)
-    model, path, folders = _MADE[family]
-    stacking, words = Stacking(folders, first), torch.Generator().manual_seed(chance)
+        return make(tmp_path_factory.mktemp(family), family, seed, **changes)
+
+    model, path, folders = made_once(_MADE, family, made)
+    stacking, words = Stacking(folders, said.first), torch.Generator().manual_seed(said.chance)
     conversation: list[int] = []
     with opened(path) as llama:
         llama.set(*stacking.pairs)
-        for action, number, weight, count in said:
+        for action, number, weight, count in said.steps:
             stacking.act(action, number, weight)
             if stale := llama.set(*stacking.pairs):
                 llama.context.clear()

@@ -13,20 +13,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
 pytest.importorskip("peft", reason="peft, which makes the adapters, is not installed in this interpreter")
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
 from app.adapters.hf_stack import ModelStack
 from app.generation.hf_batch import Rows
 from app.generation.hf_decode import Decoder
-from tests import seeds
-from tests.engine.adapter_kit import FAMILIES, VOCABULARY, close, logits, merged
-from tests.engine.conversation_kit import Stacking, chosen, steps
+from tests.engine.adapter_kit import VOCABULARY, close, logits, merged
+from tests.engine.conversation_kit import Said, Stacking, chosen, conversations, made_once
 from tests.engine.test_live_stack import make
 
 ACTIONS = ("add", "remove", "reweight", "off", "order", "bake", "batch", "nothing")
 GREEDY = 3  # tokens of an answer
-_QUIET_HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _MADE: dict[str, tuple[Any, Any, list[Path]]] = {}
 
 
@@ -34,59 +29,36 @@ def _quiet(*_: object) -> None:
     return
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@settings(
-    max_examples=6,
-    deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a conversation takes minutes
-    suppress_health_check=_QUIET_HEALTH,
-)
-@given(said=steps(8, ACTIONS), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
+@conversations(ACTIONS, examples=6)
 def test_a_conversation_with_any_switches_is_the_merged_models(
-    tmp_path_factory: pytest.TempPathFactory,
-    family: str,
-    said: list[tuple[str, int, float, int]],
-    first: int,
-    chance: int,
+    tmp_path_factory: pytest.TempPathFactory, family: str, said: Said
 ) -> None:
-    _converse(tmp_path_factory, family, said, first, chance)
+    _converse(tmp_path_factory, family, said)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@settings(max_examples=40, deadline=None, suppress_health_check=_QUIET_HEALTH)
-@given(said=steps(8, ACTIONS, most=10), first=st.sampled_from([0, 2, 3, 8]), chance=st.integers(0, 1 << 30))
+@conversations(ACTIONS, examples=40, most=10, shrink=True)
 def test_long_conversations_with_any_switches_are_the_merged_models(
-    tmp_path_factory: pytest.TempPathFactory,
-    family: str,
-    said: list[tuple[str, int, float, int]],
-    first: int,
-    chance: int,
+    tmp_path_factory: pytest.TempPathFactory, family: str, said: Said
 ) -> None:
-    _converse(tmp_path_factory, family, said, first, chance)
+    _converse(tmp_path_factory, family, said)
 
 
-def _converse(
-    tmp_path_factory: pytest.TempPathFactory,
-    family: str,
-    said: list[tuple[str, int, float, int]],
-    first: int,
-    chance: int,
-) -> None:
+def _converse(tmp_path_factory: pytest.TempPathFactory, family: str, said: Said) -> None:
     """Add, remove, reweight, switch off, reorder, bake, answer batches, in any order: always the definition, to 1e-4."""
-    if family not in _MADE:
-        seed = seeds.fresh(1 << 24)  # hypothesis seeds `random`
-        print(f"{family}: seed {seed}")
+
+    def made(seed: int) -> tuple[Any, Any, list[Path]]:
         model, folders = make(tmp_path_factory.mktemp(family), family, seed)
-        _MADE[family] = (model, copy.deepcopy(model), folders)
-    model, plain, folders = _MADE[family]
-    decoder, stack, stacking = Decoder(model, torch.device("cpu")), ModelStack(model), Stacking(folders, first)
-    words = torch.Generator().manual_seed(chance)
+        return model, copy.deepcopy(model), folders
+
+    model, plain, folders = made_once(_MADE, family, made)
+    decoder, stack, stacking = Decoder(model, torch.device("cpu")), ModelStack(model), Stacking(folders, said.first)
+    words = torch.Generator().manual_seed(said.chance)
     conversation: list[int] = []
     baked = False
     stack.set(stacking.stack, _quiet)
     try:
-        for action, number, weight, count in said:
+        for action, number, weight, count in said.steps:
             stacking.act(action, number, weight)
             baked = action == "bake"
             stale, notes = stack.set(stacking.stack, _quiet, baked=baked)
