@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from app.core.library import ModelEntry
-from app.training import optimizers_torch, run_torch
+from app.training import methods_torch, optimizers_torch, run_torch
 from app.training.run_model_torch import undo_bf16_packing
 from tests import seeds
 from tests.engine import tiny_models, training_kit
@@ -67,6 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "targets": {"targets": ["q_proj", "v_proj"]},
     "regex": {"target_regex": r".*layers\.[01]\.self_attn\.(q|o)_proj"},
     "layers": {"layers": "0, 2"},
+    "layers_pattern": {"layers": "1", "layers_pattern": "layers"},
     "exclude": {"exclude": ["down_proj"]},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "patterns": {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"k_proj": 2.5}},
@@ -114,20 +116,31 @@ def test_an_optimizer_learns(
     rank = 64 if optimizer.endswith("8bit") else 4  # smaller tensors keep a state of 32 bits
     made: list[torch.optim.Optimizer] = []
 
+    names: dict[torch.nn.Parameter, str] = {}
+
     def remember(*given: Any) -> torch.optim.Optimizer:
+        names.update({parameter: name for name, parameter in given[1].named_parameters()})
         made.append(optimizers_torch.make_optimizer(*given))
         return made[-1]
 
     monkeypatch.setattr(run_torch, "make_optimizer", remember)
-    settings = {"optimizer": optimizer, "learning_rate": rate}
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    settings = {"optimizer": optimizer, "learning_rate": rate, "lora_plus_ratio": 5}
     result = train(config(tmp_path, model, data, train=settings, method={"r": rank}), model)
+    rates = {names[p]: group["full_lr"] / rate for group in made[0].param_groups for p in group["params"]}
+    assert all(times == 1 for name, times in rates.items() if ".lora_A." in name)
+    faster = 5 if optimizer.startswith("lora_plus") else 1
+    assert all(times == pytest.approx(faster) for name, times in rates.items() if ".lora_B." in name)
     kept = {t.dtype for state in made[0].state.values() for t in state.values() if isinstance(t, torch.Tensor)}
     assert (torch.uint8 in kept) == optimizer.endswith("8bit"), kept
     assert result.held_out_loss is not None and result.base_held_out_loss is not None
     assert result.held_out_loss < result.base_held_out_loss - 0.2
     saved = json.loads((Path(result.adapter) / "adapter_config.json").read_text())
     assert saved["r"] == rank
-    in_plain_peft(Path(model.path), Path(result.adapter))
+    found = forward(in_plain_peft(Path(model.path), Path(result.adapter)), ids)
+    assert captured.logits is not None
+    assert (found - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
 
 
 @pytest.mark.parametrize("family", some(["gemma2", "qwen2"], {"gemma2"}))
@@ -243,6 +256,55 @@ def test_other_architectures(
     assert captured.logits is not None
     found = forward(in_plain_peft(Path(entry.path), Path(result.adapter)), ids)
     assert (found - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
+
+
+ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts": ("mixtral", {"target_parameters": "mlp.experts.gate_up_proj, mlp.experts.down_proj"}),
+    "experts_alone": ("mixtral", {"targets": "", "target_parameters": "mlp.experts.gate_up_proj"}),
+    "biases": ("qwen2", {"bias": "all"}),
+    "biases_of_the_trained": ("qwen2", {"bias": "lora_only"}),
+    "tied_head": ("gemma2", {"modules_to_save": ["lm_head"]}),
+    "tied_tokens": ("gemma2", {"init": "pissa", "trainable_tokens": "5 9"}),
+    "dora_of_conv1d": ("gpt2", {"dora": True}),
+}
+
+
+@pytest.mark.parametrize("name", some(ELSEWHERE, {"experts"}))
+def test_what_only_other_architectures_have(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, method = ELSEWHERE[name]
+    entry = tiny_models.make(tmp_path / "model", family, seed=SEED)
+    ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
+    captured = Captured(monkeypatch, ids)
+    result = train(config(tmp_path, entry, data, method=method), entry)
+    assert result.held_out_loss is not None and result.base_held_out_loss is not None
+    assert result.held_out_loss < result.base_held_out_loss - 0.2
+    found = forward(in_plain_peft(Path(entry.path), Path(result.adapter)), ids)
+    assert captured.logits is not None
+    assert (found - captured.logits).abs().max() < 2e-3 * captured.logits.abs().max()
+    tensors = load_file(Path(result.adapter) / "adapter_model.safetensors")
+    word = {"experts": ".experts.", "biases": ".bias", "tied_head": "lm_head", "tied_tokens": "embed_tokens"}
+    wanted = next((text for start, text in word.items() if name.startswith(start)), "lora_magnitude_vector")
+    assert any(wanted in key for key in tensors), sorted(tensors)
+
+
+@pytest.mark.parametrize("init", some(["eva", "corda"], {"eva"}))
+def test_the_calibration_text_decides_where_it_starts(
+    init: str, model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Numbers: " + " ".join(str(number * 37) for number in range(400)))
+    first: list[dict[str, torch.Tensor]] = []
+    original = methods_torch.first_state
+    monkeypatch.setattr(methods_torch, "first_state", lambda given: first.append(original(given)) or first[-1])
+    for folder, given in (("a", {}), ("b", {}), ("c", {"calibration": str(text)})):
+        method = {"init": init, "calibration_samples": 6, "eva_rho": 1, **given}
+        held = {"held_out": 0}
+        train(config(tmp_path / folder, model, data, data=held, method=method, train={"max_steps": 1}), model)
+    names = [name for name in first[0] if name.endswith("lora_A")]
+    assert all(torch.equal(first[0][name], first[1][name]) for name in names)
+    assert not any(torch.allclose(first[0][name], first[2][name], atol=1e-3) for name in names)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])

@@ -150,6 +150,35 @@ def test_the_modules_of_a_model_are_read_from_it(family: str, linear: str, patte
     assert found.flops > 1e7
 
 
+def test_a_batch_may_be_computed_in_other_ways_and_teaches_the_same(
+    model: ModelEntry, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accumulated, checkpointed, with the loss in one piece: as the same examples at once."""
+    layer = transformers.models.llama.modeling_llama.LlamaMLP
+    original, passes = layer.forward, [0]
+
+    def counted(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        passes[0] += torch.is_grad_enabled()
+        return original(self, x)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    ways: dict[str, dict[str, object]] = {
+        "at once": {"batch_size": 4, "gradient_accumulation": 1},
+        "checkpointed": {"batch_size": 4, "gradient_accumulation": 1, "gradient_checkpointing": True},
+        "accumulated": {"batch_size": 1, "gradient_accumulation": 4},
+        "in one piece": {"batch_size": 2, "gradient_accumulation": 2, "chunked_loss": False},
+    }
+    losses, counts = {}, {}
+    for name, settings in ways.items():
+        passes[0] = 0
+        made = config(tmp_path / name, model, data, data={"held_out": 0}, train={"max_steps": 4, **settings})
+        losses[name], counts[name] = train(made, model).losses, passes[0]
+    assert losses["at once"][0] != losses["at once"][-1]
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["at once"], rel=1e-3), name
+    assert counts["checkpointed"] > 1.5 * counts["at once"]  # computed again for the backward pass
+
+
 def test_learning_rates_follow_transformers() -> None:
     total, warm = 50, 5
     parameter = torch.nn.Parameter(torch.zeros(1))
