@@ -17,11 +17,12 @@ import msgspec
 
 from app.adapters.conversion_cache import Cache
 from app.adapters.to_gguf import read_q8_0
-from app.core.adapter_file import AdapterFile, TensorInfo, read_adapter_file
+from app.core.adapter_file import AdapterFile, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
 from app.core.gguf_header import os_error
 from app.core.library import ModelEntry
 from app.core.module_names import BY_HEAD, INTERLEAVED, PLAIN, Place, gguf_architectures, place_of, role_of
+from app.core.tensor_info import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     import numpy
@@ -218,14 +219,7 @@ def _raw(info: TensorInfo, turned: bool = False) -> tuple[str, numpy.ndarray]:
     """A tensor's dtype as safetensors names it, and its elements, bits untouched (BF16 as uint16)."""
     import numpy
 
-    try:
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.bytes)
-    except OSError as error:
-        raise os_error(info.file, error) from error
-    if len(data) != info.bytes:
-        raise WeftError(ErrorKind.CORRUPT, f"{info.file.name} became shorter while it was read.", "Get it again.")
+    data = read_tensor(info)
     kind = info.type.upper()
     if kind == "Q8_0":
         array: Any = read_q8_0(data)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from app.adapters.gguf_edits import GgufEdit
 from app.adapters.to_gguf import Base, read_array, reordered
-from app.core.adapter_file import TensorInfo
+from app.core.tensor_info import TensorInfo
 
 Rows = Callable[[int, int], Any]  # float32 rows of the base's tensor: [end - start, width]
 _PIECE = 1 << 20  # elements that are worked on at a time

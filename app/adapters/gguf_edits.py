@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from app.adapters.to_gguf import BY_HEAD, INTERLEAVED, PLAIN, Base, base_of
-from app.core.adapter_file import AdaptedModule, AdapterFile, LoraTensors, TensorInfo, read_adapter_file
+from app.core.adapter_file import AdaptedModule, AdapterFile, LoraTensors, read_adapter_file
 from app.core.compatibility import MERGED_MIXTURES
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import GgufHeader, read_gguf_header
@@ -22,6 +22,7 @@ from app.core.gguf_header import GgufTensor
 from app.core.module_names import Place, is_expert, place_of, role_of
 from app.core.recognise_gguf import parts_of
 from app.core.stack import AdapterStack
+from app.core.tensor_info import TensorInfo
 
 # Architectures of which llama.cpp knows no head of its own: it always is the embedding.
 ALWAYS_TIED = frozenset({"gemma", "gemma2", "command-r", "cohere2", "openelm", "bitnet"})

@@ -14,9 +14,10 @@ from app.adapters.live_names import Names, Target
 from app.adapters.merge_names_torch import Layout
 from app.adapters.tensors_torch import OpenAdapter
 from app.core.adapter_config import pattern_key
-from app.core.adapter_file import AdaptedModule, LoraTensors, TensorInfo
+from app.core.adapter_file import AdaptedModule, LoraTensors
 from app.core.errors import ErrorKind, WeftError
 from app.core.module_names import place_of, role_of
+from app.core.tensor_info import TensorInfo
 
 
 class Edit(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.adapters.merge_edits_torch import Edit
 from app.adapters.tensors_torch import OpenAdapter
-from app.core.adapter_file import TensorInfo
+from app.core.tensor_info import TensorInfo
 
 STEP = 16  # rows: a matrix product's last bits depend on how short its tail is, so pieces are multiples of this
 _HELD = 4 * 1024 * 1024  # elements of an adapter's matrix that are held; longer ones are read piece by piece

@@ -19,10 +19,11 @@ from app.adapters.merge_math_torch import Matrices, pieces
 from app.adapters.merge_names_torch import Block, Layout, blocks_of, meta_model, skeleton, through_transformers
 from app.adapters.merge_tensor_torch import ELEMENTS, MergedTensor
 from app.adapters.tensors_torch import OpenAdapter, open_adapter
-from app.core.adapter_file import TensorInfo, locate
+from app.core.adapter_file import locate
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import DTYPES, MergePlan
 from app.core.module_names import place_of
+from app.core.tensor_info import TensorInfo
 
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

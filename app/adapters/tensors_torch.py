@@ -11,9 +11,9 @@ import torch
 from app.adapters.conversion_cache import cache_folder
 from app.core import pickle_scan
 from app.core.adapter_config import AdapterConfig
-from app.core.adapter_file import AdapterFile, TensorInfo, adapter_from_tensors, locate, read_adapter_file
+from app.core.adapter_file import AdapterFile, adapter_from_tensors, locate, read_adapter_file
 from app.core.errors import ErrorKind, WeftError
-from app.core.gguf_header import os_error
+from app.core.tensor_info import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from app.adapters.from_gguf import HfBase
@@ -127,14 +127,7 @@ def _from_file(info: TensorInfo) -> torch.Tensor:
             f"{info.file.name} holds {info.name[:80]} as {info.type}, which no adapter is computed in.",
             "Save the adapter in float32, float16 or bfloat16.",
         )
-    try:
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            data = bytearray(file.read(info.bytes))
-    except OSError as error:
-        raise os_error(info.file, error) from error
-    if len(data) != info.bytes:
-        raise WeftError(ErrorKind.CORRUPT, f"{info.file.name} became shorter while it was read.", "Get it again.")
+    data = bytearray(read_tensor(info))  # PyTorch wants memory that could be written to
     return _finite(torch.frombuffer(data, dtype=dtype).reshape(info.shape).float(), info)
 
 

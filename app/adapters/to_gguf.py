@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.adapters.conversion_cache import Cache
 from app.adapters.gguf_writer import write_gguf
-from app.core.adapter_file import AdapterFile, LoraTensors, TensorInfo, read_adapter_file
+from app.core.adapter_file import AdapterFile, LoraTensors, read_adapter_file
 from app.core.compatibility import adapter_extras
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import GgufHeader
 from app.core.gguf_header import os_error
 from app.core.module_names import BY_HEAD, INTERLEAVED, PLAIN, Place, is_expert, place_of, role_of
+from app.core.tensor_info import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     import numpy
@@ -222,14 +223,7 @@ def read_array(info: TensorInfo) -> numpy.ndarray:
     """
     import numpy
 
-    try:
-        with info.file.open("rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.bytes)
-    except OSError as error:
-        raise os_error(info.file, error) from error
-    if len(data) != info.bytes:
-        raise WeftError(ErrorKind.CORRUPT, f"{info.file.name} became shorter while it was read.", "Get it again.")
+    data = read_tensor(info)
     readers: dict[str, Callable[[bytes], Any]] = {
         "F32": lambda raw: numpy.frombuffer(raw, "<f4"),
         "F16": lambda raw: numpy.frombuffer(raw, "<f2").astype(numpy.float32),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import msgspec
 
-from app.core.adapter_file import AdapterFile, TensorInfo
+from app.core.adapter_file import AdapterFile
 from app.core.errors import ErrorKind, WeftError
-from app.core.gguf_header import os_error
+from app.core.tensor_info import TensorInfo, tensor_pieces
 
 _CHUNK = 1 << 20
 _FIT_RULES = 2  # raise it when `compatibility` answers differently: what was cached is then asked anew
@@ -58,7 +57,7 @@ def content_of(file: AdapterFile, cancelled: Callable[[], bool] = lambda: False)
     structure = structure_of(file)
     digest = hashlib.sha256(structure.encode())
     for _, tensor in _tensors(file):
-        for piece in _pieces(tensor):
+        for piece in tensor_pieces(tensor, _CHUNK):
             if cancelled():
                 raise WeftError(ErrorKind.CANCELLED, "Cancelled.")
             digest.update(piece)
@@ -78,15 +77,3 @@ def _tensors(file: AdapterFile) -> Iterator[tuple[str, TensorInfo]]:
         found |= {f"{name}\0saved {part}": tensor for part, tensor in module.saved.items()}
         found |= {f"{name}\0{p}": t for p, t in (("base", module.base), ("tokens", module.tokens)) if t is not None}
     yield from sorted(found.items())
-
-
-def _pieces(tensor: TensorInfo) -> Iterator[bytes]:
-    try:
-        with Path(tensor.file).open("rb") as file:
-            file.seek(tensor.offset)
-            left = tensor.bytes
-            while left > 0 and (piece := file.read(min(_CHUNK, left))):
-                left -= len(piece)
-                yield piece
-    except OSError as error:
-        raise os_error(tensor.file, error) from error

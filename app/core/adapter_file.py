@@ -11,7 +11,6 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -19,9 +18,9 @@ from app.core.adapter_config import AdapterConfig, parse_adapter_config
 from app.core.errors import ErrorKind, WeftError
 from app.core.formats import read_gguf_header, read_json, read_safetensors_header
 from app.core.ggml import TYPES
-from app.core.gguf_header import os_error
 from app.core.module_names import place_of, role_of
 from app.core.recognise_gguf import adapter_problem
+from app.core.tensor_info import TensorInfo, read_tensor
 
 PREFIX = "base_model.model."
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
@@ -51,17 +50,6 @@ _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.|^module\."
 )
 _OTHER_KINDS = re.compile(r"\.(hada_w\d|lokr_w\d|lora_mid|dora_scale|ia3_l|vera_|oft_|boft_|lora_E|ranknum)")
-
-
-class TensorInfo(NamedTuple):
-    """Where a tensor lies. `type` is the dtype as safetensors (or GGML, in lower case) names it; `shape` outermost first."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    bytes: int
 
 
 class LoraTensors(msgspec.Struct, kw_only=True):
@@ -333,23 +321,11 @@ def _number_in(tensor: TensorInfo) -> float:
     """The one number of an `alpha` tensor, NaN when it is none."""
     formats = {"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i"}
     if tensor.type.upper() == "BF16" and tensor.bytes == 2:
-        return struct.unpack("<f", b"\0\0" + _bytes(tensor))[0]
+        return struct.unpack("<f", b"\0\0" + read_tensor(tensor))[0]
     form = formats.get(tensor.type.upper(), "")
     if not form or tensor.bytes != struct.calcsize(form):
         return math.nan
-    return float(struct.unpack(form, _bytes(tensor))[0])
-
-
-def _bytes(tensor: TensorInfo) -> bytes:
-    try:
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            data = file.read(tensor.bytes)
-    except OSError as error:
-        raise os_error(tensor.file, error) from error
-    if len(data) != tensor.bytes:
-        raise WeftError(ErrorKind.CORRUPT, f"{tensor.file.name} became shorter while it was read.", "Get it again.")
-    return data
+    return float(struct.unpack(form, read_tensor(tensor))[0])
 
 
 def _is_experts(found: AdapterFile, module: str, lora: LoraTensors) -> bool:

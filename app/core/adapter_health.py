@@ -5,13 +5,12 @@ Norms and ranks take arithmetic: app/adapters/health.py measures them in an engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import msgspec
 
-from app.core.adapter_file import AdapterFile, TensorInfo
-from app.core.gguf_header import os_error
+from app.core.adapter_file import AdapterFile
+from app.core.tensor_info import TensorInfo, tensor_pieces
 
 _CHUNK = 1 << 22  # bytes; a multiple of every element's size
 
@@ -70,23 +69,11 @@ def look(adapter: AdapterFile) -> Health:
     return Health(zero=tuple(zero), broken=tuple(broken), checked=checked)
 
 
-def _pieces(tensor: TensorInfo) -> Iterator[bytes]:
-    try:
-        with Path(tensor.file).open("rb") as file:
-            file.seek(tensor.offset)
-            left = tensor.bytes
-            while left > 0 and (piece := file.read(min(_CHUNK, left))):
-                left -= len(piece)
-                yield piece
-    except OSError as error:
-        raise os_error(tensor.file, error) from error
-
-
 def _is_zero(tensor: TensorInfo) -> bool:
     """Whether nothing but 0.0 and -0.0 stands in it (-0.0: what a factor of 0 makes of negative numbers)."""
     kind = tensor.type.upper()
     size = 2 if kind == "F16" else _HIGH[kind][0] if kind in _HIGH else 0
-    for piece in _pieces(tensor):
+    for piece in tensor_pieces(tensor, _CHUNK):
         if piece.count(0) == len(piece):
             continue
         if not size or len(piece.translate(None, b"\0")) != piece[size - 1 :: size].count(0x80):
@@ -107,11 +94,11 @@ _KEEP = {allowed: bytes(b for b in range(256) if b not in allowed) for allowed i
 def _not_finite(tensor: TensorInfo) -> bool:
     kind = tensor.type.upper()
     if kind == "F16":
-        return any(piece[1::2].translate(None, _KEEP[_F16]) for piece in _pieces(tensor))
+        return any(piece[1::2].translate(None, _KEEP[_F16]) for piece in tensor_pieces(tensor, _CHUNK))
     if kind not in _HIGH:
         return False
     size, high, mask = _HIGH[kind]
-    for piece in _pieces(tensor):
+    for piece in tensor_pieces(tensor, _CHUNK):
         last = piece[size - 1 :: size]
         if not last.translate(None, _KEEP[high]):
             continue
