@@ -12,7 +12,7 @@ from PySide6.QtGui import QPaintEvent, QScreen, QTextBlock, QTextDocument, QText
 from pytestqt.qtbot import QtBot
 
 from app.views.chat.blocks import BlockSplitter
-from app.views.chat.layout import CODE_ID
+from app.views.chat.layout import CODE_HEADER, CODE_ID, CODE_PADDING, PARAGRAPH
 from app.views.chat.link_dialog import LinkDialog, shown_target
 from app.views.chat.markdown_view import MarkdownView
 from app.views.chat.parse import safe_link, split_links
@@ -191,6 +191,30 @@ def test_gfm_is_understood(qtbot: QtBot) -> None:
     assert texts.index("echo nested") < texts.index("third")
     assert any("x_1 * y_2" in text for text in texts), "math is left as written"
     assert "\\int_0^1 x \\, dx" in texts
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_code_below_a_table_does_not_cover_it(qtbot: QtBot, view: MarkdownView, streamed: bool) -> None:
+    table = "|a|b|\n|-|-|\n|1|" + "long text " * 30 + "|\n"
+    text = f"Before.\n\n{table}\n```python\nprint(1)\n```\n\nAfter.\n\n{table}\nEnd.\n"
+    if streamed:
+        view.begin_stream()
+        for at in range(0, len(text), 7):
+            view.feed(text[at : at + 7])
+            view._work()
+        view.finish()
+    else:
+        view.set_markdown(text)
+    qtbot.waitUntil(lambda: not view.busy)
+    for width in (560, 320):
+        view.height_for(width)
+        layout = view.document().documentLayout()
+        first, second = (f for f in view.document().rootFrame().childFrames() if isinstance(f, QTextTable))
+        code = view.document().findBlock(view._writer.codes[0].position)
+        last = first.cellAt(1, 1).lastCursorPosition().block()
+        bottom = layout.blockBoundingRect(last).bottom() + first.format().cellPadding() + first.format().border()
+        assert layout.blockBoundingRect(code).top() - CODE_HEADER - CODE_PADDING >= bottom
+        assert second.format().bottomMargin() == PARAGRAPH
 
 
 def test_a_table_is_a_table(qtbot: QtBot, view: MarkdownView) -> None:

@@ -105,11 +105,21 @@ class Pen:
         form.setTopMargin(CODE_HEADER + CODE_PADDING + (0 if self.empty else PARAGRAPH))
         form.setBottomMargin(CODE_PADDING + PARAGRAPH)
         form.setProperty(CODE_ID, len(self.codes) + 1)
+        self._room_below_table(form.topMargin())
         self.paragraph(form, self._code_char())
         code = CodeBlock(id=len(self.codes) + 1, language=language, text="", position=self.cursor.position())
         code.end = code.position
         self.codes.append(code)
         self._open_code = code
+
+    def _room_below_table(self, room: float) -> None:
+        """Where a table ends, Qt gives the block below it no margin: the table has to keep the room."""
+        above = self.document.lastBlock().previous()
+        table = QTextCursor(above).currentTable() if self.fresh and above.isValid() else None
+        if table is not None:
+            form = table.format()
+            form.setBottomMargin(room)
+            table.setFormat(form)
 
     def append_code(self, text: str) -> None:
         """Append source to the open code block."""
