@@ -88,6 +88,7 @@ class RowTable(QTableView):
     Args:
         widths: of the other columns, by number. gives_way: columns that go when it is narrow, in this order.
         stretch: the column that takes the rest, and the least that it must have.
+        shares: columns that grow with the table: each is this part of it, and its width at least.
     """
 
     def __init__(
@@ -99,10 +100,12 @@ class RowTable(QTableView):
         *,
         stretch: int = 0,
         least: int = 200,
+        shares: Mapping[int, float] | None = None,
         parent: QWidget | None = None,
     ) -> None:
         super().__init__(parent)
         self._widths, self._gives_way, self._stretch, self._least = dict(widths), tuple(gives_way), stretch, least
+        self._shares, self._given = dict(shares or {}), dict[int, int]()
         cell.setParent(self)
         self.setAccessibleName(name)
         self.setItemDelegate(cell)
@@ -143,6 +146,11 @@ class RowTable(QTableView):
             shown.pop(column)
         for column in self._widths:
             self.setColumnHidden(column, column not in shown)
+        for column, share in self._shares.items():
+            wanted = max(self._widths[column], int(share * self.viewport().width()))
+            if self.columnWidth(column) == self._given.get(column, self._widths[column]):  # else a person dragged it
+                self.setColumnWidth(column, wanted)
+                self._given[column] = wanted
 
     def resizeEvent(self, event: QResizeEvent) -> None:
         self._fit_columns()

@@ -14,7 +14,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.jobs import JobState, Progress
 from app.engine.environments import Environments, EnvironmentState
 from app.store.jobs import JobStore
-from app.viewmodels.jobs import INSTALL, JobCenter, Pace, environment_of, progress_text
+from app.viewmodels.jobs import INSTALL, JOB, PROGRESS, JobCenter, Pace, environment_of, progress_text
 from app.viewmodels.library_roots import LibraryRoots
 from app.viewmodels.settings import EngineList, SettingsView
 from app.views.jobs.page import JobsPage
@@ -163,6 +163,22 @@ def test_log_is_followed(qtbot: QtBot, tmp_path: Path) -> None:
     qtbot.waitUntil(lambda: "second line" in view.box.toPlainText(), timeout=20_000)
     path.write_text("new\n")
     qtbot.waitUntil(lambda: view.box.toPlainText() == "new", timeout=20_000)
+
+
+def test_the_names_of_jobs_get_their_part_of_a_wide_window(yard: Yard, qtbot: QtBot) -> None:
+    yard.center._store.create("merge", "Merge one model with one adapter")
+    page = JobsPage(jobs=yard.center)
+    qtbot.addWidget(page)
+    page.resize(960, 600)
+    page.show()
+    narrow = page.view.columnWidth(JOB)
+    page.resize(1440, 900)
+    qtbot.waitUntil(lambda: page.view.columnWidth(JOB) > 1.3 * narrow)
+    assert page.view.columnWidth(PROGRESS) > 400
+    page.view.setColumnWidth(JOB, 300)  # a person drags it
+    page.resize(1200, 900)
+    qtbot.wait(20)
+    assert page.view.columnWidth(JOB) == 300
 
 
 def test_pace_and_words() -> None:

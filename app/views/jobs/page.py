@@ -20,6 +20,7 @@ CLOCK_MS = 1000
 
 class _JobCell(RowCell):
     height = 44
+    middle = frozenset({JOB})  # what is made of what: names begin alike and differ at their ends
 
     def role(self, index: Index) -> str:
         return "text" if index.column() in (STATE, JOB) else "muted"
@@ -53,7 +54,7 @@ class JobsPage(Page):
         self._jobs = jobs
         self._selected = 0
         self.table = JobTable(jobs, self)
-        self.view = RowTable("Jobs", _JobCell(), {0: 272, 1: 120, 3: 128, 4: 80}, stretch=PROGRESS)
+        self.view = RowTable("Jobs", _JobCell(), {0: 272, 1: 120, 3: 120, 4: 96}, stretch=PROGRESS, shares={JOB: 0.33})
         self.view.setSelectionMode(RowTable.SelectionMode.SingleSelection)
         self.view.set_model(self.table)
         self.log = LogView()
