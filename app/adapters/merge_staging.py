@@ -5,11 +5,12 @@ A merge that was killed goes on from there. Nothing bears the target's name befo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -201,6 +202,20 @@ class Staging:
             sync_folder(self.target.absolute().parent)
         except OSError as error:
             raise write_error(self.target, error) from error
+
+    @contextlib.contextmanager
+    def making(self) -> Generator[None]:
+        """Make the content and publish it here. Only a death leaves something to go on from: what fails gives its space back.
+
+        Raises:
+            WeftError: DISK_FULL, PERMISSION where the operating system refuses something.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        finally:
+            self.discard()
 
     def discard(self) -> None:
         """Remove what was made."""

@@ -23,7 +23,6 @@ from app.adapters.merge_staging import (
     require_space,
     require_unchanged,
     stamp,
-    write_error,
 )
 from app.core.disk import sync_file, sync_folder
 from app.core.errors import ErrorKind, WeftError
@@ -74,7 +73,7 @@ class _Export:
         self.mark = self._mark()
         with Staging(self.target) as staging:
             staging.begin(self.mark, job_of("export_gguf", "export", self.plan))
-            try:
+            with staging.making():
                 made = staging.folder / "model.gguf"
                 if Path(self.plan.model).suffix.lower() == ".gguf":
                     source = self._gguf_source(staging)
@@ -86,14 +85,6 @@ class _Export:
                 if source != made:
                     self._quantize(source, made, requantize=not intermediate)
                 result = self._publish(made, intermediate)
-            except OSError as error:
-                staging.discard()
-                raise write_error(staging.folder, error) from error
-            except BaseException:
-                # Only a death leaves something to go on from: what was refused or cancelled gives its space back.
-                staging.discard()
-                raise
-            staging.discard()
         return result
 
     def _check_text(self) -> None:

@@ -76,7 +76,7 @@ class _Run:
     def _stream(self, stage: Stage) -> MergeResult:
         from app.adapters.merge_folder import side_files, write_side_files
         from app.adapters.merge_shards import divide, index_of
-        from app.adapters.merge_staging import Staging, job_of, require_space, write_atomically, write_error
+        from app.adapters.merge_staging import Staging, job_of, require_space, write_atomically
         from app.adapters.merge_stream_torch import Merge
         from app.adapters.merge_write_torch import Writer
 
@@ -95,7 +95,7 @@ class _Run:
                     return self._result(merge, total, 0, ["An earlier run had completed it."])
                 check_target(target)
                 done = staging.begin(mark, job_of("merge", "core", plan))
-                try:
+                with staging.making():
                     files = sum(shard.size for shard in shards)
                     require_space(staging.root, files + beside - staging.allocated(), "The merged model", _MARGIN)
                     writer = Writer(merge, shards, staging, done, self.control, lambda now: self._progress(now, total))
@@ -115,14 +115,6 @@ class _Run:
                         )
                     self.report.progress("Waiting for the disk", total, total, "bytes")
                     staging.publish()
-                except OSError as error:
-                    staging.discard()
-                    raise write_error(staging.folder, error) from error
-                except BaseException:
-                    # Only a death leaves a staging folder to go on from: what was refused or cancelled gives its space back.
-                    staging.discard()
-                    raise
-                staging.discard()
         return self._result(merge, total, writer.resumed, notes)
 
     def _unpacked(self, stage: Stage) -> Any:
@@ -195,7 +187,7 @@ class _Run:
     def _with_peft(self, stage: Stage, reason: str) -> MergeResult:
         from app.adapters.merge_folder import write_side_files
         from app.adapters.merge_peft_torch import merge_with_peft
-        from app.adapters.merge_staging import Staging, job_of, require_space, require_unchanged, stamp, write_error
+        from app.adapters.merge_staging import Staging, job_of, require_space, require_unchanged, stamp
 
         plan = self.plan
         paths = [Path(plan.model), *(Path(adapter.path) for adapter in plan.stack.adapters if adapter.weight)]
@@ -207,7 +199,7 @@ class _Run:
             check_target(Path(plan.target))
             # A mark that no other run has: nothing of it can be gone on with.
             staging.begin(f"peft-{os.urandom(8).hex()}", job_of("merge", "core", plan))
-            try:
+            with staging.making():
                 require_space(staging.root, size * (2 if plan.dtype == "float32" else 1), "The merged model", _MARGIN)
                 self.report.progress("Merging with PEFT, the whole model in memory")
                 count = merge_with_peft(plan, str(stage.path), staging.folder, self.control.check)
@@ -224,13 +216,6 @@ class _Run:
                 written = sum(p.stat().st_size for p in staging.folder.glob("*.safetensors"))
                 require_unchanged(inputs)
                 staging.publish()
-            except OSError as error:
-                staging.discard()
-                raise write_error(staging.folder, error) from error
-            except BaseException:
-                staging.discard()
-                raise
-            staging.discard()
         return MergeResult(
             folder=plan.target, bytes=written, tensors=count, changed=count, method="peft", notes=notes,
             seconds=time.monotonic() - self.started,
