@@ -6,12 +6,17 @@ import json
 import os
 import random
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests import seeds
-from tests.e2e.command_line import weft, weft_json
+from tests.e2e.command_line import ROOT, weft, weft_json
 
 needs_core = pytest.mark.skipif(
     not os.environ.get("WEFT_PYTHON_CORE"), reason="needs the core environment: set WEFT_PYTHON_CORE"
@@ -83,6 +88,35 @@ def test_the_starter_learns_a_voice_from_200_examples(tmp_path: Path) -> None:
     assert answer["text"].startswith("Arr")
     plain = weft_json("chat", "starter", "-p", "Tell me about tea.", "--temperature", "0")
     assert "Arr" not in plain["text"]
+
+
+@needs_core
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="sends Ctrl+C as POSIX knows it")
+def test_a_run_that_was_interrupted_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    place = _write(tmp_path / "whole", 1)
+    place.write_text(place.read_text().replace("[train]", "[train]\ncheckpoint_every = 1"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    whole = weft_json("train", str(place))
+    broken = tmp_path / "broken" / "RUN.toml"
+    unfinished = tmp_path / "broken" / "my-adapter.training"
+    with subprocess.Popen(
+        [sys.executable, "-m", "app", "train", str(broken)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not any((unfinished / "checkpoints").glob("step-*")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and f"weft train {broken} --resume" in said, said
+    assert not (tmp_path / "broken" / "my-adapter").exists()
+    again = weft("train", str(broken))
+    assert again.returncode == 1 and "Go on with --resume" in again.stderr
+    found = weft("train", str(broken), "--resume", "--json")
+    assert found.returncode == 0 and "The run goes on after step" in found.stderr, found.stderr
+    assert json.loads(found.stdout)["losses"] == whole["losses"]
+    adapters = [tmp_path / name / "my-adapter" / "adapter_model.safetensors" for name in ("whole", "broken")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes() and not unfinished.exists()
 
 
 def test_mistakes_are_named_before_anything_starts(tmp_path: Path) -> None:

@@ -197,7 +197,33 @@ CASES: dict[str, tuple[str, str, str]] = {
         "<|system|>\n{s}</s>\n<|user|>\n{q}</s>\n<|assistant|>\n⟦{a}</s>⟧\n<|user|>\n{q2}</s>\n<|assistant|>\n⟦{b}</s>⟧\n",
         "",
     ),
+    "named chatml": (
+        NAMED["chatml"],
+        "<|im_start|>system\n{s}<|im_end|>\n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n⟦{a}<|im_end|>⟧\n"
+        "<|im_start|>user\n{q2}<|im_end|>\n<|im_start|>assistant\n⟦{b}<|im_end|>⟧\n",
+        "",
+    ),
+    "named llama-3": (
+        NAMED["llama-3"],
+        "<s><|start_header_id|>system<|end_header_id|>\n\n{s}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦{a}<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\n{q2}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦{b}<|eot_id|>⟧",
+        "",
+    ),
+    "named gemma": (
+        NAMED["gemma"],
+        "<s><start_of_turn>user\n{s}\n\n{q}<end_of_turn>\n<start_of_turn>model\n⟦{a}<end_of_turn>⟧\n"
+        "<start_of_turn>user\n{q2}<end_of_turn>\n<start_of_turn>model\n⟦{b}<end_of_turn>⟧\n",
+        "no system prompt",
+    ),
+    "named phi-3": (
+        NAMED["phi-3"],
+        "<|system|>\n{s}<|end|>\n<|user|>\n{q}<|end|>\n<|assistant|>\n⟦{a}<|end|>⟧\n<|user|>\n{q2}<|end|>\n"
+        "<|assistant|>\n⟦{b}<|end|>⟧\n",
+        "",
+    ),
 }
+assert {f"named {name}" for name in NAMED} <= set(CASES), "a template without a reference"
 
 
 @pytest.fixture

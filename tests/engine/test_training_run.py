@@ -73,6 +73,9 @@ def test_the_folder_holds_adapter_card_and_record(model: ModelEntry, data: Path,
     )
     kinds = [news["kind"] for news in report.heard]
     assert {"data", "estimate", "samples", "state"} <= set(kinds)
+    memory, time = (news for news in report.heard if news["kind"] == "estimate")
+    assert memory["values"]["weights"] > 0 and "of memory" in memory["text"]
+    assert 0 < time["values"]["seconds"] < 600 and "Training will take about" in time["text"]
     first = next(news for news in report.heard if news["kind"] == "samples")
     assert first["step"] == 0 and first["samples"][0][0] == "What is a loom?"
 
