@@ -184,13 +184,16 @@ class ElidedLabel(QLabel):
         # Escaped: a tooltip that looks like HTML is read as HTML, local images included.
         self.setToolTip(f"<qt>{html.escape(self.text())}</qt>" if cut else "")
 
+    @property
+    def shown(self) -> str:
+        """What of the text there is room for."""
+        return self.fontMetrics().elidedText(self.text(), self._mode, self.contentsRect().width())
+
     def paintEvent(self, event: QPaintEvent) -> None:
-        painter = QPainter(self)
-        box: QRect = self.contentsRect()
-        text = painter.fontMetrics().elidedText(self.text(), self._mode, box.width())
+        colour = QPalette.ColorRole.WindowText
         self.style().drawItemText(
-            painter, box, int(self.alignment()), self.palette(), self.isEnabled(), text, QPalette.ColorRole.WindowText
-        )
+            QPainter(self), self.contentsRect(), int(self.alignment()), self.palette(), self.isEnabled(), self.shown, colour
+        )  # fmt: skip
 
 
 class IconLabel(QLabel):

@@ -446,6 +446,15 @@ def test_dropped_turns_are_marked_in_place(desk: Desk) -> None:
     assert [entry.marker for entry in entries] == [False] * 4 + [True] + [False] * 3
 
 
+def test_the_numbers_of_an_answer_are_seen_however_long_the_models_name_is(desk: Desk) -> None:
+    assert desk.loadout.model is not None
+    desk.loadout.model = msgspec.structs.replace(desk.loadout.model, name="user/" + "a-very-long-name-" * 12)
+    desk.ask("q", "a", tokens=12, seconds=2.2)
+    line = desk.view().footer._statistics  # type: ignore[attr-defined]
+    assert line.shown != line.text() and line.shown.startswith("user/a-very")
+    assert "tokens/s · first token" in line.shown and "a-very-long-name-" * 12 in line.toolTip()
+
+
 def test_sampling_presets_and_reset(desk: Desk) -> None:
     desk.page.toggle_panel()
     panel = desk.page.panel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import Signal
+from PySide6.QtCore import Qt, Signal
 from PySide6.QtWidgets import QHBoxLayout, QLabel, QToolButton, QWidget
 
 from app.core.conversation import AnswerStatistics
@@ -36,7 +36,7 @@ def describe_statistics(statistics: AnswerStatistics | None, *, complete: bool) 
     reason = _REASONS.get(statistics.finish_reason, "")
     if not reason and not complete:
         reason = _INTERRUPTED
-    if reason:  # first, because the end of a narrow line is cut
+    if reason:  # first: the middle of a narrow line is cut, and this may be all that is said
         parts.insert(0, reason)
     return " · ".join(part for part in parts if part)
 
@@ -77,7 +77,8 @@ class MessageFooter(QWidget):
             ),
             "delete": self._button("trash", "Delete from here", "delete"),
         }
-        self._statistics = ElidedLabel("", parent=self)
+        # In the middle: long names of models and adapters would else push the numbers out.
+        self._statistics = ElidedLabel("", Qt.TextElideMode.ElideMiddle, parent=self)
         font = self._statistics.font()
         font.setPointSizeF(font.pointSizeF() * 0.9)
         self._statistics.setFont(font)
