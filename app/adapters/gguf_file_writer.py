@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from app.adapters.gguf_head import padded
-from app.adapters.merge_staging import boot_id
+from app.adapters.merge_staging import boot_id, write_error
 from app.core.errors import ErrorKind, WeftError
 
 _SYNC = 32 * 1024 * 1024  # bytes written between two waits for the disk
@@ -125,10 +126,21 @@ def write_parts(
     return place, found
 
 
-def remove(file: Path) -> None:
-    """Take a file that was begun away, with its note."""
-    for path in (file, file.with_suffix(".note")):
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def gone_if_it_fails(file: Path) -> Generator[None]:
+    """Write a file in here: where that fails, what was begun is taken away, with its note.
+
+    Raises:
+        WeftError: DISK_FULL, PERMISSION where the operating system refuses something.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for path in (file, file.with_suffix(".note")):
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(file, error) from error
+        raise
 
 
 def _converted(info: Any) -> Part:

@@ -17,11 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from app.adapters import merge_gguf
 from app.adapters.ggml import FLOATS, Ggml, ggml, unreadable
-from app.adapters.gguf_file_writer import Part, remove, write_parts
+from app.adapters.gguf_file_writer import Part, gone_if_it_fails, write_parts
 from app.adapters.gguf_head import SPLIT, Placed, alignment_of, head_of, whole_number
 from app.adapters.gguf_types import chosen_types, refused
 from app.adapters.merge_gguf import in_order, read_range
-from app.adapters.merge_staging import write_error
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import needs_imatrix
 from app.core.export_plan import GgufType, gguf_type
@@ -85,21 +84,14 @@ def quantize(
         added=(whole_number(version, _QUANTIZATION_VERSION), whole_number(file_type, chosen.ftype)),
     )
     count = threads or merge_gguf.threads(most=64)
-    try:
-        with contextlib.ExitStack() as opened:
-            pool = opened.enter_context(ThreadPoolExecutor(count))
-            files = {header.path: opened.enter_context(header.path.open("rb")) for header in headers}
-            parts = [
-                Part(each.bytes, partial(_write, w, files[w.file], pool, count))
-                for w, each in zip(work, placed, strict=True)
-            ]
-            _, found = write_parts(target, head, parts, alignment_of(headers[0]), made_of, progress, cancelled)
-    except OSError as error:
-        remove(target)
-        raise write_error(target, error) from error
-    except BaseException:
-        remove(target)
-        raise
+    with gone_if_it_fails(target), contextlib.ExitStack() as opened:
+        pool = opened.enter_context(ThreadPoolExecutor(count))
+        files = {header.path: opened.enter_context(header.path.open("rb")) for header in headers}
+        parts = [
+            Part(each.bytes, partial(_write, w, files[w.file], pool, count))
+            for w, each in zip(work, placed, strict=True)
+        ]
+        _, found = write_parts(target, head, parts, alignment_of(headers[0]), made_of, progress, cancelled)
     return found
 
 

@@ -5,6 +5,7 @@ Safetensors through `pread`; pickled files through torch's restricted loader, ma
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable
@@ -49,10 +50,7 @@ class StoredTensor(NamedTuple):
     @property
     def rows(self) -> int:
         """How many such rows it has."""
-        count = 1
-        for extent in self.shape[:-1]:
-            count *= extent
-        return count
+        return math.prod(self.shape[:-1])
 
     @property
     def item(self) -> int:

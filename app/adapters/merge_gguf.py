@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from app.adapters.ggml import F16, F32, FLOATS, Ggml, ggml, unreadable
 from app.adapters.gguf_edits import GgufBase, GgufEdit, GgufEdits, collect, open_base
-from app.adapters.gguf_file_writer import Part, remove, write_parts
+from app.adapters.gguf_file_writer import Part, gone_if_it_fails, write_parts
 from app.adapters.gguf_head import SPLIT, Placed, alignment_of, head_of, padded
 from app.adapters.gguf_repeat import repeated_layers, with_repeated_layers
-from app.adapters.merge_staging import require_space, write_error
+from app.adapters.merge_staging import require_space
 from app.core.errors import ErrorKind, WeftError
 from app.core.ggml import TYPES
 from app.core.gguf_header import os_error
@@ -187,19 +187,13 @@ class MergeIntoGguf:
         """
         there = target.stat().st_size if made_of and target.is_file() else 0
         require_space(target.parent, self.bytes - there, "The merged GGUF file", _MARGIN)
-        try:
+        with gone_if_it_fails(target):
             with contextlib.ExitStack() as opened:
                 pool = opened.enter_context(ThreadPoolExecutor(threads()))
                 files = {header.path: opened.enter_context(_read_only(header.path)) for header in self.base.headers}
                 parts = [self._part(tensor, files, pool) for tensor in self.tensors]
                 _, found = write_parts(target, self._head, parts, self._alignment, made_of, progress, cancelled)
             self._check_new(target)
-        except OSError as error:
-            remove(target)
-            raise write_error(target, error) from error
-        except BaseException:
-            remove(target)
-            raise
         return found
 
     def _part(self, tensor: Planned, files: Mapping[Path, BinaryIO], pool: ThreadPoolExecutor) -> Part:

@@ -6,6 +6,7 @@ set of trained tokens) its order of roundings is kept. All other stacks are summ
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -339,7 +340,4 @@ def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _flat(info: TensorInfo) -> TensorInfo:
-    count = 1
-    for extent in info.shape:
-        count *= extent
-    return info._replace(shape=(count,))
+    return info._replace(shape=(math.prod(info.shape),))

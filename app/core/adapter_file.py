@@ -336,10 +336,7 @@ def _is_experts(found: AdapterFile, module: str, lora: LoraTensors) -> bool:
 
 
 def _elements(tensor: TensorInfo) -> int:
-    count = 1
-    for extent in tensor.shape:
-        count *= extent
-    return count
+    return math.prod(tensor.shape)
 
 
 def _from_metadata(config: AdapterConfig, metadata: Mapping[str, str], alpha: float | None) -> AdapterConfig:

@@ -5,6 +5,7 @@ Format: https://github.com/huggingface/safetensors#format: 8 bytes of length, JS
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -56,10 +57,7 @@ class SafetensorsTensor(NamedTuple):
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 class SafetensorsHeader(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,15 @@ def _read_adapter(row: Any) -> AdapterEntry:
     return entry if row[1] == entry.name else msgspec.structs.replace(entry, name=row[1])
 
 
+def _named(entry: ModelEntry | AdapterEntry, words: Iterable[str]) -> tuple[object, ...]:
+    """What both kinds of rows begin with. `words`: by which it is found, beside its name, format and folder."""
+    found = " ".join((entry.name, entry.format.value, *words, Path(entry.path).parent.name)).casefold()
+    return (entry.id, entry.root, entry.name, sort_name(entry.name), found, entry.path, entry.format.value)
+
+
 def _model_row(entry: ModelEntry, signature: str) -> tuple[object, ...]:
-    folder = Path(entry.path).parent.name
-    words = (entry.name, entry.format.value, entry.quantization, entry.architecture, entry.model_type, folder)
     return (
-        entry.id,
-        entry.root,
-        entry.name,
-        sort_name(entry.name),
-        " ".join(words).casefold(),
-        entry.path,
-        entry.format.value,
+        *_named(entry, (entry.quantization, entry.architecture, entry.model_type)),
         entry.quantization,
         entry.architecture,
         _stored(entry.parameters),
@@ -50,15 +49,8 @@ def _model_row(entry: ModelEntry, signature: str) -> tuple[object, ...]:
 
 
 def _adapter_row(entry: AdapterEntry, signature: str) -> tuple[object, ...]:
-    words = (entry.name, entry.format.value, entry.kind, entry.base, *entry.targets[:32], Path(entry.path).parent.name)
     return (
-        entry.id,
-        entry.root,
-        entry.name,
-        sort_name(entry.name),
-        " ".join(words).casefold(),
-        entry.path,
-        entry.format.value,
+        *_named(entry, (entry.kind, entry.base, *entry.targets[:32])),
         entry.kind,
         entry.base,
         _stored(entry.rank),
