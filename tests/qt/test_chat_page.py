@@ -446,6 +446,18 @@ def test_dropped_turns_are_marked_in_place(desk: Desk) -> None:
     assert [entry.marker for entry in entries] == [False] * 4 + [True] + [False] * 3
 
 
+def test_the_welcome_has_room_for_long_names_in_a_narrow_window(desk: Desk) -> None:
+    assert desk.loadout.model is not None
+    desk.loadout.model = msgspec.structs.replace(desk.loadout.model, name="user/" + "a-very-long-name-" * 8)
+    desk.loadout.changed.emit()
+    for width in (700, 960, 1440):
+        desk.page.resize(width, 600)
+        desk.qtbot.wait(10)
+        line = desk.page.welcome._sentence
+        assert line.height() >= line.heightForWidth(line.width()), "all of it is seen"
+        assert line.width() <= desk.page.welcome.width()
+
+
 def test_the_numbers_of_an_answer_are_seen_however_long_the_models_name_is(desk: Desk) -> None:
     assert desk.loadout.model is not None
     desk.loadout.model = msgspec.structs.replace(desk.loadout.model, name="user/" + "a-very-long-name-" * 12)

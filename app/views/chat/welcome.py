@@ -5,7 +5,7 @@ from __future__ import annotations
 from PySide6.QtCore import Qt, Signal
 from PySide6.QtWidgets import QGridLayout, QPushButton, QWidget
 
-from app.views.widgets import IconLabel, button, column, label, title
+from app.views.widgets import IconLabel, button, column, label, row, title
 
 STARTER_QUESTIONS = (
     "What is Weft?",
@@ -29,7 +29,7 @@ class Welcome(QWidget):
         self._head = title("", 2)
         self._sentence = label("", tone="muted", wrap=True)
         self._sentence.setAlignment(Qt.AlignmentFlag.AlignHCenter)
-        self._sentence.setFixedWidth(440)
+        self._sentence.setMaximumWidth(440)
         self._questions = QWidget()
         grid = QGridLayout(self._questions)
         grid.setContentsMargins(0, 8, 0, 0)
@@ -45,8 +45,13 @@ class Welcome(QWidget):
             grid.addWidget(made, index // 2, index % 2)
         layout = column(parent=self, spacing=12, margins=(16, 16, 16, 16))
         layout.addStretch(3)
-        for widget in (IconLabel("chat", 40, "control"), self._head, self._sentence, self._questions):
+        for widget in (IconLabel("chat", 40, "control"), self._head):
             layout.addWidget(widget, 0, Qt.AlignmentFlag.AlignHCenter)
+        # In a row of its own: an alignment flag would take the label's height for another width.
+        line = row(1, self._sentence, 1)
+        line.setStretch(1, 100)
+        layout.addLayout(line)
+        layout.addWidget(self._questions, 0, Qt.AlignmentFlag.AlignHCenter)
         layout.addStretch(4)
 
     def _clicked(self) -> None:
