@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -11,22 +10,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from PySide6.QtCore import QSettings
-from PySide6.QtWidgets import QApplication
 from pytestqt.qtbot import QtBot
 
-from app import logs
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import MergePlan
-from app.core.paths import default_paths, resources
+from app.core.paths import resources
 from app.core.stack import AdapterStack, StackedAdapter
 from app.house import House
-from app.rail import RAIL
 from app.store.library import starter
-from app.views import theme
 from app.views.export.certificate import CertificateDialog
-from app.views.main_window import MainWindow
 from tests.fakes.hub import FakeHub
+from tests.qt.house_kit import lived_in
 
 CORE = os.environ.get("WEFT_PYTHON_CORE")
 TOKEN = "hf_secretOfAlice42"
@@ -43,29 +37,14 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def house(qtbot: QtBot, home: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "settings.toml").write_text(f'load_last = false\nhub_endpoint = "{hub.endpoint}"\n')
     for name in ("LLAMACPP", "EXPORT"):
         monkeypatch.setenv(f"WEFT_PYTHON_{name}", sys.executable)
     monkeypatch.setenv("WEFT_PYTHON_CORE", CORE or sys.executable)
-    application = QApplication.instance()
-    assert isinstance(application, QApplication)
-    window = MainWindow(RAIL, state=QSettings(str(home / "window.ini"), QSettings.Format.IniFormat))
-    qtbot.addWidget(window)
-    window.show_page("chat")
-    window.show()
-    look = theme.install(application, "light")
-    made = House(application, default_paths(), window, look, logs.Reporter())
-    made.open()
-    qtbot.waitUntil(lambda library=made.library: library.count() >= 2, timeout=WAIT)
-    made.downloads.tokens._session[hub.endpoint] = TOKEN
-    yield made
-    window.close()
-    made.close()
-    made.deleteLater()
-    qtbot.wait(20)
-    del made, window, look
-    gc.collect()  # here: another thread that happens to collect would free Qt's objects outside theirs
+
+    def signed_in(house: House) -> None:
+        house.downloads.tokens._session[hub.endpoint] = TOKEN
+
+    yield from lived_in(qtbot, home, settings=f'hub_endpoint = "{hub.endpoint}"\n', ready=signed_in)
 
 
 def voice_stack() -> AdapterStack:

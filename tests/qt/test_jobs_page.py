@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -68,13 +67,10 @@ class Installation(QThread):
 
 
 @pytest.fixture
-def rooms(home: Path, qtbot: QtBot, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rooms]:
+def rooms(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> Rooms:
     for name in ("WEFT_PYTHON_CORE", "WEFT_PYTHON_LLAMACPP"):
         monkeypatch.delenv(name, raising=False)  # here no engine is installed yet
-    made = Rooms.build()
-    yield made
-    made.close()
-    qtbot.wait(20)
+    return rooms
 
 
 class Yard:

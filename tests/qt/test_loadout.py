@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ from tests.fakes.fake_engine import Problem, Script
 from tests.qt.shell_parts import GB, Rooms, model
 
 ASK = Generate(messages=(Message(role="user", content="Hello"),))
-
-
-@pytest.fixture
-def rooms(home: object, qtbot: QtBot) -> Iterator[Rooms]:
-    made = Rooms.build()
-    yield made
-    made.close()
-    qtbot.wait(20)
 
 
 def wait_for(qtbot: QtBot, loadout: Loadout, state: LoadoutState, timeout: int = 15_000) -> None:

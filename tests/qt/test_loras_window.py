@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import shutil
 import sys
@@ -10,22 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PySide6.QtCore import QMimeData, QPoint, QPointF, QSettings, Qt, QUrl
+from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
 from PySide6.QtGui import QDragEnterEvent, QDropEvent
 from PySide6.QtWidgets import QApplication, QPushButton, QWidget
 from pytestqt.qtbot import QtBot
 
-from app import logs
 from app.core.library import ModelEntry
-from app.core.paths import default_paths, resources
+from app.core.paths import resources
 from app.house import House
 from app.house_loras import MEASURING
-from app.rail import RAIL
-from app.views import theme
 from app.views.loras.sheets import AlphaSheet
-from app.views.main_window import MainWindow
 from tests import seeds
 from tests.fakes import library_files
+from tests.qt.house_kit import lived_in
 
 VOICE = resources() / "starter" / "voice-adapter"
 WAIT = 15_000
@@ -38,27 +34,9 @@ def rng() -> random.Random:
 
 @pytest.fixture
 def house(qtbot: QtBot, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "settings.toml").write_text("load_last = false\n")
     for name in ("CORE", "LLAMACPP", "EXPORT"):
         monkeypatch.setenv(f"WEFT_PYTHON_{name}", sys.executable)
-    application = QApplication.instance()
-    assert isinstance(application, QApplication)
-    window = MainWindow(RAIL, state=QSettings(str(home / "window.ini"), QSettings.Format.IniFormat))
-    qtbot.addWidget(window)
-    window.show_page("chat")
-    window.show()
-    look = theme.install(application, "light")
-    made = House(application, default_paths(), window, look, logs.Reporter())
-    made.open()
-    qtbot.waitUntil(lambda library=made.library: library.count() >= 2, timeout=WAIT)
-    yield made
-    window.close()
-    made.close()
-    made.deleteLater()
-    qtbot.wait(20)
-    del made, window, look
-    gc.collect()  # here: another thread that happens to collect would free Qt's objects outside theirs
+    yield from lived_in(qtbot, home)
 
 
 def drop(widget: QWidget, *paths: Path) -> None:

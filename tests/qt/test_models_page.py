@@ -28,12 +28,16 @@ from tests.fakes.fake_engine import Script
 from tests.qt.shell_parts import GB, Rooms, model, touch
 
 
-@pytest.fixture
-def rooms(home: Path, qtbot: QtBot) -> Iterator[Rooms]:
-    made = Rooms.build()
-    yield made
-    made.close()
-    qtbot.wait(20)
+def models_page(rooms: Rooms) -> ModelsPage:
+    return ModelsPage(
+        library=rooms.library,
+        loadout=rooms.loadout(),
+        model_settings=rooms.model_settings,
+        settings=SettingsView(rooms.settings),
+        roots=rooms.roots,
+        machine=rooms.watch(),
+        refresh=lambda: None,
+    )
 
 
 @pytest.fixture
@@ -46,16 +50,7 @@ def page(rooms: Rooms, qtbot: QtBot) -> Iterator[ModelsPage]:
             model("other/broken", problem="The file is cut short.", size=GB),
         ]
     )
-    loadout = rooms.loadout()
-    made = ModelsPage(
-        library=rooms.library,
-        loadout=loadout,
-        model_settings=rooms.model_settings,
-        settings=SettingsView(rooms.settings),
-        roots=rooms.roots,
-        machine=rooms.watch(),
-        refresh=lambda: None,
-    )
+    made = models_page(rooms)
     qtbot.addWidget(made)
     made.resize(1360, 800)
     made.show()
@@ -440,15 +435,7 @@ def test_ten_thousand_rows_stay_fluid(rooms: Rooms, qtbot: QtBot) -> None:
 
 
 def test_empty_state(rooms: Rooms, qtbot: QtBot) -> None:
-    made = ModelsPage(
-        library=rooms.library,
-        loadout=rooms.loadout(),
-        model_settings=rooms.model_settings,
-        settings=SettingsView(rooms.settings),
-        roots=rooms.roots,
-        machine=rooms.watch(),
-        refresh=lambda: None,
-    )
+    made = models_page(rooms)
     qtbot.addWidget(made)
     assert made._pages.currentWidget() is made._empty
     made.shutdown()

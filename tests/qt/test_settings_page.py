@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ from app.viewmodels.settings import SettingsView
 from app.views.settings.download_folder import DownloadFolder
 from app.views.settings.performance import PerformanceSection
 from tests.qt.shell_parts import Rooms
-
-
-@pytest.fixture
-def rooms(home: Path) -> Iterator[Rooms]:
-    made = Rooms.build()
-    yield made
-    for close in made.closers:
-        close()
 
 
 def test_downloads_go_where_the_settings_say_and_the_former_folder_stays_in_the_library(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,17 +20,16 @@ from app.core.jobs import JobState
 from app.core.memory import Machine
 from app.core.paths import default_paths
 from app.house import House
-from app.rail import RAIL
 from app.viewmodels import machine_watch
 from app.viewmodels.jobs import INSTALL
 from app.viewmodels.loadout import Crash
 from app.viewmodels.machine_watch import MachineWatch
-from app.views import theme
 from app.views.command_palette import CommandPalette, match
 from app.views.dialogs import ConfirmDialog, CrashDialog, ErrorDialog, read_tail
 from app.views.main_window import MainWindow
 from app.views.model_picker import ModelPicker
 from app.views.page import Notice, Page, PageSpec, PaletteCommand
+from tests.qt.house_kit import lived_in
 from tests.qt.shell_parts import model
 
 
@@ -259,31 +258,9 @@ def test_geometry_and_page_are_remembered(qtbot: QtBot, tmp_path: Path) -> None:
 
 @pytest.fixture
 def house(qtbot: QtBot, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "settings.toml").write_text("load_last = false\n")
-    import sys
-
-    monkeypatch.setenv("WEFT_PYTHON_CORE", sys.executable)
-    monkeypatch.setenv("WEFT_PYTHON_LLAMACPP", sys.executable)
-    application = QApplication.instance()
-    assert isinstance(application, QApplication)
-    paths = default_paths()
-    look = theme.install(application, "light")
-    window = MainWindow(RAIL, state=QSettings(str(home / "window.ini"), QSettings.Format.IniFormat))
-    qtbot.addWidget(window)
-    window.show_page("chat")
-    window.show()
-    reporter = logs.Reporter()
-    made = House(application, paths, window, look, reporter)
-    made.open()
-    qtbot.waitUntil(lambda library=made.library: library.count() >= 2, timeout=15_000)
-    yield made
-    window.close()
-    made.close()
-    made.deleteLater()
-    qtbot.wait(20)
-    del made, window, look, reporter
-    gc.collect()  # here: another thread that happens to collect would free Qt's objects outside theirs
+    for name in ("CORE", "LLAMACPP"):
+        monkeypatch.setenv(f"WEFT_PYTHON_{name}", sys.executable)
+    yield from lived_in(qtbot, home)
 
 
 @pytest.mark.fault

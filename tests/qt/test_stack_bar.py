@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from tests.qt.shell_parts import Rooms, machine, model
 
 VOICE = Path(__file__).resolve().parents[2] / "resources" / "starter" / "voice-adapter"
 ASK = Generate(messages=(Message(role="user", content="Hello"),))
-
-
-@pytest.fixture
-def rooms(home: object, qtbot: QtBot) -> Iterator[Rooms]:
-    made = Rooms.build()
-    yield made
-    made.close()
-    qtbot.wait(20)
 
 
 @pytest.fixture

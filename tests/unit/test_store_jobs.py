@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from app.store.jobs import JobStore
 from app.store.model_settings import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "weft.sqlite")
-    yield database
-    database.close()
 
 
 def test_a_job_from_queue_to_end(database: Database) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,13 +18,6 @@ from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import refresh
 from tests.fakes.library_files import adapter_entries, entries, make_library, write_gguf_model, write_peft
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "weft.sqlite")
-    yield database
-    database.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from app.store.stacks import StackStore
 
 def stack(*pairs: tuple[str, float]) -> AdapterStack:
     return AdapterStack(adapters=tuple(StackedAdapter(path=p, weight=w, name=Path(p).name) for p, w in pairs))
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(tmp_path / "weft.sqlite")
-    yield made
-    made.close()
 
 
 def test_stacks_are_saved_listed_renamed_and_brought_back(database: Database, tmp_path: Path) -> None:
