@@ -206,7 +206,7 @@ class Trainer:
         """
         weight = sum(self.objective.weight(batch) for batch in group) or 1.0
         parts = [part for batch in group for part in _split(batch, self.counters.split)]
-        mine, world = share(parts, self.accelerator)
+        mine, world = share(parts, None if dry else self.accelerator)
         total, tokens, further = 0.0, 0, {}
         for index, (part, counts) in enumerate(mine):
             if index and not dry:
