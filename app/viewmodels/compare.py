@@ -7,9 +7,10 @@ from typing import Any
 
 from PySide6.QtCore import QObject, Signal, Slot
 
+from app.backends.base import Spec
 from app.core.conversation import Message
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import AdapterEntry
+from app.core.library import AdapterEntry, ModelEntry
 from app.core.options import OptionValue, build
 from app.core.sampling import Sampling
 from app.core.stack import AdapterStack, StackedAdapter
@@ -136,6 +137,15 @@ class Compare(QObject):
         return self._loadout.model is not None
 
     @property
+    def model(self) -> ModelEntry | None:
+        """The model that is asked."""
+        return self._loadout.model
+
+    @property
+    def loader(self) -> Spec | None:
+        return self._loadout.loader
+
+    @property
     def takes_adapters(self) -> bool:
         return bool(self._loadout.takes_adapters)
 
@@ -153,7 +163,7 @@ class Compare(QObject):
         if self.system.strip():
             messages.insert(0, Message(role="system", content=self.system))
         rows = tuple(BatchRow(adapters=column.stack, messages=tuple(messages)) for column in self.columns)
-        sampling = build(Sampling, {**own_values(self._loadout.model), **self.sampling, "seed": self.seed})
+        sampling = build(Sampling, {**own_values(self.model), **self.sampling, "seed": self.seed})
         self._request = self._loadout.generate_batch(GenerateBatch(rows=rows, sampling=sampling))
         self.state_changed.emit()
 

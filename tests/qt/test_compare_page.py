@@ -88,6 +88,10 @@ def test_all_columns_are_asked_at_once_with_one_seed_and_stream_side_by_side(
     request = loadout.requests[-1]
     assert isinstance(request, GenerateBatch) and request.sampling.seed == 11 and request.sampling.max_tokens == 512
     assert request.sampling.temperature == 0, "as the model's maker says"
+    assert page.panel.form.rows["temperature"].value() == 0 and "temperature 0" in page.panel.own.text()
+    loadout.model = msgspec.structs.replace(loadout.model, own_sampling=OwnSampling(temperature=1.5))
+    loadout.changed.emit()
+    assert page.panel.form.rows["temperature"].value() == 1.5, "another model says something else"
     assert [row.adapters for row in request.rows] == [AdapterStack(), stack(("pirate", 0.7))]
     assert {tuple((m.role, m.content) for m in row.messages) for row in request.rows} == {
         (("system", "Be brief."), ("user", "Hello?"))

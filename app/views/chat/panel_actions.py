@@ -63,15 +63,8 @@ class PanelActions(QObject):
 
     @Slot()
     def _serve(self) -> None:
-        if self._panel is None:
-            return
-        loader, model = self._loadout.loader, self._loadout.model
-        if model is not None:
-            self._panel.set_own(model.name, model.own_sampling.values(), model.own_sampling.notes)
-        else:
-            self._panel.set_own("", {}, ())
-        reason = f"{loader.title} does not have it." if loader else ""
-        self._panel.set_served(loader.sampling if loader else None, reason)
+        if self._panel is not None:
+            self._panel.set_loaded(self._loadout.model, self._loadout.loader)
 
     @Slot(str)
     def _set_system(self, text: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 
 from PySide6.QtCore import QEvent, QObject, QPoint, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QKeyEvent
 from PySide6.QtWidgets import QComboBox, QFrame, QLineEdit, QMenu, QPlainTextEdit, QScrollArea, QWidget
 
+from app.backends.base import Spec
+from app.core.library import ModelEntry
 from app.core.options import OptionValue
+from app.core.own_sampling import OwnSampling
 from app.core.sampling import Sampling, worded
 from app.viewmodels.chat_presets import Presets
 from app.views.chat.style import GRID
@@ -130,22 +133,24 @@ class SidePanel(QFrame):
             self._form.set_values(sampling)
         self._fill_presets()
 
-    def set_served(self, served: Collection[str] | None, reason: str) -> None:
+    def _set_served(self, served: Collection[str] | None, reason: str) -> None:
         """Which sampling fields the loader serves; None is all."""
         self._served, self._served_reason = served, reason
         if self._form is not None:
             self._form.set_served(served, reason)
 
-    def set_own(self, model: str, values: Mapping[str, OptionValue], notes: Sequence[str]) -> None:
-        """How the model's maker has it answer: what a chat begins with where nobody chose anything.
+    def set_loaded(self, model: ModelEntry | None, loader: Spec | None) -> None:
+        """Another model, or another loader: what a chat begins with where nobody chose anything, and which fields there are."""
+        self._set_own(model.name if model else "", model.own_sampling if model else OwnSampling())
+        self._set_served(loader.sampling if loader else None, f"{loader.title} does not have it." if loader else "")
 
-        Args:
-            notes: what was wrong with that, in sentences.
-        """
+    def _set_own(self, model: str, own: OwnSampling) -> None:
+        """How the model's maker has it answer."""
+        values, notes = own.values(), own.notes
         told = f"{model} brings its own: {worded(values)}. They hold until you change them." if values else ""
-        if dict(values) == self._own and told == self.own.text() and "\n".join(notes) == self.own_notes.text():
+        if values == self._own and told == self.own.text() and "\n".join(notes) == self.own_notes.text():
             return
-        self._own = dict(values)
+        self._own = values
         self.own.setText(told)
         self.own.setVisible(bool(told))
         self.own_notes.setText("\n".join(notes))

@@ -125,6 +125,7 @@ class ComparePage(Page):
             made.setMaximumWidth(480)
             made.defaults = ("", dict(self._model.sampling))
             made.set_values(self._model.system, made.defaults[1])
+            made.set_loaded(self._model.model, self._model.loader)
             made.system_changed.connect(self._set_system)
             made.sampling_changed.connect(self._set_sampling)
             made.failed.connect(self.failed)
@@ -181,6 +182,8 @@ class ComparePage(Page):
         text = model.note or (
             "The loaded model takes no adapters." if stacked and model.ready and not model.takes_adapters else ""
         )
+        if self._panel is not None:
+            self._panel.set_loaded(model.model, model.loader)
         self.note.setVisible(bool(text))
         self.note.text.setText(text)
         self.collected.setVisible(model.collected > 0)
