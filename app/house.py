@@ -1,6 +1,7 @@
-"""House: everything that lives as long as the window, and the ties between it. Part of the composition root.
+"""House: the parts that live as long as the window, and the ties between them. Part of the composition root.
 
-Built after the window's first paint. What belongs to one topic (pages, engines, downloads, …) lies in `house_<topic>.py`.
+Built after the window's first paint. What they take from lies in `household.py`; what belongs to one topic (pages, engines,
+downloads, …) in `house_<topic>.py`.
 """
 
 from __future__ import annotations
@@ -8,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from PySide6.QtCore import QObject, QTimer, Slot
+from PySide6.QtCore import QTimer, Slot
 from PySide6.QtWidgets import QApplication
 
 from app import logs
 from app.core.errors import WeftError
 from app.core.paths import Paths
-from app.engine.environments import Environments
 from app.house_commands import palette_commands
-from app.house_downloads import DownloadsHouse
 from app.house_engines import EnginesHouse
 from app.house_exports import ExportHouse
 from app.house_loras import LorasHouse
@@ -26,34 +24,16 @@ from app.house_notify import DesktopNotices
 from app.house_pages import HousePages
 from app.house_questions import HouseQuestions
 from app.house_train import TrainHouse
-from app.store.chats import ChatStore
-from app.store.database import Database
-from app.store.jobs import JobStore
-from app.store.library import LibraryStore
-from app.store.model_settings import ModelSettings
-from app.store.settings import SettingsStore
-from app.viewmodels.jobs import JobCenter
-from app.viewmodels.library_roots import LibraryRoots
-from app.viewmodels.loadout import Loadout
-from app.viewmodels.machine_watch import MachineWatch
-from app.viewmodels.settings import EngineList, SettingsView
-from app.viewmodels.tasks import TaskQueue
+from app.household import Household
 from app.views import theme
 from app.views.main_window import MainWindow
 from app.views.page import Notice
 
-if TYPE_CHECKING:
-    from app.engine.client import EngineClient
-    from app.workers.engine_worker import EngineWorker
-    from app.workers.environment_worker import EnvironmentWorker
-    from app.workers.library_worker import LibraryWorker
-    from app.workers.task_worker import TaskWorker
-
 SETTLE_MS = 40  # a timer of 0 would come before the first page's paint, which waits for the screen
 
 
-class House(QObject):
-    """Builds stores, view models, workers and the window.
+class House(Household):
+    """Builds the parts, ties them together, opens and closes.
 
     Args:
         window: a frame that is shown already; it is furnished here.
@@ -63,82 +43,17 @@ class House(QObject):
     def __init__(
         self, application: QApplication, paths: Paths, window: MainWindow, look: theme.Theme, reporter: logs.Reporter
     ) -> None:
-        super().__init__(application)
-        self.paths = paths
-        self.settings = SettingsStore(paths.settings)
-        self.database = Database(paths.database)
-        self.chats = ChatStore(self.database)
-        self.job_store = JobStore(self.database)
-        self.library = LibraryStore(self.database)
-        self.model_settings = ModelSettings(self.database)
-        self.environments = Environments(paths.environments)
-        self.theme = look
-        self.theme.set_appearance(self.settings.settings.appearance)
-        self.machine = MachineWatch(self)
-        self.settings_view = SettingsView(self.settings, self)
-        self.roots = LibraryRoots(self.settings, paths, self)
-        self.tasks = TaskQueue(
-            self.job_store, make_client=self._task_client, make_worker=self._task_worker, logs=paths.logs, parent=self
-        )
-        self.jobs = JobCenter(self.job_store, self.environments, self._environment_worker, self, tasks=self.tasks)
-        self.engines = EngineList(self.environments, self.jobs, self)
-        self.loadout = Loadout(
-            make_worker=self._engine_worker,
-            library=self.library,
-            model_settings=self.model_settings,
-            settings=self.settings,
-            environments=self.jobs,
-            machine=self.machine.measured,
-            log_of=lambda loader: paths.logs / f"engine-{loader}.log",
-            parent=self,
-        )
-        self.downloads = DownloadsHouse(
-            self.database, self.settings_view, paths, machine=self.machine.now, state=window.state, parent=self
-        )
-        self._library_worker: LibraryWorker | None = None
-        self.exports = ExportHouse(self)
-        self.training = TrainHouse(self)
+        super().__init__(application, paths, window, look)
         self._arguments: list[str] = []
-        self.window = window
-        self.loras = LorasHouse(self)
+        self.exports = ExportHouse(self)
+        self.complete = self.exports.with_token
+        self.loras = LorasHouse(self, self.exports)
+        self.training = TrainHouse(self, self.loras)
         self.questions = HouseQuestions(window, self.loadout, self.environments, self.engines, paths.logs, self)
-        self.pages = HousePages(self)
+        self.pages = HousePages(self, self.exports, self.loras, self.training, self.questions)
         self.desktop = DesktopNotices(application, window)
         self.running = EnginesHouse(self)
         self._tie(reporter)
-
-    # Workers ----------------------------------------------------------------------------------------
-
-    def _engine_worker(self, loader: str) -> EngineWorker:
-        from app.engine import launch
-        from app.workers.engine_worker import EngineWorker
-
-        return EngineWorker(launch.engine_for(loader, self.paths))
-
-    def _task_client(self, environment: str, log: Path) -> EngineClient:
-        # Called in the job's own thread.
-        from app.engine import launch
-
-        variables = {"WEFT_CACHE": str(self.paths.cache)}
-        if not environment:
-            return launch.own_engine(self.paths, log.stem, variables)
-        return launch.task_engine(environment, self.paths, log.stem, variables)
-
-    def _task_worker(self, *arguments: Any, **keywords: Any) -> TaskWorker:
-        from app.workers.task_worker import TaskWorker
-
-        return TaskWorker(*arguments, complete=self.exports.with_token, **keywords)
-
-    def _environment_worker(self, name: str, repair: bool) -> EnvironmentWorker:
-        from app.workers.environment_worker import EnvironmentWorker
-
-        return EnvironmentWorker(self.environments, name, self.job_store, repair=repair)
-
-    @Slot()
-    def refresh_library(self) -> None:
-        """Look at the disk again, in the library's own thread."""
-        if self._library_worker is not None:
-            self._library_worker.refresh()
 
     # Opening and closing ----------------------------------------------------------------------------
 
@@ -148,7 +63,7 @@ class House(QObject):
         self.window.furnish(
             build=self.pages.build,
             header=self.pages.header,
-            commands=partial(palette_commands, self),
+            commands=partial(palette_commands, self, self.pages, self.exports),
             notify=self.desktop.tell,
             sort=self.loras.take,
         )

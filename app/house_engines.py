@@ -18,13 +18,13 @@ from app.viewmodels.loadout import LoadoutState
 from app.views.page import Notice
 
 if TYPE_CHECKING:
-    from app.house import House
+    from app.household import Household
 
 
 class EnginesHouse(QObject):
     """Ties the loadout, the environments and their installations together."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: Household) -> None:
         super().__init__(house)
         self._house = house
         house.loadout.environment_wanted.connect(self._environment_wanted)
@@ -106,7 +106,7 @@ class EnginesHouse(QObject):
                     text=f"{self._house.jobs.title(name)} could not be installed. {error.message}",
                     tone="negative",
                     action="Show",
-                    run=self._house.pages.show_jobs,
+                    run=self._house.show_jobs,
                     important=True,
                 )
             )

@@ -23,7 +23,7 @@ from app.viewmodels.tasks import parameters_of
 from app.views.page import Notice
 
 if TYPE_CHECKING:
-    from app.house import House
+    from app.household import Household
     from app.views.export.dialog import ExportDialog
 
 # Tasks whose result belongs into the library, and what it is called when it is there.
@@ -41,7 +41,7 @@ _INTO_LIBRARY = ("merge", "export_gguf", "quantize", "train")
 class ExportHouse(QObject):
     """Opens export dialogs and tells when long work has ended."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: Household) -> None:
         super().__init__(house)
         self._house = house
         self.dialog: ExportDialog | None = None
@@ -151,7 +151,7 @@ class ExportHouse(QObject):
     @Slot(list)
     def _interrupted(self, jobs: list[Job]) -> None:
         text = f"{jobs[0].title} was interrupted and can go on." if len(jobs) == 1 else f"{len(jobs)} merges and exports were interrupted and can go on."  # fmt: skip
-        self._house.window.show_notice(Notice(text=text, tone="warning", action="Show", run=self._show_jobs))
+        self._house.window.show_notice(Notice(text=text, tone="warning", action="Show", run=self._house.show_jobs))
 
     def _models(self) -> Path:
         chosen = self._house.settings.settings.downloads
@@ -194,10 +194,7 @@ class ExportHouse(QObject):
                     text=f"{job.title} failed. {error.message}",
                     tone="negative",
                     action="Show",
-                    run=self._show_jobs,
+                    run=self._house.show_jobs,
                     important=True,
                 )
             )
-
-    def _show_jobs(self) -> None:
-        self._house.window.show_page("jobs")

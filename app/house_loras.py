@@ -20,7 +20,8 @@ from app.views.page import Notice, Page
 if TYPE_CHECKING:
     from app.core.adapter_import import ImportResult
     from app.engine.client import EngineClient
-    from app.house import House
+    from app.house_exports import ExportHouse
+    from app.household import Household
     from app.viewmodels.adapter_import import AdapterImports, Imported
     from app.viewmodels.drops import Drops
 
@@ -30,9 +31,9 @@ MEASURING = ("core", "llamacpp")  # environments that have what measuring needs
 class LorasHouse(QObject):
     """View models that live as long as the window, and the ties between them."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: Household, exports: ExportHouse) -> None:
         super().__init__(house)
-        self._house = house
+        self._house, self._exports = house, exports
         paths = house.paths
         self.stack = StackModel(house.loadout, self)
         self.stack.refused.connect(house.loadout.notice)
@@ -87,7 +88,7 @@ class LorasHouse(QObject):
             jobs=self.jobs,
             study=AdapterStudy(house.database, self._measuring, house),
             roots=house.roots,
-            make_models=partial(house.pages.model_table, self),
+            make_models=partial(house.model_table, self),
             refresh=house.refresh_library,
         )
         page.export_wanted.connect(self._export)
@@ -103,7 +104,7 @@ class LorasHouse(QObject):
     @Slot(object, object)
     def _export(self, model: ModelEntry | None, stack: AdapterStack) -> None:
         if model is not None:
-            self._house.exports.open(model, stack)
+            self._exports.open(model, stack)
         else:
             text = "Load the model that the adapter was made for, or get it: it is merged into that."
             self._house.window.show_notice(Notice(text=text, tone="warning"))
@@ -196,13 +197,10 @@ class LorasHouse(QObject):
     def _made(self, made: Made) -> None:
         if not self._in_front:
             tone = "negative" if made.error is not None else "positive"
-            run = (lambda: self._show(made.path)) if made.path else self._show_jobs
+            run = (lambda: self._show(made.path)) if made.path else self._house.show_jobs
             self._house.window.show_notice(
                 Notice(text=f"{made.title}. {made.text}", tone=tone, action="Show", run=run, important=True)
             )
-
-    def _show_jobs(self) -> None:
-        self._house.window.show_page("jobs")
 
     def _show(self, adapter: str = "") -> None:
         window = self._house.window

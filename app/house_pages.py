@@ -12,22 +12,28 @@ from app.core.library import ModelEntry
 from app.views.page import Page
 
 if TYPE_CHECKING:
-    from app.house import House
-    from app.viewmodels.model_table import ModelTable
+    from app.house_exports import ExportHouse
+    from app.house_loras import LorasHouse
+    from app.house_questions import HouseQuestions
+    from app.house_train import TrainHouse
+    from app.household import Household
 
 
 class HousePages(QObject):
     """Builds pages out of what the house holds."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(
+        self, house: Household, exports: ExportHouse, loras: LorasHouse, training: TrainHouse, questions: HouseQuestions
+    ) -> None:
         super().__init__(house)
-        self._house = house
+        self._house, self._exports, self._loras = house, exports, loras
+        self._training, self._questions = training, questions
         self._builders = {
             "chat": self._chat_page,
             "compare": self._compare_page,
             "models": self._models_page,
-            "loras": house.loras.page,
-            "train": house.training.page,
+            "loras": loras.page,
+            "train": training.page,
             "jobs": self._jobs_page,
             "settings": self._settings_page,
         }
@@ -66,14 +72,14 @@ class HousePages(QObject):
             roots=house.roots,
             machine=house.machine,
             refresh=house.refresh_library,
-            adapters=house.loras.adapters_for,
+            adapters=self._loras.adapters_for,
         )
-        page.details.adapter_wanted.connect(house.loras.show_adapter)
-        page.code_wanted.connect(house.questions.review_code)
-        page.export_wanted.connect(house.exports.open_model)
-        page.certificate_wanted.connect(house.exports.show_certificate)
-        page.train_wanted.connect(house.training.train_on)
-        page.dropped = house.loras.take
+        page.details.adapter_wanted.connect(self._loras.show_adapter)
+        page.code_wanted.connect(self._questions.review_code)
+        page.export_wanted.connect(self._exports.open_model)
+        page.certificate_wanted.connect(self._exports.show_certificate)
+        page.train_wanted.connect(self._training.train_on)
+        page.dropped = self._loras.take
         return page
 
     def _jobs_page(self) -> Page:
@@ -93,7 +99,7 @@ class HousePages(QObject):
             paths=house.paths,
             hub=house.downloads.hub_section,
         )
-        page.remove_environment.connect(house.questions.removal)
+        page.remove_environment.connect(self._questions.removal)
         return page
 
     def header(self) -> QWidget:
@@ -104,42 +110,23 @@ class HousePages(QObject):
         bar = LoadoutBar(
             loadout=house.loadout,
             jobs=house.jobs,
-            make_table=partial(self.model_table, self),
+            make_table=partial(house.model_table, self),
             machine=house.machine.now,
-            stack=house.loras.stack,
-            dropped=house.loras.take_for_stack,
-            fill_menu=house.loras.fill_stack_menu,
+            stack=self._loras.stack,
+            dropped=self._loras.take_for_stack,
+            fill_menu=self._loras.fill_stack_menu,
         )
         bar.models_wanted.connect(self.show_models)
-        bar.jobs_wanted.connect(self.show_jobs)
+        bar.jobs_wanted.connect(house.show_jobs)
         bar.options_wanted.connect(self._show_options)
-        bar.export_wanted.connect(house.exports.open_loaded)
+        bar.export_wanted.connect(self._exports.open_loaded)
         return bar
-
-    def model_table(self, parent: QObject) -> ModelTable:
-        """The models to pick from, each with whether it fits, the loaded one marked."""
-        from app.viewmodels.fitting import judge
-        from app.viewmodels.model_table import ModelTable
-
-        house = self._house
-        return ModelTable(
-            house.library,
-            fitting=lambda entry: judge(entry, house.machine.now()),
-            loaded=lambda: (
-                house.loadout.model.id if house.loadout.is_loaded and house.loadout.model is not None else ""
-            ),
-            parent=parent,
-        )
 
     # Going places -----------------------------------------------------------------------------------
 
     @Slot()
     def show_models(self) -> None:
         self._house.window.show_page("models")
-
-    @Slot()
-    def show_jobs(self) -> None:
-        self._house.window.show_page("jobs")
 
     @Slot(object)
     def _show_options(self, entry: ModelEntry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ from app.views.page import Notice, Page
 
 if TYPE_CHECKING:
     from app.engine.client import EngineClient
-    from app.house import House
-    from app.viewmodels.model_table import ModelTable
+    from app.house_loras import LorasHouse
+    from app.household import Household
     from app.viewmodels.task_lane import TaskLane
     from app.viewmodels.train_files import RunFiles
     from app.viewmodels.train_runs import TrainRuns
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 class TrainHouse(QObject):
     """What lives as long as the window; made when the page is first shown."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: Household, loras: LorasHouse) -> None:
         super().__init__(house)
-        self._house = house
+        self._house, self._loras = house, loras
         self._lane: TaskLane | None = None
         self._runs: TrainRuns | None = None
         self._files: RunFiles | None = None
@@ -61,7 +62,9 @@ class TrainHouse(QObject):
         if house.loadout.model is not None and not house.loadout.model.problem:
             draft.set_model(house.loadout.model)
         self._files = RunFiles(house.library.find, self)
-        page = TrainPage(draft, self.runs(), make_table=self._table, run_files=self._files)
+        page = TrainPage(
+            draft, self.runs(), make_table=partial(house.model_table, self, mark_loaded=False), run_files=self._files
+        )
         page.use_wanted.connect(self._use)
         return page
 
@@ -85,15 +88,6 @@ class TrainHouse(QObject):
 
         return launch.task_engine("core", self._house.paths, "preview-data")
 
-    def _table(self) -> ModelTable:
-        from app.viewmodels.fitting import judge
-        from app.viewmodels.model_table import ModelTable
-
-        house = self._house
-        return ModelTable(
-            house.library, fitting=lambda entry: judge(entry, house.machine.now()), loaded=lambda: "", parent=self
-        )
-
     @Slot(str)
     def _use(self, path: str) -> None:
         house = self._house
@@ -102,7 +96,7 @@ class TrainHouse(QObject):
                 text = "Load the model that it was trained on first, with Ctrl+L."
                 house.window.show_notice(Notice(text=text, tone="warning"))
                 return
-            if house.loras.stack.add(Path(path)):
+            if self._loras.stack.add(Path(path)):
                 house.window.show_page("chat")
         except WeftError as error:
             house.window.show_notice(Notice(text=str(error), tone="warning"))
