@@ -13,7 +13,7 @@ import torch
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelFormat
 from app.tasks import train_modules
-from app.training import trainer_torch
+from app.training import dry_step_torch
 from app.training.module_names import ModulesParameters
 from tests.engine import packed_kit, training_kit
 from tests.engine.launch_kit import DDP, FSDP, launched
@@ -51,14 +51,14 @@ def test_qlora_learns_on_a_packed_base(
     method, packing, sections = KINDS[kind]
     packed = packed_kit.pack(base, tmp_path / kind, method, seed=SEED, **packing)
     given: dict[str, torch.Tensor] = {}
-    check = trainer_torch.check_gradients
+    check = dry_step_torch.check_gradients
 
     def checked(trained: dict[str, torch.nn.Parameter]) -> list[str]:
         given.update({name: p.grad.clone() for name, p in trained.items() if p.grad is not None})
         assert given.keys() == trained.keys()
         return check(trained)
 
-    monkeypatch.setattr(trainer_torch, "check_gradients", checked)
+    monkeypatch.setattr(dry_step_torch, "check_gradients", checked)
     ids = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(SEED))
     captured = Captured(monkeypatch, ids)
     sections = {**sections, "train": {"epochs": 2, **sections.get("train", {})}}
