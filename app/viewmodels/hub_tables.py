@@ -231,7 +231,7 @@ class FileTable(QAbstractTableModel):
 
     @property
     def any_chosen(self) -> bool:
-        return self._checked > 0
+        return self._checked > 0 and not self.busy
 
     @property
     def bytes(self) -> int:
