@@ -1,4 +1,4 @@
-"""`weft quantize`: a model, with or without adapters, as a GPTQ or AWQ folder, calibrated on a text."""
+"""`weft quantize`: a model, with or without adapters, as a GPTQ, AWQ or HQQ folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from app.cli_library import find_folder, find_stack
 from app.cli_made import tell
 from app.cli_task import ensure_environment, run_task
 from app.core.certify_plan import CertifySide
+from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
 from app.core.library import ModelEntry
 from app.core.paths import resources
 from app.core.plain_text import read_plain
-from app.core.quantize_plan import BITS, ENVIRONMENT, GROUPS, QuantizePlan, QuantizeResult, check_quantize, packed_like
+from app.core.quantize_plan import (
+    BITS,
+    CALIBRATED,
+    ENVIRONMENT,
+    GROUPS,
+    USUAL_GROUPS,
+    QuantizePlan,
+    QuantizeResult,
+    check_quantize,
+    packed_like,
+)
 from app.terminal import readable_bytes
 from app.viewmodels.export_choices import MARGIN, ExportOptions, estimate, free_at
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Put `quantize` among the commands."""
-    command = commands.add_parser("quantize", help="make a GPTQ or AWQ folder of a model, with adapters merged in")
+    command = commands.add_parser("quantize", help="make a GPTQ, AWQ or HQQ folder of a model, with adapters merged in")
     command.set_defaults(run=_run)
     command.add_argument(
         "model", metavar="MODEL", help="`starter`, a library name, or a folder of safetensors; one that GPTQ, AWQ, HQQ or bitsandbytes has packed is unpacked first"
@@ -33,10 +44,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--adapter", action="append", default=[], metavar="A[=WEIGHT]", help="an adapter to merge in (may be repeated)"
     )
     command.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the quantized model")
-    command.add_argument("--method", choices=tuple(BITS), required=True, help="gptq, or awq (4 bits)")
-    command.add_argument("--bits", type=int, metavar="N", help="gptq: 2, 3, 4 (usual) or 8; awq: 4")
     command.add_argument(
-        "--group-size", type=int, metavar="N", help=f"weights that share a scale: {', '.join(map(str, GROUPS['gptq']))}; 128, or as a packed model has it"
+        "--method",
+        choices=tuple(BITS),
+        required=True,
+        help="gptq or awq, calibrated on a text; or hqq, by the weights alone",
+    )
+    command.add_argument(
+        "--bits", type=int, metavar="N", help="gptq: 2, 3, 4 (usual) or 8; awq: 4; hqq: 1, 2, 3, 4 (usual) or 8"
+    )
+    command.add_argument(
+        "--group-size", type=int, metavar="N", help=f"weights that share a scale: {', '.join(map(str, GROUPS['gptq']))}; 128 (hqq: 64), or as a packed model has it"
     )  # fmt: skip
     command.add_argument(
         "--desc-act", action="store_true", help="gptq: columns in the order of their importance; less loss, slower to run"
@@ -55,10 +73,11 @@ def announce(entry: ModelEntry, plan: QuantizePlan) -> None:
     options = ExportOptions(bits=plan.bits, group_size=plan.group_size)
     folder = Path(plan.target).parent
     need = estimate(entry, plan.stack, plan.method, options, free_at(folder), 0)
-    between = readable_bytes(max(0, need.disk - need.result - MARGIN))
+    between = need.disk - need.result - MARGIN
+    more = f", and about {readable_bytes(between)} more while it is made, which is removed again" if between > 0 else ""
     print(
-        f"{Path(plan.target).name} takes about {readable_bytes(need.result)}, and about {between} more while it is made, "
-        f"which is removed again; {readable_bytes(need.disk_free)} are free on the drive of {folder}.",
+        f"{Path(plan.target).name} takes about {readable_bytes(need.result)}{more}; "
+        f"{readable_bytes(need.disk_free)} are free on the drive of {folder}.",
         file=sys.stderr,
     )
 
@@ -66,12 +85,20 @@ def announce(entry: ModelEntry, plan: QuantizePlan) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     model = find_folder(
         parsed.model,
-        "GPTQ and AWQ are made of folders of safetensors",
+        "GPTQ, AWQ and HQQ are made of folders of safetensors",
         "Quantize the model that it was made from, or see `weft export` for other types of GGUF.",
     )
     check_text(parsed.certify)
-    text: Path = parsed.calibration or resources() / "certificate_text.txt"
-    read_plain(text.expanduser())
+    text: Path | None = None
+    if parsed.method in CALIBRATED:
+        text = (parsed.calibration or resources() / "certificate_text.txt").expanduser().absolute()
+        read_plain(text)
+    elif parsed.calibration:
+        raise WeftError(
+            ErrorKind.BAD_INPUT,
+            f"{parsed.method.upper()} goes by the weights alone: no text calibrates it.",
+            "Leave --calibration out.",
+        )
     like = packed_like(model.quantization)  # a packed model is packed again as it was
     plan = QuantizePlan(
         model=model.path,
@@ -79,11 +106,11 @@ def _run(parsed: argparse.Namespace) -> int:
         target=str(parsed.to.expanduser().absolute()),
         method=parsed.method,
         bits=(like[0] if like[0] in BITS[parsed.method] else 4) if parsed.bits is None else parsed.bits,
-        group_size=(like[1] if like[1] in GROUPS[parsed.method] else 128)
+        group_size=(like[1] if like[1] in GROUPS[parsed.method] else USUAL_GROUPS[parsed.method])
         if parsed.group_size is None
         else parsed.group_size,
         desc_act=parsed.desc_act,
-        calibration=str(text.expanduser().absolute()),
+        calibration=str(text) if text else "",
         samples=parsed.samples,
         length=parsed.length,
         base_name=model.name,
@@ -93,9 +120,10 @@ def _run(parsed: argparse.Namespace) -> int:
     announce(model, plan)
     ensure_environment(ENVIRONMENT)
     made = msgspec.convert(run_task(ENVIRONMENT, "quantize", plan), QuantizeResult)
+    read = f"calibrated on {made.tokens} tokens, " if made.tokens else ""
     sentence = (
         f"{made.folder}: {plan.bits} bits by {plan.method.upper()}, {readable_bytes(made.bytes)}, {made.matrices} matrices, "
-        f"calibrated on {made.tokens} tokens, in {made.seconds:.0f} s."
+        f"{read}in {made.seconds:.0f} s."
     )
     base = CertifySide(model=plan.model, stack=plan.stack, name=model.name)
     tell(parsed, made, made.folder, sentence, base, environment=ENVIRONMENT)

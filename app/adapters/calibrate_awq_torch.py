@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from app.adapters import awq_folds_torch as folds
+from app.adapters import packed_write
 from app.adapters.awq_quantize import best_scales, clipped, round_to_grid
 from app.adapters.layer_inputs_torch import Matrix, rows_of, stages
 from app.adapters.layer_walk_torch import LayerPass
@@ -55,14 +56,17 @@ def calibrate(
         matrices: of the layer. group: inputs that share a scale. dtype: in which the layer's other parameters are stored.
         check: called often; raises to stop. done: told how much of the layer is done, 0 to 1.
     """
+    layer.use(torch.float32)  # a fold is known by its changing nothing
     places, heard = folds.find_folds(layer, matrices)
     order = stages(matrices, heard)
     leaders = {matrix.name: sharing.leader for stage in order for sharing in stage for matrix in sharing.members}
     del heard
+    layer.use(layer.compute)
     done(0.1)
     norms = {fold.source: fold for fold in places if fold.rows is None}
     seen = _listen(layer, {leader.name: leader for leader in leaders.values()}, norms, check)
     done(0.4)
+    layer.use(torch.float32)
     before = {matrix.name: matrix.weight.clone() for matrix in matrices}
     columns: dict[str, Tensor] = {}
     divided: dict[str, tuple[int, Tensor]] = {}
@@ -95,7 +99,7 @@ def calibrate(
             last, scale = divided[matrix.name]
             after[-last:] *= scale[:, None]
         was = before.pop(matrix.name)
-        found[matrix.name] = MatrixResult(made, float((after - was).norm()), float(was.norm()))
+        found[matrix.name] = MatrixResult(packed_write.awq(made), float((after - was).norm()), float(was.norm()))
         done(0.7 + 0.3 * (number + 1) / len(matrices))
     return LayerResult(found, _changed(places), unseen)
 

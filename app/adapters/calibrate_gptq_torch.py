@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.adapters.gptq_quantize import Rounded, quantize
+from app.adapters import packed_write
+from app.adapters.gptq_quantize import Rounded, curvature, quantize
 from app.adapters.layer_inputs_torch import Matrix, Sharing, hear, rows_of, stages
 from app.adapters.layer_walk_torch import LayerPass, StopLayerError
 from app.adapters.quantized_layer import LayerResult, MatrixResult
@@ -27,7 +28,7 @@ def calibrate(
     """Quantize a layer's matrices; the layer computes with what they have become, and its outputs are the next one's inputs.
 
     Args:
-        matrices: of the layer. bits, group, by_importance: see `gptq_quantize.quantize`.
+        matrices: of the layer. bits, group, by_importance: see `gptq_quantize`.
         check: called often; raises to stop. done: told how much of the layer is done, 0 to 1.
     """
     heard = hear(layer, {matrix.name: matrix.module for matrix in matrices})
@@ -41,18 +42,18 @@ def calibrate(
         for sharing in sharings:
             hessian, count = hessians.pop(sharing.leader.name)
             unseen += 0 if count else len(sharing.members)
+            given = curvature(hessian, group, by_importance=by_importance)
             for matrix in sharing.members:
-                made = quantize(matrix.weight, hessian, bits, group, by_importance=by_importance, check=check)
-                found[matrix.name] = put(matrix, made)
+                found[matrix.name] = put(matrix, quantize(matrix.weight, given, bits, check), bits)
         done((number + 1) / (len(order) + 1))
     layer.advance(check)
     return LayerResult(found, {}, unseen)
 
 
-def put(matrix: Matrix, made: Rounded) -> MatrixResult:
+def put(matrix: Matrix, made: Rounded, bits: int) -> MatrixResult:
     """Let a layer compute with a rounded matrix; says how far it is from what it was."""
-    before, after = matrix.weight, made.weight()
-    result = MatrixResult(made, float((after - before).norm()), float(before.norm()))
+    before, after = matrix.weight.float(), made.weight()
+    result = MatrixResult(packed_write.gptq(made, bits), float((after - before).norm()), float(before.norm()))
     matrix.weight.copy_(after)
     return result
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
-_BLOCK = 128  # columns whose errors are handed on together
+_BLOCK = 32  # columns whose errors are handed on together
 _SHRINKS = 20  # ranges tried for a group
 _SMALLEST_SHRINK = 0.6
 _TINY = 2.0**-24  # the smallest float16 above 0
@@ -38,60 +38,75 @@ class Rounded(NamedTuple):
         return (self.codes.float() - self.zeros[:, of].float()).mul_(self.scales[:, of].float())
 
 
-def quantize(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    group: int,
-    *,
-    by_importance: bool = False,
-    check: Callable[[], None] = lambda: None,
-) -> Rounded:
-    """Round a matrix so that its product with the inputs that the Hessian stands for changes least.
+class Curvature(NamedTuple):
+    """What a Hessian says of the matrices that read one input.
+
+    Attributes:
+        order: int64 (in,), the inputs as they are taken. importance: (in,), the Hessian's diagonal in that order.
+        factor: float32 (in, in), the upper Cholesky factor of its inverse, likewise. group: inputs that share a scale.
+        by_importance: groups are of inputs in that order, and not of neighbours.
+    """
+
+    order: Tensor
+    importance: Tensor
+    factor: Tensor
+    group: int
+    by_importance: bool
+
+
+def curvature(hessian: Tensor, group: int, *, by_importance: bool = False) -> Curvature:
+    """Prepare for `quantize`.
 
     Args:
-        weight: (out, in), any float dtype. hessian: float32 (in, in), Σ x xᵀ over those inputs; zeros where there were none.
-        bits: 2 to 8. group: inputs that share a scale; it divides `in`.
+        hessian: float32 (in, in), Σ x xᵀ over the inputs; zeros where there were none.
+        group: inputs that share a scale; it divides `in`.
         by_importance: take columns in the order of the Hessian's diagonal, in groups of that order (`desc_act`); else groups
             are of neighbours, and only the order in which they are rounded follows importance.
+    """
+    size = hessian.diagonal().clone()
+    order = size.argsort(descending=True, stable=True) if by_importance else _group_aware(size, group)
+    return Curvature(order, size[order], _inverse_factor(hessian[order][:, order]), group, by_importance)
+
+
+def quantize(weight: Tensor, given: Curvature, bits: int, check: Callable[[], None] = lambda: None) -> Rounded:
+    """Round a matrix so that its product with its inputs changes least.
+
+    Args:
+        weight: (out, in), any float dtype. given: of the inputs that it reads. bits: 2 to 8.
         check: called between blocks; raises to stop.
     """
-    work = weight.float().clone()
-    out, inputs = work.shape
-    importance = hessian.diagonal().clone()
-    order = importance.argsort(descending=True, stable=True) if by_importance else _group_aware(importance, group)
-    work = work[:, order]
-    importance = importance[order]
-    factor = _inverse_factor(hessian[order][:, order])
-    codes = torch.empty(out, inputs, dtype=torch.uint8, device=work.device)
-    scales = torch.empty(out, inputs // group, dtype=torch.float16, device=work.device)
+    out, inputs = weight.shape
+    order, importance, factor, group, by_importance = given
+    work = weight.float().T[order].contiguous()  # a column of the matrix is a row here: its numbers lie together
+    codes = torch.empty(inputs, out, dtype=torch.uint8, device=work.device)
+    scales = torch.empty(inputs // group, out, dtype=torch.float16, device=work.device)
     middle, wide = float(1 << bits - 1), torch.ones(out, device=work.device)
     for start in range(0, inputs, _BLOCK):
         check()
         end = min(start + _BLOCK, inputs)
-        block, inner = work[:, start:end], factor[start:end, start:end]
+        block, inner = work[start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
         for i in range(end - start):
             at = start + i
             if at % group == 0:  # both are powers of two: a group lies in a block, or begins with one
-                scale = _best_scale(work[:, at : at + group], importance[at : at + group], bits)
-                scales[:, at // group] = scale
-                wide = scale.float()
-            column = block[:, i]
+                scales[at // group] = _best_scale(work[at : at + group], importance[at : at + group], bits)
+                wide = scales[at // group].float()
+            column = block[i]
             code = (column / wide).round_().add_(middle).clamp_(0, 2 * middle - 1)
-            error = (column - (code - middle) * wide) / inner[i, i]
-            block[:, i + 1 :] -= torch.outer(error, inner[i, i + 1 :])
-            errors[:, i] = error
-            codes[:, at] = code.to(torch.uint8)
-        work[:, end:] -= errors @ factor[start:end, end:]
-    back = order.argsort()
+            error = torch.sub(column, (code - middle) * wide).div_(inner[i, i])
+            block[i + 1 :].addr_(inner[i, i + 1 :], error, alpha=-1)
+            errors[i] = error
+            codes[at] = code.to(torch.uint8)
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    codes = codes[order.argsort()].T
+    scales = scales.T
     owner = torch.arange(inputs, device=work.device) // group
-    zeros = torch.full_like(scales, middle).to(torch.uint8)
     if by_importance:
-        return Rounded(codes[:, back], scales, zeros, owner[back].to(torch.int32))
-    # Each run of `group` columns is one group of neighbours: put the groups back in their places.
-    places = (order[::group] // group).argsort()
-    return Rounded(codes[:, back], scales[:, places], zeros, owner.to(torch.int32))
+        owner = owner[order.argsort()]
+    else:  # each run of `group` columns is one group of neighbours: put the groups back in their places
+        scales = scales[:, (order[::group] // group).argsort()]
+    zeros = torch.full(scales.shape, 1 << bits - 1, dtype=torch.uint8, device=work.device)
+    return Rounded(codes, scales, zeros, owner.to(torch.int32))
 
 
 def _group_aware(importance: Tensor, group: int) -> Tensor:
@@ -120,9 +135,9 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _best_scale(part: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """For each row of `part` (out, group) the scale, float16 (out,), whose rounding errs least, weighed by importance."""
+    """For each column of `part` (group, out) the scale, float16 (out,), whose rounding errs least, weighed by importance (group,)."""
     middle = float(1 << bits - 1)
-    most = part.abs().amax(1)
+    most = part.abs().amax(0)
     weights = importance + (importance.mean() * 1e-3 + 1e-12)
     best = torch.full_like(most, torch.inf)
     chosen = torch.ones_like(most)
@@ -130,8 +145,8 @@ def _best_scale(part: Tensor, importance: Tensor, bits: int) -> Tensor:
         shrink = 1 - (1 - _SMALLEST_SHRINK) * step / _SHRINKS
         # The grid reaches from −middle to middle − 1: both ends may be where the largest weight comes to lie.
         scale = (most * (shrink / (middle - 0.5))).to(torch.float16).float().clamp_(min=_TINY)
-        code = (part / scale[:, None]).round_().clamp_(-middle, middle - 1)
-        error = ((code * scale[:, None] - part).square_() * weights).sum(1)
+        code = (part / scale).round_().clamp_(-middle, middle - 1)
+        error = weights @ code.mul_(scale).sub_(part).square_()
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, scale, chosen)

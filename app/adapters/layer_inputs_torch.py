@@ -81,7 +81,7 @@ def hear(layer: LayerPass, modules: Mapping[str, Any]) -> Heard:
     finally:
         for each in hooks:
             each.remove()
-    return Heard(inputs, outputs, made, layer.states[0].to(layer.device))
+    return Heard(inputs, outputs, made, layer.states[0].to(made))
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -28,21 +28,35 @@ class LayerPass:
     """A layer, and what comes to it.
 
     Attributes:
-        index: its number. name: of the module in the model. module: in float32, on the device.
-        states: its inputs, float32 (1, length, hidden) each, in main memory; after `advance`, its outputs.
+        index: its number. name: of the module in the model. module: on the device; see `use`.
+        states: its inputs, (1, length, hidden) each, in main memory; after `advance`, its outputs.
+        compute: the dtype in which the text goes through.
     """
 
     def __init__(
-        self, index: int, name: str, module: Any, states: list[Tensor], handed: Callable[..., Any], device: torch.device
+        self,
+        index: int,
+        name: str,
+        module: Any,
+        states: list[Tensor],
+        handed: Callable[[Tensor], Any],
+        place: tuple[torch.device, torch.dtype],
     ) -> None:
-        self.index, self.name, self.module, self.states, self.device = index, name, module, states, device
+        self.index, self.name, self.module, self.states = index, name, module, states
+        self.device, self.compute = place
         self._handed = handed
         self.output: Any = None
+        self.use(self.compute)
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Have the layer compute in a dtype from now on."""
+        self.module.to(self.device, dtype)
+        self._dtype = dtype
 
     def forward(self, hidden: Tensor) -> Any:
         """What the layer makes of one piece, as it returns it."""
         with torch.no_grad():
-            return self._handed(hidden.to(self.device))
+            return self._handed(hidden.to(self.device, self._dtype))
 
     def hear(self, check: Callable[[], None]) -> None:
         """Run all pieces for the sake of hooks; they may raise StopLayerError. Nothing is kept."""
@@ -60,7 +74,7 @@ class LayerPass:
             made = self.forward(hidden)
             if number == 0:
                 self.output = made
-            self.states[number] = first(made).to("cpu")
+            self.states[number] = first(made).to("cpu", self.compute)
 
 
 def first(made: Any) -> Tensor:
@@ -89,16 +103,21 @@ def layers_of(model: Any) -> list[tuple[str, Any]]:
 
 
 def walk(
-    model: Any, pieces: Sequence[Sequence[int]], each: Callable[[LayerPass], None], device: torch.device | str = "cpu"
+    model: Any,
+    pieces: Sequence[Sequence[int]],
+    each: Callable[[LayerPass], None],
+    device: torch.device | str = "cpu",
+    compute: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Run a model over a text, layer by layer.
 
     Args:
         model: a causal language model of transformers, in main memory; its layers are given up one by one.
         pieces: token ids; all of one length. each: called with every layer; it calls `advance` once.
+        device, compute: where layers compute, and in which dtype; all else computes in float32 where the model lies.
 
     Returns:
-        What the last layer made of each piece, float32 (1, length, hidden).
+        What the last layer made of each piece, `compute` (1, length, hidden).
 
     Raises:
         WeftError: UNSUPPORTED for architectures whose layers get more of the text than their hidden states.
@@ -117,7 +136,7 @@ def walk(
         embedded = _embedded(embed, pieces)
         states = _first_states(base, layers[0][1], embedded)
         del embedded[1:]
-        place = torch.device(device)
+        place = (torch.device(device), compute)
         for index, (name, layer) in enumerate(layers):
             layer.forward = _Carrier(index, name, layer, states, each, place)
         base(inputs_embeds=embedded[0], use_cache=False)
@@ -146,26 +165,27 @@ class _Carrier:
         layer: Any,
         states: list[Tensor],
         each: Callable[[LayerPass], None],
-        device: torch.device,
+        place: tuple[torch.device, torch.dtype],
     ) -> None:
         self._index, self._name, self._layer, self._states, self._each = index, name, layer, states, each
-        self._device = device
+        self._place = place
         self._own = layer.forward
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        _, rest, others = _apart(args, named)
-        rest, others = _placed(rest, self._device), _placed(others, self._device)
-        layer = self._layer
-        layer.float().to(self._device)
-        own, given = self._own, "hidden_states" in named
+        hidden, *beside = _apart(args, named)
+        device, own, given = self._place[0], self._own, "hidden_states" in named
+        placed: dict[torch.dtype, Any] = {}
 
         def handed(hidden: Tensor) -> Any:
+            if hidden.dtype not in placed:
+                placed[hidden.dtype] = _placed(beside, device, hidden.dtype)
+            rest, others = placed[hidden.dtype]
             return own(*rest, hidden_states=hidden, **others) if given else own(hidden, *rest, **others)
 
-        taken = LayerPass(self._index, self._name, layer, self._states, handed, self._device)
+        taken = LayerPass(self._index, self._name, self._layer, self._states, handed, self._place)
         self._each(taken)
-        layer.to("meta")  # its memory goes; the files still have it
-        return _placed(taken.output, torch.device("cpu"))
+        self._layer.to("meta")  # its memory goes; the files still have it
+        return _placed(taken.output, hidden.device, hidden.dtype)
 
 
 def _first_states(base: Any, layer: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
@@ -214,12 +234,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _placed(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device."""
+def _placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same with its tensors on a device, and what is float in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, dict):
-        return {key: _placed(part, device) for key, part in value.items()}
+        return {key: _placed(part, device, dtype) for key, part in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_placed(part, device) for part in value)
+        return type(value)(_placed(part, device, dtype) for part in value)
     return value

@@ -24,7 +24,7 @@ from torch import Tensor
 from app.core.errors import ErrorKind, WeftError
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # column of a nibble, counted from the lowest
-_SLABS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # HQQ: codes in an element
+SLABS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # HQQ: codes in an element
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every code of a word
 LARGEST = 2**34  # weights of a matrix: beyond this a header lies
 
@@ -199,7 +199,7 @@ def hqq(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Grid:
     count = shape[0] * shape[1]
     if not bits:
         bits = 3 if packed.dtype is torch.int32 else round(packed.numel() * 8 / count)
-    slabs = _SLABS.get(1 if bits == 1 else bits)
+    slabs = SLABS.get(1 if bits == 1 else bits)
     if slabs is None or packed.dtype is not (torch.int32 if bits == 3 else torch.uint8):
         raise damaged(name, f"it has {bits} bits in {packed.dtype}")
     if scale.dim() != 2 or scale.shape != zero.shape or 1 not in scale.shape:

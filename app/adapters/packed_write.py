@@ -1,4 +1,4 @@
-"""Codes, scales and zeros written as GPTQ's and AWQ's tensors: the other direction of `packed_grid`, whose layouts these are."""
+"""Codes, scales and zeros written as GPTQ's, AWQ's and HQQ's tensors: the other direction of `packed_grid`, whose layouts these are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from app.adapters.gptq_quantize import Rounded
-from app.adapters.packed_grid import AWQ_COLUMNS
+from app.adapters.packed_grid import AWQ_COLUMNS, SLABS, Grid
 
 
 def gptq(made: Rounded, bits: int) -> dict[str, Tensor]:
@@ -30,6 +30,36 @@ def awq(made: Rounded) -> dict[str, Tensor]:
         "qweight": _nibbles(made.codes.T),
         "qzeros": _nibbles(made.zeros.T),
         "scales": made.scales.T.contiguous(),
+    }
+
+
+def hqq(made: Grid) -> dict[str, Tensor]:
+    """`W_q`, `scale` and `zero`, and what hqq's own loader reads beside them, as it writes each value into a safetensors file.
+
+    Args:
+        made: groups along the inputs; as many rows of them as HQQ's slabs divide.
+    """
+    bits, codes = made.bits, made.codes
+    slabs = SLABS[bits]
+    rows = -(-len(codes) // slabs)
+    filled = torch.zeros(rows * slabs, codes.shape[1], dtype=torch.int32, device=codes.device)
+    filled[: len(codes)] = codes
+    packed = torch.zeros(rows, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for number, slab in enumerate(filled.reshape(slabs, rows, -1)):
+        packed |= slab << bits * (slabs - 1 - number)
+    element = torch.int32 if bits == 3 else torch.uint8
+    numbers = {"nbits": bits, "group_size": codes.shape[1], "axis": 1}
+    switches = {"view_as_float": 0, "channel_wise": 1, "optimize": 1, "round_zero": 0, "offload_meta": 0}
+    switches |= {"stores_quant_config": 1, "encoded_state_dict": 1, "quant_scale": 0, "quant_zero": 0}
+    words = {"packing": "3bit_32" if bits == 3 else f"{bits}bit_u8", "unpack_view_dtype": str(element)}
+    return {
+        "W_q": packed.to(element),
+        "scale": made.scale.contiguous(),
+        "zero": made.zero.contiguous(),
+        "shape": torch.tensor(made.shape),
+        **{key: torch.tensor(value, dtype=torch.int32) for key, value in numbers.items()},
+        **{key: torch.tensor(value, dtype=torch.uint8) for key, value in switches.items()},
+        **{key: torch.tensor([ord(letter) for letter in value], dtype=torch.uint8) for key, value in words.items()},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from app.adapters.layer_walk_torch import layers_of
 from app.adapters.packed_experts import standable
+from app.adapters.packed_grid import SLABS
 from app.adapters.quantize_model_torch import is_router
 from app.core.errors import ErrorKind, WeftError
 from app.core.quantize_plan import GROUPS, QuantizePlan
@@ -114,12 +115,14 @@ def check_shapes(plan: QuantizePlan, shapes: Shapes) -> None:
     Raises:
         WeftError: BAD_INPUT with the largest group that fits; UNSUPPORTED where none does.
     """
-    step = 8 if plan.method == "awq" else 32  # outputs that are packed together
+    step = {"awq": 8, "gptq": 32}.get(plan.method, 1)  # outputs that are packed together
     for name, inputs, outputs in shapes.matrices:
-        if outputs % step:
+        # HQQ packs slabs of groups on one another, with 3 bits also where they do not divide.
+        slabs = SLABS[plan.bits] if plan.method == "hqq" and plan.bits != 3 else 1
+        if outputs % step or (not inputs % plan.group_size and outputs * inputs // plan.group_size % slabs):
             raise WeftError(
                 ErrorKind.UNSUPPORTED,
-                f"{name} has {outputs} outputs, and {plan.method.upper()} packs them by {step}.",
+                f"{name} has {outputs} outputs, and {plan.method.upper()} packs them by {max(step, slabs)}.",
                 "Choose other bits, or export a GGUF with `weft export`.",
             )
         if inputs % plan.group_size:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.adapters import packed_grid, packed_write
+from app.adapters import packed_grid
 from app.adapters.merge_files import BaseFiles
 from app.adapters.quantize_model_torch import QuantizableModel, read_tensor
 from app.adapters.quantized_layer import LayerResult
@@ -35,12 +35,11 @@ class LayerFiles:
     """The files of one run, in a folder of their own; an earlier run's are gone on with.
 
     Args:
-        folder: where they lie. files: the 16-bit weights. method: `gptq` or `awq`. bits: of a weight.
-        dtype: in which what is not quantized is stored.
+        folder: where they lie. files: the 16-bit weights. dtype: in which what is not quantized is stored.
     """
 
-    def __init__(self, folder: Path, files: BaseFiles, method: str, bits: int, dtype: torch.dtype) -> None:
-        self.folder, self._files, self._method, self._bits, self._dtype = folder, files, method, bits, dtype
+    def __init__(self, folder: Path, files: BaseFiles, dtype: torch.dtype) -> None:
+        self.folder, self._files, self._dtype = folder, files, dtype
         folder.mkdir(exist_ok=True)
         for part in folder.glob("*.part"):
             part.unlink()
@@ -62,10 +61,7 @@ class LayerFiles:
         losses: list[MatrixLoss] = []
         for name, result in made.matrices.items():
             stem = model.stem(layer, name)
-            packed = (
-                packed_write.awq(result.made) if self._method == "awq" else packed_write.gptq(result.made, self._bits)
-            )
-            tensors |= {f"{stem}.{key}": tensor.cpu() for key, tensor in packed.items()}
+            tensors |= {f"{stem}.{key}": tensor.cpu() for key, tensor in result.parts.items()}
             losses.append(MatrixLoss(stem, result.error, result.size))
         replaced = {f"{loss.name}.weight" for loss in losses}
         for name, tensor in made.changed.items():
@@ -103,21 +99,23 @@ class LayerFiles:
         part.replace(path)
         sync_folder(self.folder)
 
-    def weights(self, model: QuantizableModel, layer: int) -> dict[str, Tensor] | None:
-        """W, float32 (out, in), of a layer that is done, by the matrices' names in it; None when its file is not what it should be."""
-        found: dict[str, Tensor] = {}
+    def is_whole(self, model: QuantizableModel, layer: int) -> bool:
+        """Whether a layer's file is what it should be: nobody has touched it since."""
         try:
             with safe_open(str(self._path(str(layer))), "pt") as opened:
-                names = set(opened.keys())
-                for matrix in model.matrices(layer):
-                    stem = model.stem(layer, matrix.name)
-                    keys = [key for key in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{key}" in names]
-                    parts = {key: opened.get_tensor(f"{stem}.{key}") for key in keys}
-                    inputs = matrix.weight.shape[1]
-                    read = packed_grid.awq if self._method == "awq" else packed_grid.gptq
-                    found[matrix.name] = read(stem, parts, inputs).weight()
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
+                names = {name.rpartition(".")[0] for name in opened.keys() if name.endswith((".qweight", ".W_q"))}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return False
+        return names == {model.stem(layer, matrix.name) for matrix in model.matrices(layer)}
+
+    def gptq_weights(self, model: QuantizableModel, layer: int) -> dict[str, Tensor]:
+        """W, float32 (out, in), of a layer that is whole, by the matrices' names in it."""
+        found: dict[str, Tensor] = {}
+        with safe_open(str(self._path(str(layer))), "pt") as opened:
+            for matrix in model.matrices(layer):
+                stem = model.stem(layer, matrix.name)
+                parts = {key: opened.get_tensor(f"{stem}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")}
+                found[matrix.name] = packed_grid.gptq(stem, parts, matrix.weight.shape[1]).weight()
         return found
 
     def forget(self, layer: int) -> None:
@@ -170,6 +168,18 @@ def quantization_table(
     Args:
         kept: names, in the files, of what lies in layers and is not quantized.
     """
+    if method == "hqq":
+        matrix = {"nbits": bits, "group_size": group, "axis": 1, "channel_wise": True, "optimize": True, "round_zero": False, "view_as_float": False}  # fmt: skip
+        return {
+            "quant_method": "hqq",
+            "quant_config": {
+                "weight_quant_params": matrix,
+                "scale_quant_params": None,
+                "zero_quant_params": None,
+                "offload_meta": False,
+            },
+            "skip_modules": ["lm_head", *kept],
+        }
     if method == "awq":
         return {
             "quant_method": "awq",

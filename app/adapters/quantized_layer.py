@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from app.adapters.gptq_quantize import Rounded
-
 
 class MatrixResult(NamedTuple):
-    """A quantized matrix. error: Frobenius norm of what rounding changed, size: of the matrix, both before any scales were put in."""
+    """A quantized matrix.
 
-    made: Rounded
+    Attributes:
+        parts: its tensors as the files have them, by the last part of their names.
+        error: Frobenius norm of what rounding changed, size: of the matrix, both as before any scales were put in.
+    """
+
+    parts: dict[str, Tensor]
     error: float
     size: float
 
@@ -26,5 +29,5 @@ class LayerResult(NamedTuple):
     """
 
     matrices: dict[str, MatrixResult]
-    changed: dict[str, Tensor]
-    unseen: int
+    changed: dict[str, Tensor] = {}  # never written to
+    unseen: int = 0

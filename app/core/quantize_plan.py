@@ -1,4 +1,4 @@
-"""QuantizePlan: which model to quantize by GPTQ or AWQ, how, and on which text; and what that says when it is done. Plain data.
+"""QuantizePlan: which model to quantize by GPTQ, AWQ or HQQ, how, and on which text; and what that says when it is done. Plain data.
 
 Command line and window build a plan, `app/tasks/quantize.py` carries it out in a child.
 """
@@ -13,8 +13,14 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.stack import AdapterStack
 
 ENVIRONMENT = "core"
-BITS: dict[str, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-GROUPS: dict[str, tuple[int, ...]] = {"gptq": (16, 32, 64, 128, 256, 512, 1024), "awq": (16, 32, 64, 128)}
+BITS: dict[str, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,), "hqq": (1, 2, 3, 4, 8)}
+GROUPS: dict[str, tuple[int, ...]] = {
+    "gptq": (16, 32, 64, 128, 256, 512, 1024),
+    "awq": (16, 32, 64, 128),
+    "hqq": (16, 32, 64, 128, 256),
+}
+USUAL_GROUPS = {"gptq": 128, "awq": 128, "hqq": 64}
+CALIBRATED = ("gptq", "awq")  # on a text; HQQ goes by the weights alone
 SHORTEST = 16  # tokens of a piece of the text; and no piece at all is shorter
 
 
@@ -24,9 +30,9 @@ class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: folder of the 16-bit model. stack: adapters that are merged in first.
         target: folder that is made; it must not exist, or be empty.
-        method: `gptq` or `awq`. bits: of a weight, see BITS. group_size: weights that share a scale, see GROUPS.
+        method: `gptq`, `awq` or `hqq`. bits: of a weight, see BITS. group_size: weights that share a scale, see GROUPS.
         desc_act: GPTQ takes columns in the order of their importance: less loss, slower to run.
-        calibration: text file by which it finds out what matters.
+        calibration: text file by which it finds out what matters; "" for methods that are not CALIBRATED.
         samples: pieces of it at most, spread over the whole text. length: tokens of a piece.
         base_name: how the card calls the model; "" for the folder's name.
         device: `cpu`, `cuda`; "" for a graphics card where there is one.
@@ -39,7 +45,7 @@ class QuantizePlan(msgspec.Struct, frozen=True, kw_only=True):
     bits: int = 4
     group_size: int = 128
     desc_act: bool = False
-    calibration: str
+    calibration: str = ""
     samples: int = 256
     length: int = 512
     base_name: str = ""
@@ -51,7 +57,7 @@ class QuantizeResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         folder: where it lies. bytes: of its weight files. matrices: how many were quantized. method, bits: see QuantizePlan.
-        samples, tokens: of the text that it was calibrated on.
+        samples, tokens: of the text that it was calibrated on; 0 where none was.
         notes: sentences worth showing. seconds: that it took.
     """
 

@@ -1,4 +1,4 @@
-"""Quantize a model by GPTQ or AWQ, with adapters merged in first: one new model folder that its loaders read.
+"""Quantize a model by GPTQ, AWQ or HQQ, with adapters merged in first: one new model folder that its loaders read.
 
 Layer by layer, in the memory of the 16-bit model: each layer is on the disk as soon as it is complete, and a run that was killed goes on
 from there. Nothing bears the target's name before all of it is on the disk.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
 from app.core.merge_plan import MergePlan
 from app.core.plain_text import read_plain
-from app.core.quantize_plan import ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
+from app.core.quantize_plan import CALIBRATED, ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
 from app.engine.reporting import Report
@@ -123,7 +124,8 @@ class _Run:
         """Keep what a killed run has completed: the merged model, and layers that are quantized."""
         plan = self.plan
         weights = [(a.path, a.weight) for a in plan.stack.adapters if a.weight]
-        paths = [Path(plan.model), Path(plan.calibration), *(Path(path) for path, _ in weights)]
+        texts = [Path(plan.calibration)] if plan.method in CALIBRATED else []
+        paths = [Path(plan.model), *texts, *(Path(path) for path, _ in weights)]
         self.inputs = [(path, stamp(path)) for path in paths]
         known = msgspec.structs.replace(plan, stack=AdapterStack(), target="", base_name="")
         mark = fingerprint([VERSION, known, weights, [each for _, each in self.inputs]])
@@ -163,9 +165,11 @@ class _Run:
         return target
 
     def _pieces(self, folder: Path) -> list[list[int]]:
-        """The calibration text as token ids: pieces of `length`, spread evenly over the whole text."""
+        """The calibration text as token ids: pieces of `length`, spread evenly over the whole text. None for HQQ."""
         import transformers
 
+        if self.plan.method not in CALIBRATED:
+            return []
         path = Path(self.plan.calibration)
         text = read_plain(path, _LARGEST_TEXT)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -209,18 +213,22 @@ class _Run:
         plan, dtype = self.plan, own_dtype(ready.path)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
         tokens = sum(map(len, pieces))
-        if tokens < 50_000 and self.all_of_it:
+        if pieces and tokens < 50_000 and self.all_of_it:
             self.notes.append(
                 f"Calibrated on {tokens:,} tokens: a longer text, like what the model will read, loses less."
             )
         with self._told(str(ready.config.get("model_type", ""))):
             model = QuantizableModel(ready.path, files, dtype)
-            written = LayerFiles(staging.root / "layers", files, plan.method, plan.bits, dtype)
+            written = LayerFiles(staging.root / "layers", files, dtype)
             layers = _Layers(plan, model, written, dtype, self._listener(shapes), self.pausing.check)
             if layers.done:
                 self.notes.append("Layers that an earlier run had quantized were used.")
             kept = model.kept()
-            walk(model.model, pieces, layers.each, plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if pieces:
+                device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
+                walk(model.model, pieces, layers.each, device, compute_dtype(device, dtype))
+            else:
+                layers.pack()
         self.report.progress("Writing")
         written.write_rest(model)
         count = len(model.layers)
@@ -329,8 +337,8 @@ class _Run:
         lines += [f"# {re.sub(r'[|`]', ' ', self.target.name)}", ""]
         lines += [
             f"{base}, quantized to {plan.bits} bits by {plan.method.upper()} (groups of {plan.group_size}"
-            f"{', columns in order of importance' if plan.desc_act else ''}) by Weft, calibrated on "
-            f"{sum(map(len, pieces)):,} tokens of a text.",
+            f"{', columns in order of importance' if plan.desc_act else ''}) by Weft"
+            + (f", calibrated on {sum(map(len, pieces)):,} tokens of a text." if pieces else "."),
             "",
         ]
         if merged is not None and merged.is_file():
@@ -342,6 +350,13 @@ class _Run:
                 "",
             ]
         return "\n".join(lines)
+
+
+def compute_dtype(device: str, own: Any) -> Any:
+    """The torch dtype in which the text goes through the layers: a graphics card is far faster in the model's own 16 bits."""
+    import torch
+
+    return own if device.startswith("cuda") else torch.float32
 
 
 class _Layers:
@@ -364,32 +379,47 @@ class _Layers:
         self._told, self._check = told, check
         self.done = written.done()
 
+    def pack(self) -> None:
+        """Pack all layers by their weights alone."""
+        from app.adapters.pack_hqq_torch import pack
+
+        plan, model = self._plan, self._model
+        for number, (_, layer) in enumerate(model.layers):
+            if not self._is_done(number):
+                done = functools.partial(self._tell, number)
+                made = pack(model.matrices(number), bits=plan.bits, group=plan.group_size, check=self._check, done=done)
+                self._written.write(model, number, made)
+            layer.to("meta")  # its memory goes
+            self._told(number + 1)
+
     def each(self, layer: LayerPass) -> None:
-        """Quantize a layer, or go through it as an earlier run has left it."""
+        """Calibrate a layer, or go through it as an earlier run has left it."""
         from app.adapters.calibrate_gptq_torch import resume
 
-        matrices, number = self._model.matrices(layer.index), layer.index
-        if number < self.done:
-            kept = self._written.weights(self._model, number)
-            if kept is None:  # its file was damaged meanwhile
-                self._written.forget(number)
-                self.done = 0
-            elif self._plan.method == "gptq":
-                resume(layer, matrices, kept, self._check)
-            else:
-                layer.advance(self._check)
-        if number >= self.done:
+        number = layer.index
+        if not self._is_done(number):
             self._written.write(self._model, number, self._calibrate(layer))
+        elif self._plan.method == "gptq":
+            kept = self._written.gptq_weights(self._model, number)
+            resume(layer, self._model.matrices(number), kept, self._check)
+        else:
+            layer.advance(self._check)
         self._told(number + 1)
+
+    def _is_done(self, number: int) -> bool:
+        if number < self.done and not self._written.is_whole(self._model, number):
+            self._written.forget(number)  # its file was damaged meanwhile
+            self.done = 0
+        return number < self.done
+
+    def _tell(self, number: int, part: float) -> None:
+        self._told(number + part)
 
     def _calibrate(self, layer: LayerPass) -> LayerResult:
         from app.adapters import calibrate_awq_torch, calibrate_gptq_torch
 
         plan, matrices = self._plan, self._model.matrices(layer.index)
-
-        def done(part: float) -> None:
-            self._told(layer.index + part)
-
+        done = functools.partial(self._tell, layer.index)
         if plan.method == "awq":
             made = calibrate_awq_torch.calibrate(
                 layer, matrices, group=plan.group_size, dtype=self._dtype, check=self._check, done=done
@@ -405,7 +435,7 @@ class _Layers:
                 done=done,
             )
         for name, result in made.matrices.items():
-            if not bool(result.made.scales.isfinite().all()) or not result.error < float("inf"):
+            if not bool(result.parts["scales"].isfinite().all()) or not result.error < float("inf"):
                 raise WeftError(
                     ErrorKind.CORRUPT,
                     f"{name} of layer {layer.index} came out with scales that are no numbers.",

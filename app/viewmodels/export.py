@@ -201,7 +201,7 @@ class ExportDraft(QObject):
 
     @property
     def method(self) -> str:
-        """`gptq` or `awq`, where the format is one of them; else ""."""
+        """`gptq`, `awq` or `hqq`, where the format is one of them; else ""."""
         return export_choices.method_of(self.format)
 
     @property
@@ -234,7 +234,7 @@ class ExportDraft(QObject):
         """What is installed first, in a sentence; "" when nothing is."""
         if not self.needs_installation:
             return ""
-        what = "Quantizing by GPTQ and AWQ" if self.method else "Exporting GGUF files"
+        what = f"Quantizing by {self.method.upper()}" if self.method else "Exporting GGUF files"
         size = readable_bytes(self._jobs.expected_bytes(self.environment))
         return f"{what} needs one more engine of about {size}: it is installed first, which takes some minutes."
 

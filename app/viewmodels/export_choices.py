@@ -12,7 +12,7 @@ from app.core.export_plan import OWN, TYPES
 from app.core.library import ModelEntry, ModelFormat
 from app.core.merge_plan import Packing
 from app.core.quantization import PACKED
-from app.core.quantize_plan import BITS, GROUPS, QuantizePlan, packed_like
+from app.core.quantize_plan import BITS, CALIBRATED, GROUPS, USUAL_GROUPS, QuantizePlan, packed_like
 from app.core.quantized_base import without_mark
 from app.core.stack import AdapterStack
 from app.viewmodels.units import readable_bytes
@@ -30,6 +30,7 @@ _CALIBRATING = 900_000_000  # and those that calibrate
 _QUANTIZED = {
     "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
     "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text: for graphics cards.",
+    "hqq": "A folder of packed safetensors, made by the weights alone: no text, and quick; it loses a little more.",
 }
 
 
@@ -37,7 +38,7 @@ class ExportChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One format.
 
     Attributes:
-        key: of PACKINGS, `gptq`, `awq`, or a GGUF type. title, help: as shown. group: the heading that it stands under.
+        key: of PACKINGS, `gptq`, `awq`, `hqq`, or a GGUF type. title, help: as shown. group: the heading that it stands under.
         imatrix: it needs an importance matrix.
     """
 
@@ -53,7 +54,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         bits: 0 for those of a packed base, else 4.
-        group_size: 0 for that of a packed base, else 128, or less where the model's matrices want it.
+        group_size: 0 for that of a packed base, else the method's usual one, or less where the model's matrices want it.
         calibration: a text file for GPTQ and AWQ; "" for ours.
         certify: compare the result with what it was made of. text: a text file for that; "" for ours.
         push: where the result goes on the hub, `user/name` or `name`; None for nowhere. private: see PushPlan.
@@ -149,33 +150,35 @@ _UNPACKED = ExportChoice(
 def _again(key: str, entry: ModelEntry) -> ExportChoice:
     """A packed base unpacked, merged into, and packed again."""
     again = " again" if key == entry.format.value else ""
+    how = f"calibrated{again} on a text" if key in CALIBRATED else f"packed{again} by its weights alone"
     return ExportChoice(
         key=key,
         title=f"{key.upper()}{again}",
-        help=f"Unpacked, merged into, and calibrated{again} on a text: small. What rounding loses is measured and said at the end.",
+        help=f"Unpacked, merged into, and {how}: small. What rounding loses is measured and said at the end.",
     )
 
 
 def method_of(key: str) -> str:
-    """`gptq` or `awq`, where a format is one of them; else ""."""
+    """`gptq`, `awq` or `hqq`, where a format is one of them; else ""."""
     return key if key in BITS else ""
 
 
 def bits_of(key: str, options: ExportOptions, entry: ModelEntry) -> int:
-    """Bits of a weight that GPTQ or AWQ makes: as chosen, else those of a packed base, else 4."""
+    """Bits of a weight that GPTQ, AWQ or HQQ makes: as chosen, else those of a packed base, else 4."""
     allowed = BITS[key]
     wanted = options.bits or packed_like(entry.quantization)[0]
     return wanted if wanted in allowed else 4
 
 
 def group_of(key: str, options: ExportOptions, entry: ModelEntry) -> int:
-    """Weights that share a scale: as chosen, else as in a packed base, else 128, or the most under it that divide its rows."""
+    """Weights that share a scale: as chosen, else as in a packed base, else the usual ones, or the most under them that divide its rows."""
     allowed, sizes = GROUPS[key], [size for size in (entry.shape.hidden, entry.shape.intermediate) if size]
     wanted = options.group_size or packed_like(entry.quantization)[1]
     if wanted in allowed:
         return wanted
-    fitting = [group for group in allowed if group <= 128 and not any(size % group for size in sizes)]
-    return fitting[-1] if fitting else 128
+    usual = USUAL_GROUPS[key]
+    fitting = [group for group in allowed if group <= usual and not any(size % group for size in sizes)]
+    return fitting[-1] if fitting else usual
 
 
 def refusal(entry: ModelEntry, base: str = "") -> str:
@@ -257,7 +260,7 @@ def estimate(
 
 
 def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: ExportOptions) -> tuple[int, int, int]:
-    """Of GPTQ and AWQ: bytes of the result, of what lies beside it on the way, and of memory. See tasks/quantize.py."""
+    """Of GPTQ, AWQ and HQQ: bytes of the result, of what lies beside it on the way, and of memory. See tasks/quantize.py."""
     shape, weights = entry.shape, weights_of(entry)
     kept = min(weights, 2 * shape.vocabulary * shape.hidden)  # embedding and head stay as they are
     result = int((weights - kept) * (bits_of(key, options, entry) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
@@ -267,9 +270,9 @@ def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: 
     converted = shape.experts or (not merged and entry.quantization.upper() in ("F32", "F64"))
     held = sixteen if converted else 2 * kept
     layer = 2 * 4 * (weights - kept) // max(1, shape.layers)
-    read = QuantizePlan(model="", target="", calibration="")
-    text = 4 * read.samples * read.length * shape.hidden
-    squares = 4 * max(shape.hidden, shape.intermediate) ** 2
+    read = QuantizePlan(model="", target="")
+    text = 4 * read.samples * read.length * shape.hidden if key in CALIBRATED else 0
+    squares = 4 * max(shape.hidden, shape.intermediate) ** 2 if key == "gptq" else 0
     return result, sixteen if merged else 0, _CALIBRATING + held + layer + 2 * text + 4 * squares
 
 

@@ -13,7 +13,7 @@ import transformers
 
 from app.adapters import awq_folds_torch as folds
 from app.adapters import awq_quantize, packed_grid, packed_write
-from app.adapters.gptq_quantize import Rounded, quantize
+from app.adapters.gptq_quantize import Rounded, curvature, quantize
 from app.adapters.layer_inputs_torch import hear, stages
 from app.adapters.layer_walk_torch import LayerPass, first, walk
 from app.adapters.merge_files import BaseFiles
@@ -162,7 +162,7 @@ def test_gptq_is_the_papers_recursion(bits: int, group: int, by_importance: bool
     weight = torch.randn(48, 256, generator=generator)
     x = inputs(1500, 256, generator)
     hessian = x.T @ x
-    made = quantize(weight, hessian, bits, group, by_importance=by_importance)
+    made = quantize(weight, curvature(hessian, group, by_importance=by_importance), bits)
     size = hessian.diagonal()
     if by_importance:
         order = size.argsort(descending=True, stable=True).tolist()
@@ -191,11 +191,11 @@ def test_inputs_that_never_came_are_rounded_plainly() -> None:
     generator = torch.Generator().manual_seed(seeds.given())
     weight = torch.randn(32, 128, generator=generator)
     nearest = nearest_of(weight, 8, 32) - weight
-    made = quantize(weight, torch.zeros(128, 128), 8, 32)
+    made = quantize(weight, curvature(torch.zeros(128, 128), 32), 8)
     assert (made.weight() - weight).norm() <= 1.01 * nearest.norm()
     x = inputs(400, 128, generator)
     x[:, 32:64] = 0  # a group
-    some = quantize(weight, x.T @ x, 8, 32)
+    some = quantize(weight, curvature(x.T @ x, 32), 8)
     assert (some.weight() - weight)[:, 32:64].norm() <= 1.01 * nearest[:, 32:64].norm()
 
 

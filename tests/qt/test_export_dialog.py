@@ -220,6 +220,22 @@ def test_gptq_and_awq_are_calibrated_in_the_engine_of_transformers(
     assert "8 bits by GPTQ" in dialog.outcome.text() and "14 matrices" in dialog.outcome.text()
 
 
+def test_hqq_asks_for_no_text(dialog: ExportDialog, queue: Queue, jobs: Jobs) -> None:
+    form = dialog.form
+    form.format.setCurrentIndex(form.format.findData("hqq"))
+    fields = form.calibrated
+    assert fields.isVisible() and not fields.text.isVisible() and not fields.order.isVisible()
+    assert [fields.bits.itemData(n) for n in range(fields.bits.count())] == [1, 2, 3, 4, 8]
+    assert (fields.bits.currentData(), fields.group.currentData()) == (4, 64)
+    dialog.start.click()
+    plan = queue.submitted[0][2]
+    assert (plan.method, plan.bits, plan.group_size, plan.calibration) == ("hqq", 4, 64, "")
+    queue.end(QuantizeResult(folder=plan.target, bytes=GB, matrices=14, method="hqq", bits=4, seconds=5))
+    assert "4 bits by HQQ" in dialog.outcome.text() and "calibrated" not in dialog.outcome.text()
+    form.format.setCurrentIndex(form.format.findData("awq"))
+    assert fields.text.isVisibleTo(form)
+
+
 def test_groups_fit_the_models_matrices(queue: Queue, jobs: Jobs, qtbot: QtBot, tmp_path: Path) -> None:
     shape = ModelShape(layers=2, hidden=192, intermediate=512, vocabulary=1000)
     dialog = made_dialog(folder_model(shape=shape), queue, jobs, tmp_path, qtbot)
@@ -277,11 +293,11 @@ def test_low_types_ask_for_a_text_and_sizes_say_what_is_made_on_the_way(
 
 def test_what_can_be_made_of_what(tmp_path: Path) -> None:
     assert choices(folder_model(), STACK)[0].key == SAFETENSORS
-    assert [c.key for c in choices(folder_model(), AdapterStack())][:3] == ["gptq", "awq", "q4_k_m"]
+    assert [c.key for c in choices(folder_model(), AdapterStack())][:4] == ["gptq", "awq", "hqq", "q4_k_m"]
     assert SAFETENSORS not in [c.key for c in choices(model(), STACK)]
     assert choices(model(format=ModelFormat.EXL2), STACK) == []
     packed = [c.key for c in choices(model(format=ModelFormat.AWQ, quantization="4-bit, group 64"), STACK)]
-    assert packed == ["safetensors-16bit", "awq", "gptq"], "the base's own method comes first"
+    assert packed == ["safetensors-16bit", "awq", "gptq", "hqq"], "the base's own method comes first"
     assert default_name(model("maker/Tiny-Q4_K_M"), STACK) == "Tiny-pirate"
     odd = StackedAdapter(path="/x/a b/ü:1", name="a b/ü:1")
     assert default_name(folder_model(), AdapterStack(adapters=(odd,))) == "tiny-1B-a-b-ü-1"
@@ -619,13 +635,13 @@ def test_formats_stand_under_headings_that_nobody_can_choose(dialog: ExportDialo
     combo = dialog.form.format
     rows = [(combo.itemText(n), combo.itemData(n)) for n in range(combo.count())]
     assert rows[:4] == [("Model folder", None), ("Safetensors", SAFETENSORS), ("GPTQ", "gptq"), ("AWQ", "awq")]
-    assert rows[4:6] == [("GGUF file", None), ("GGUF Q4_K_M (usual)", "q4_k_m")]
-    assert rows[10][1] is None and len({key for _, key in rows if key}) == len(rows) - 3 == len(dialog._draft.choices)
+    assert rows[4:7] == [("HQQ", "hqq"), ("GGUF file", None), ("GGUF Q4_K_M (usual)", "q4_k_m")]
+    assert rows[11][1] is None and len({key for _, key in rows if key}) == len(rows) - 3 == len(dialog._draft.choices)
     assert combo.maxVisibleItems() < 20
     for text, key in rows:  # by the keyboard, from one end to the other: a heading is passed over
         if key is None:
             assert not combo.model().flags(combo.model().index(combo.findText(text), 0)) & Qt.ItemFlag.ItemIsEnabled
-    combo.setCurrentIndex(combo.findData("awq"))
+    combo.setCurrentIndex(combo.findData("hqq"))
     QTest.keyClick(combo, Qt.Key.Key_Down)
     assert combo.currentData() == dialog._draft.format == "q4_k_m"
 

@@ -55,6 +55,9 @@ def test_a_merge_says_what_it_takes_of_disk_and_memory(said: Any, tmp_path: Path
 
 def test_a_quantizing_says_what_it_takes_of_the_disk(said: Any, tmp_path: Path) -> None:
     text = said("quantize", "starter", "--method", "gptq", "--to", str(tmp_path / "packed"))
+    assert "packed takes about" in text and "more while it is made" not in text
+    voice = str(resources() / "starter" / "voice-adapter")
+    text = said("quantize", "starter", "--method", "gptq", "--adapter", voice, "--to", str(tmp_path / "packed"))
     assert "packed takes about" in text and "more while it is made" in text
     assert f"are free on the drive of {tmp_path}" in text
 

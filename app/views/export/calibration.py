@@ -1,4 +1,4 @@
-"""What GPTQ and AWQ ask: how many bits, weights that share a scale, and the text that tells what matters."""
+"""What GPTQ, AWQ and HQQ ask: how many bits, weights that share a scale, and the text that tells what matters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 from PySide6.QtCore import Qt, Slot
 from PySide6.QtWidgets import QCheckBox, QFileDialog, QFormLayout, QWidget
 
-from app.core.quantize_plan import BITS, GROUPS
+from app.core.quantize_plan import BITS, CALIBRATED, GROUPS
 from app.viewmodels.export import ExportDraft
 from app.viewmodels.export_choices import bits_of, group_of
 from app.views.option_fields import QuietCombo
@@ -32,14 +32,14 @@ class CalibrationFields(QWidget):
         self.choose = button("Choose a text…", self._choose)
         self.choose.setAccessibleName("Choose a text to calibrate on")
         self.clear = button("Ours", self._clear, kind="link")
-        texts = row(self.text, self.choose, self.clear)
-        texts.setStretch(0, 1)
+        self._texts = row(self.text, self.choose, self.clear)
+        self._texts.setStretch(0, 1)
         self._form = QFormLayout(self)
         self._form.setContentsMargins(0, 0, 0, 0)
         self._form.setHorizontalSpacing(16)
         self._form.setVerticalSpacing(8)
         self._form.addRow(label("Size", tone="muted"), row(self.bits, self.group, 1))
-        self._form.addRow(label("Text", tone="muted"), texts)
+        self._form.addRow(label("Text", tone="muted"), self._texts)
         self._form.addRow(self.order)
         self.bits.currentIndexChanged.connect(self._bits)
         self.group.currentIndexChanged.connect(self._group)
@@ -62,6 +62,7 @@ class CalibrationFields(QWidget):
             shown.blockSignals(False)
         self.bits.setEnabled(self.bits.count() > 1)
         self._form.setRowVisible(self.order, draft.method == "gptq")
+        self._form.setRowVisible(self._texts, draft.method in CALIBRATED)
         self.order.setChecked(options.desc_act)
         self.text.setText(Path(options.calibration).name if options.calibration else _OURS)
         self.clear.setVisible(bool(options.calibration))

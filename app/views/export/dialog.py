@@ -351,8 +351,9 @@ def _outcome(result: Result) -> str:
             return f"Unpacked: {readable_bytes(result.bytes)}{again}, {result.tensors} tensors, {took}."
         return f"{how}: {readable_bytes(result.bytes)}{again}, {result.changed} of {result.tensors} tensors changed, {took}."
     if isinstance(result, QuantizeResult):
+        read = f"calibrated on {result.tokens:,} tokens, " if result.tokens else ""
         return (
             f"Quantized to {result.bits} bits by {result.method.upper()}: {readable_bytes(result.bytes)}, "
-            f"{result.matrices} matrices, calibrated on {result.tokens:,} tokens, {took}."
+            f"{result.matrices} matrices, {read}{took}."
         )
     return f"Exported as {result.type.upper()}: {readable_bytes(result.bytes)}, {result.tensors} tensors, {took}."
