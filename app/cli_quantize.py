@@ -91,7 +91,8 @@ def _run(parsed: argparse.Namespace) -> int:
     check_text(parsed.certify)
     text: Path | None = None
     if parsed.method in CALIBRATED:
-        text = (parsed.calibration or resources() / "certificate_text.txt").expanduser().absolute()
+        chosen: Path = parsed.calibration or resources() / "certificate_text.txt"
+        text = chosen.expanduser().absolute()
         read_plain(text)
     elif parsed.calibration:
         raise WeftError(

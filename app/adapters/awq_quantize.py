@@ -16,7 +16,7 @@ _MOST = (1 << BITS) - 1
 _RATIOS = 20  # exponents tried between 0 and 1
 _CLIPS, _SMALLEST_CLIP = 10, 0.5  # ranges tried for a group: 1 to 0.5 of the whole, in steps of 0.05
 _CLIP_ROWS = 256  # inputs that ranges are tried on
-_SLICE = 64 * 1024 * 1024  # numbers of an intermediate result
+_SLICE = 1 << 18  # weights that are worked on at a time: what a processor's cache holds
 
 
 def best_scales(weights: list[Tensor], inputs: Tensor, size: Tensor, group: int) -> Tensor:
@@ -29,18 +29,23 @@ def best_scales(weights: list[Tensor], inputs: Tensor, size: Tensor, group: int)
     Returns:
         float32 (in,); ones where no scale is better than none.
     """
-    wanted = [inputs @ weight.T for weight in weights]
     best, chosen = torch.inf, torch.ones_like(size)
     for step in range(_RATIOS):
         scale = size.clamp(min=1e-4) ** (step / _RATIOS)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        loss = 0.0
-        for weight, made in zip(weights, wanted, strict=True):
-            rounded = round_to_grid(weight * scale, group).weight() / scale
-            loss += float((inputs @ rounded.T - made).square_().sum())
+        loss = sum(_loss(weight, inputs, scale, group) for weight in weights)
         if loss < best:
             best, chosen = loss, scale
     return chosen
+
+
+def _loss(weight: Tensor, inputs: Tensor, scale: Tensor, group: int) -> float:
+    """The squared change of the products."""
+    divided, total = inputs / scale, 0.0
+    for part in weight.split(max(1, _SLICE // weight.shape[1])):
+        scaled = part * scale
+        total += float((divided @ (_nearest(scaled.reshape(-1, group)).reshape(part.shape) - scaled).T).square_().sum())
+    return total
 
 
 def clipped(weight: Tensor, inputs: Tensor, group: int) -> Tensor:
@@ -51,33 +56,43 @@ def clipped(weight: Tensor, inputs: Tensor, group: int) -> Tensor:
     """
     out, width = weight.shape
     x = inputs[:: max(1, len(inputs) // _CLIP_ROWS)][:_CLIP_ROWS].reshape(-1, width // group, group)
+    x = x.transpose(0, 1)  # (groups, rows, group)
     made = torch.empty_like(weight)
-    rows = max(1, _SLICE // (x.shape[0] * x.shape[1]))
-    for start in range(0, out, rows):
-        part = weight[start : start + rows].reshape(-1, width // group, group)
-        wanted = torch.einsum("tgi,ogi->otg", x, part)
+    size = max(1, _SLICE // width)
+    for start in range(0, out, size):
+        part = weight[start : start + size].reshape(-1, width // group, group)
         whole = part.abs().amax(2, keepdim=True)
         best, chosen = torch.full_like(whole, torch.inf), whole
         for step in range(_CLIPS):
             most = whole * (1 - (1 - _SMALLEST_CLIP) * step / _CLIPS)
-            cut = part.clamp(-most, most)
-            rounded = round_to_grid(cut.reshape(-1, width), group).weight().reshape(part.shape)
-            error = (torch.einsum("tgi,ogi->otg", x, rounded) - wanted).square_().mean(1)[:, :, None]
+            change = _nearest(part.clamp(-most, most).reshape(-1, group)).reshape(part.shape).sub_(part)
+            error = torch.bmm(x, change.permute(1, 2, 0)).square_().mean(1).T[:, :, None]  # of (groups, rows, out)
             better = error < best
             best = torch.where(better, error, best)
             chosen = torch.where(better, most, chosen)
-        made[start : start + rows] = part.clamp(-chosen, chosen).reshape(-1, width)
+        made[start : start + size] = part.clamp(-chosen, chosen).reshape(-1, width)
     return made
+
+
+def _grid(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row the scale, float16, and the zero of a grid of 16 that spans it and 0."""
+    high, low = rows.amax(-1).clamp(min=0), rows.amin(-1).clamp(max=0)
+    scale = ((high - low) / _MOST).to(torch.float16).clamp(min=2.0**-24)
+    return scale, (-low / scale.float()).round_().clamp_(0, _MOST)
+
+
+def _nearest(rows: Tensor) -> Tensor:
+    """Rows (n, group), each to the nearest of its grid."""
+    scale, zero = _grid(rows)
+    wide, zero = scale.float()[:, None], zero[:, None]
+    return (rows / wide).round_().add_(zero).clamp_(0, _MOST).sub_(zero).mul_(wide)
 
 
 def round_to_grid(weight: Tensor, group: int) -> Rounded:
     """A matrix (out, in) to the nearest of each group's grid of 16 with a zero point. Scales are float16 before codes are chosen."""
     out, width = weight.shape
     rows = weight.float().reshape(out, -1, group)
-    high, low = rows.amax(2).clamp(min=0), rows.amin(2).clamp(max=0)
-    scale = ((high - low) / _MOST).to(torch.float16).clamp(min=2.0**-24)
-    wide = scale.float()
-    zero = (-low / wide).round().clamp(0, _MOST)
-    codes = (rows / wide[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _MOST)
+    scale, zero = _grid(rows)
+    codes = (rows / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _MOST)
     owner = torch.arange(width, device=weight.device, dtype=torch.int32) // group
     return Rounded(codes.to(torch.uint8).reshape(out, width), scale, zero.to(torch.uint8), owner)
