@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from app import (
     __version__,
     cli_certify,
@@ -55,7 +53,7 @@ from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import library_roots, refresh
 from app.store.settings import SettingsStore
-from app.terminal import ProgressLine, print_error, readable_bytes, readable_count, table
+from app.terminal import ProgressLine, print_error, print_json, readable_bytes, readable_count, table
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -153,7 +151,7 @@ def _loaders(parsed: argparse.Namespace) -> int:
             }
         )
     if parsed.json:
-        _print_json(rows)
+        print_json(rows)
         return DONE
     header = ["loader", "loads", *(c.value for c in Capability), "here"]
     cells = [
@@ -173,7 +171,7 @@ def _models(parsed: argparse.Namespace) -> int:
     with _library(parsed.root) as library:
         entries = library.models()
     if parsed.json:
-        _print_json(entries)
+        print_json(entries)
         return DONE
     _print_table(
         ["name", "format", "architecture", "parameters", "size", "context", "where"],
@@ -198,7 +196,7 @@ def _adapters(parsed: argparse.Namespace) -> int:
     with _library(parsed.root) as library:
         entries = library.adapters()
     if parsed.json:
-        _print_json(entries)
+        print_json(entries)
         return DONE
     _print_table(
         ["name", "kind", "rank", "alpha", "base", "size", "where"],
@@ -263,7 +261,7 @@ def _chat(parsed: argparse.Namespace) -> int:
         if parsed.prompt is not None:
             answer = _answer(engine, conversation(parsed.system, parsed.prompt), sampling, quiet=parsed.json)
             if parsed.json:
-                _print_json(answer)
+                print_json(answer)
             return INTERRUPTED if answer["finish_reason"] == "cancelled" else DONE
         return _converse(engine, parsed, sampling)
 
@@ -326,17 +324,13 @@ def _converse(engine: EngineClient, parsed: argparse.Namespace, sampling: Sampli
         messages.append(Message(role="assistant", content=answer["text"]))
         answers.append(answer)
     if parsed.json:
-        _print_json(answers)
+        print_json(answers)
     elif interactive:
         print(file=sys.stderr)
     return DONE
 
 
 # Output ----------------------------------------------------------------------------------------
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:

@@ -14,6 +14,7 @@ from app.cli_task import ensure_environment, run_task
 from app.core.certify_plan import Certificate, CertifyPlan, CertifySide, environment_of, lines, verdict
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import resources
+from app.terminal import print_json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -126,7 +127,7 @@ def _run(parsed: argparse.Namespace) -> int:
         window=parsed.window,
     )
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(_document(found)), indent=2).decode())
+        print_json(_document(found))
     else:
         print_certificate(found)
     return 0

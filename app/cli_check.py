@@ -16,6 +16,7 @@ from app.core.compatibility import Compatibility, Verdict, check_paths, summary
 from app.core.library import ModelEntry
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
+from app.terminal import print_json
 
 STATUS = {Verdict.FITS: 0, Verdict.PARTLY: 3, Verdict.NOT_AT_ALL: 4}
 
@@ -58,7 +59,7 @@ def _run(parsed: argparse.Namespace) -> int:
             problems=health.sentences(found.total) if health else adapter.problems,
             deep=deep,
         )
-        print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+        print_json(report)
     else:
         print("\n".join(_lines(adapter, model, found, health) + (_deep_lines(deep) if deep else [])))
     return STATUS[found.verdict]

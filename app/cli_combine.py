@@ -12,6 +12,7 @@ import msgspec
 from app.cli_library import find_folder, find_stack
 from app.cli_task import run_task
 from app.core.combine_plan import METHODS, Combined, CombinePlan, Dtype, Sign, uses_rank
+from app.terminal import print_json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -77,7 +78,7 @@ def _run(parsed: argparse.Namespace) -> int:
     plan.check()
     made = msgspec.convert(run_task("core", "combine", plan), Combined)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        print_json(made)
         return 0
     print(f"{made.adapter}: {made.modules} modules of rank {made.rank}, by {method}.")
     if uses_rank(method) and made.energy is not None:

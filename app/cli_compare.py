@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from app.cli_engine import (
     add_load_arguments,
     add_sampling_arguments,
@@ -27,7 +25,7 @@ from app.engine import protocol
 from app.engine.client import EngineClient
 from app.store.database import Database
 from app.store.stacks import StackStore
-from app.terminal import ProgressLine
+from app.terminal import ProgressLine, print_json
 
 BASE = "base"
 _DONE, _INTERRUPTED = 0, 130
@@ -70,7 +68,7 @@ def _run(parsed: argparse.Namespace) -> int:
         printer = _Printer([] if parsed.json else stacks)
         texts, result = _answer(engine, protocol.GenerateBatch(rows=rows, sampling=sampling), printer)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(_document(parsed, stacks, texts, result)), indent=2).decode())
+        print_json(_document(parsed, stacks, texts, result))
     elif result.note:
         print(f"note: {result.note}", file=sys.stderr)
     return _INTERRUPTED if any(row.finish_reason == "cancelled" for row in result.rows) else _DONE

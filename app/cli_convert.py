@@ -14,6 +14,7 @@ from app.core.convert_plan import Converted, ConvertPlan
 from app.core.errors import ErrorKind, WeftError
 from app.core.paths import default_paths
 from app.engine.environments import USABLE, Environments
+from app.terminal import print_json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,7 +40,7 @@ def _run(parsed: argparse.Namespace) -> int:
     environment = next((name for name in ("core", "llamacpp") if found.state(name) in USABLE), "core")
     made = msgspec.convert(run_task(environment, "convert_adapter", plan), Converted)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        print_json(made)
         return 0
     print(f"{made.adapter}: {made.bytes:,} bytes.")
     for note in made.notes:

@@ -24,7 +24,7 @@ from app.hub.selection import gguf_choices, pick, repository_choice, usual
 from app.store.refresh import library_roots
 from app.store.secrets import TokenStore
 from app.store.settings import Settings, SettingsStore
-from app.terminal import ProgressLine, readable_bytes, table
+from app.terminal import ProgressLine, print_json, readable_bytes, table
 from app.viewmodels.fitting import judge
 from app.viewmodels.transfer_rates import Speed
 from app.viewmodels.units import readable_seconds
@@ -221,7 +221,7 @@ def _print_listing(listing: Listing, files: tuple[RemoteFile, ...], as_json: boo
     lines = listed_files(listing, files)
     if as_json:
         listing = msgspec.structs.replace(listing, files=tuple(files))
-        _print_json({**msgspec.to_builtins(listing), "choices": lines})
+        print_json({**msgspec.to_builtins(listing), "choices": lines})
         return 0
     rows = [
         [
@@ -255,7 +255,7 @@ def _print_result(listing: Listing, files: tuple[RemoteFile, ...], result: Downl
             {"path": place, "file": file.path, "size": file.size, "sha256": file.sha256}
             for file, place in zip(files, result.paths, strict=True)
         ]
-        _print_json(
+        print_json(
             {
                 "repo": listing.repo,
                 "revision": listing.revision,
@@ -277,10 +277,6 @@ def _print_result(listing: Listing, files: tuple[RemoteFile, ...], result: Downl
     for place in result.kept:
         print(f"A file of yours had the same name: it is now {place}", file=sys.stderr)
     print(f"{listing.repo}: {_count(files)}, {readable_bytes(result.bytes)}{taken}, verified{speed}", file=sys.stderr)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 def _rate(text: str) -> float:

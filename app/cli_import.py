@@ -16,7 +16,7 @@ from app.store.database import Database
 from app.store.library import LibraryStore
 from app.store.refresh import library_roots, refresh
 from app.store.settings import SettingsStore
-from app.terminal import ProgressLine
+from app.terminal import ProgressLine, print_json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,7 +70,7 @@ def _run(parsed: argparse.Namespace) -> int:
         line.clear()
         database.close()
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode([_row(result) for result in results]), indent=2).decode())
+        print_json([_row(result) for result in results])
     else:
         for result in results:
             _print(result)

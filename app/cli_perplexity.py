@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-
 from app.backends.base import Capability
 from app.cli_engine import add_adapter_arguments, add_load_arguments, loaded_engine
 from app.cli_events import Asked
@@ -16,7 +14,7 @@ from app.cli_library import find_model, find_stack
 from app.core.errors import ErrorKind, WeftError
 from app.engine import protocol
 from app.engine.client import EngineClient
-from app.terminal import ProgressLine
+from app.terminal import ProgressLine, print_json
 
 LONGEST = 12 * 1024 * 1024  # bytes of text that go to an engine in one message, room for escapes left
 
@@ -67,7 +65,7 @@ def _run(parsed: argparse.Namespace) -> int:
             "stride": parsed.stride,
             "seconds": time.monotonic() - started,
         }
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print_json(found)
     else:
         print(
             f"perplexity {scored.perplexity:.4f}  (nll {scored.nll:.4f} over {scored.tokens:,} tokens; {stack.title})"

@@ -13,7 +13,7 @@ from app.core.push_plan import PushPlan, PushResult
 from app.hub.push import check_repo, files_of
 from app.store.secrets import TokenStore
 from app.store.settings import SettingsStore
-from app.terminal import readable_bytes
+from app.terminal import print_json, readable_bytes
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +44,7 @@ def _run(parsed: argparse.Namespace) -> int:
     )
     made = msgspec.convert(run_task("", "push_hub", plan), PushResult)
     if parsed.json:
-        print(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        print_json(made)
         return 0
     known = f", {readable_bytes(made.known)} of it there already" if made.known else ""
     who = "private" if made.private else "public"

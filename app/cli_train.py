@@ -22,7 +22,7 @@ from app.engine.environments import USABLE, Environments
 from app.engine.machine import probe
 from app.engine.surroundings import child_environment
 from app.store.toml_text import dump
-from app.terminal import ProgressLine
+from app.terminal import ProgressLine, print_json
 from app.training import methods, run_file
 from app.training.distribution import check_configuration
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
@@ -87,7 +87,7 @@ def run(parsed: argparse.Namespace) -> int:
             )
         raise
     if parsed.json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
+        print_json(result)
     elif result:
         _print_result(result)
     else:
@@ -116,7 +116,7 @@ def _preview(config: RunConfig, as_json: bool) -> int:
     parameters = PreviewParameters(data=config.data_config(), model=model_of(config).path)
     found = run_task(ENVIRONMENT, "preview_data", parameters)
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        print_json(found)
     else:
         print(render(msgspec.convert(found, PreviewResult)))
     return 0

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import msgspec
+
 from app.core.amounts import readable_bytes as readable_bytes
 from app.core.errors import WeftError
 from app.core.jobs import Progress
@@ -64,6 +66,11 @@ def print_error(error: WeftError) -> None:
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout, for `--json`."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 def readable_count(count: float) -> str:
