@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed in this interpreter")
+if not torch.cuda.is_available():
+    pytest.skip("PyTorch finds no NVIDIA card here (torch.cuda.is_available() is false)", allow_module_level=True)
 
 from tests.engine import test_quantize, tiny_models  # noqa: E402 (needs torch)
-from tests.engine.merge_kit import Report, fresh_seed  # noqa: E402
+from tests.engine.merge_kit import Report  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA card")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_the_card_calibrates_as_well_as_the_processor(tmp_path: Path, method: str) -> None:
-    seed = fresh_seed()
+def test_the_card_calibrates_as_well_as_the_processor(tmp_path: Path, seed: int, method: str) -> None:
     words = random.Random(seed).choices(" ".join(tiny_models.CORPUS).split(), k=2500)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12)), "utf-8")
