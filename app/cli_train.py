@@ -25,6 +25,7 @@ from app.store.toml_text import dump
 from app.terminal import ProgressLine, print_json
 from app.training import methods, run_file
 from app.training.distribution import check_configuration
+from app.training.estimate import check_room
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
 from app.training.run_resume import SUFFIX, check_place
 
@@ -69,7 +70,9 @@ def run(parsed: argparse.Namespace) -> int:
         return _export(parameters, parsed)
     if parsed.launch is None:  # else the first process looks: this may be a further machine
         check_place(Path(config.output.dir), parameters)
-        for note in methods.check_machine(config, len(probe().gpus)):
+        cards = len(probe().gpus)
+        check_room(config, model, card=bool(cards) and config.model.device != "cpu")
+        for note in methods.check_machine(config, cards):
             told.append(note)
             print(f"note: {note}", file=sys.stderr)
     _environment()

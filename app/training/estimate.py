@@ -7,8 +7,14 @@ on a Llama of 8 layers and 512 width on a processor: 1.07, 1.14 and 0.94 of the 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import msgspec
 
+from app.core.amounts import readable_bytes
+from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.core.quantization import PACKED
 from app.training.run_config import RunConfig
@@ -184,6 +190,24 @@ def duration(seconds: float) -> str:
         return "a minute at most"
     minutes = round(seconds / 60)
     return f"{seconds / 3600:.1f} hours" if minutes >= 120 else f"{minutes} minute{'s' if minutes > 1 else ''}"
+
+
+def check_room(config: RunConfig, model: ModelEntry, *, card: bool) -> None:
+    """Refuse a paged optimizer whose state would find no room, before anything is loaded; the run itself knows its size to the byte.
+
+    Raises:
+        WeftError: DISK_FULL, naming where it could lie and the way out.
+    """
+    need = estimate(config, model, card=card).file
+    beside = Path(config.output.dir).absolute().parent
+    temporary = Path(tempfile.gettempdir())
+    places = [temporary, next((place for place in (beside, *beside.parents) if place.is_dir()), temporary)]
+    if need and all(shutil.disk_usage(place).free < need for place in places):
+        raise WeftError(
+            ErrorKind.DISK_FULL,
+            f"{config.train.optimizer} keeps about {readable_bytes(need)} in a file, for which there is no room in {places[0]} nor in {places[1]}.",
+            "Free some space, or take a smaller rank or another optimizer.",
+        )
 
 
 def words(found: RunEstimate) -> str:

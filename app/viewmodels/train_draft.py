@@ -17,7 +17,7 @@ from app.core.options import OptionValue
 from app.store.toml_text import dump
 from app.training import methods, run_file
 from app.training.data_config import DataConfig, PreviewParameters, PreviewResult
-from app.training.estimate import RunEstimate, estimate
+from app.training.estimate import RunEstimate, check_room, estimate
 from app.training.module_names import Modules, ModulesParameters
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig, TrainParameters
 from app.viewmodels.task_lane import TaskLane
@@ -240,6 +240,7 @@ class TrainDraft(QObject):
             methods.check(config)
             methods.check_base(config, self.model)
             methods.check_machine(config, len(self._machine().gpus))
+            check_room(config, self.model, card=self._on_card)
         except (WeftError, msgspec.ValidationError) as error:
             return str(error)
         if self.preview_error is not None and self.preview_error.kind is not ErrorKind.CANCELLED:

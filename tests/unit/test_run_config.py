@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +18,7 @@ from app.core.options import describe
 from app.store.toml_text import dump
 from app.training import methods, run_file
 from app.training.distribution import check_configuration, check_distribution, check_sharded
-from app.training.estimate import estimate, words
+from app.training.estimate import check_room, estimate, words
 from app.training.run_config import MethodConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
 
 SMALLEST = """
@@ -238,6 +241,35 @@ def test_what_becomes_of_a_paged_state_is_told_and_counted(optimizer: str) -> No
     assert told.file == usual.optimizer == card.optimizer and usual.file == card.file == 0
     assert usual.total - usual.optimizer <= told.total < usual.total - 0.9 * usual.optimizer
     assert "of the optimizer in a file" in words(told) and "in a file" not in words(usual)
+
+
+def test_a_paged_state_without_room_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "model": {"path": "x"},
+        "train": {"optimizer": "paged_adamw"},
+        "output": {"dir": str(tmp_path / "new" / "y")},
+    }
+    config = run_file.from_table(table)
+    model = ModelEntry(
+        id="x",
+        path="x",
+        name="x",
+        format=ModelFormat.SAFETENSORS,
+        parameters=10**8,
+        weight_bytes=10**8,
+        shape=ModelShape(layers=10, hidden=512, vocabulary=1000, heads=8),
+    )
+    need = estimate(config, model).file
+    free = {str(tmp_path): need, tempfile.gettempdir(): need}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free[str(place)]))
+    check_room(config, model, card=False)
+    free[tempfile.gettempdir()] = 0
+    check_room(config, model, card=False)
+    free[str(tmp_path)] = need - 1
+    with pytest.raises(WeftError, match="no room in") as caught:
+        check_room(config, model, card=False)
+    assert caught.value.kind is ErrorKind.DISK_FULL and str(tmp_path) in caught.value.message
+    check_room(config, model, card=True)  # bitsandbytes pages into main memory
 
 
 def test_the_time_of_a_run_follows_tokens_steps_and_speed() -> None:
