@@ -143,8 +143,8 @@ def check_machine(config: RunConfig, cards: int, *, sharded: bool = False) -> li
     notes: list[str] = []
     if train.optimizer.startswith("paged"):
         notes.append(
-            f"{here}: {train.optimizer} keeps its state in a file, which leaves memory when that gets short. It learns what "
-            f"{train.optimizer.removeprefix('paged_')} learns; where memory suffices, that one spares the disk."
+            f"{here}: {train.optimizer} keeps its state in a file, which leaves memory when that gets short. Where memory "
+            f"suffices, {train.optimizer.removeprefix('paged_')} learns the same and spares the disk."
         )
     if offload and cards:
         notes.append("dora_offload: a card computes DoRA's first magnitudes; the run itself stays on the processor.")
