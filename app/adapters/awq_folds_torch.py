@@ -133,7 +133,7 @@ def _holds(layer: Any, fold: Fold, heard: Heard) -> bool:
     try:
         tried = hear(layer, {t.name: t.module for t in fold.targets})
     finally:
-        apply(fold, 1 / effective)  # powers of two: exact
+        apply(fold, 1 / effective)  # exact for powers of two; a norm of 1 + weight leaves a last bit
         if kept is not None:
             fold.module.weight.data.copy_(kept)
     added = (heard.made - heard.taken).norm().clamp(min=1e-20)
@@ -163,7 +163,7 @@ def apply(fold: Fold, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tens
         weight.copy_(torch.where(usable, new, weight))
     else:
         fold.rows.weight[-len(scale) :] /= scale[:, None]
-    bias = getattr(fold.module, "bias", None)
+    bias: Any = getattr(fold.module, "bias", None)
     if isinstance(bias, Tensor):
         bias.data[-len(scale) :] /= scale
     for target in fold.targets:

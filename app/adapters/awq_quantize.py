@@ -6,6 +6,8 @@ comes before takes off again; searched on the layer's real inputs; then the rang
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,15 @@ _CLIP_ROWS = 256  # inputs that ranges are tried on
 _SLICE = 1 << 18  # weights that are worked on at a time: what a processor's cache holds
 
 
-def best_scales(weights: list[Tensor], inputs: Tensor, size: Tensor, group: int) -> Tensor:
+def best_scales(
+    weights: list[Tensor], inputs: Tensor, size: Tensor, group: int, check: Callable[[], None] = lambda: None
+) -> Tensor:
     """The scale of each input channel under which rounding changes what the matrices make of the inputs least.
 
     Args:
         weights: float32 (out_i, in) each; they read the same input. inputs: float32 (rows, in), a part of it.
         size: float32 (in,), the mean |x| over all of it. group: inputs that share a scale.
+        check: called between trials; raises to stop.
 
     Returns:
         float32 (in,); ones where no scale is better than none.
@@ -33,7 +38,10 @@ def best_scales(weights: list[Tensor], inputs: Tensor, size: Tensor, group: int)
     for step in range(_RATIOS):
         scale = size.clamp(min=1e-4) ** (step / _RATIOS)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        loss = sum(_loss(weight, inputs, scale, group) for weight in weights)
+        loss = 0.0
+        for weight in weights:
+            check()
+            loss += _loss(weight, inputs, scale, group)
         if loss < best:
             best, chosen = loss, scale
     return chosen
@@ -48,18 +56,20 @@ def _loss(weight: Tensor, inputs: Tensor, scale: Tensor, group: int) -> float:
     return total
 
 
-def clipped(weight: Tensor, inputs: Tensor, group: int) -> Tensor:
+def clipped(weight: Tensor, inputs: Tensor, group: int, check: Callable[[], None] = lambda: None) -> Tensor:
     """The matrix with each group's largest weights cut to the range that errs least on the inputs.
 
     Args:
-        weight: float32 (out, in). inputs: float32 (rows, in), as the matrix gets them.
+        weight: float32 (out, in). inputs: float32 (rows, in), as the matrix gets them, in no order: the first are taken.
+        check: called between pieces of the matrix; raises to stop.
     """
     out, width = weight.shape
-    x = inputs[:: max(1, len(inputs) // _CLIP_ROWS)][:_CLIP_ROWS].reshape(-1, width // group, group)
+    x = inputs[:_CLIP_ROWS].reshape(-1, width // group, group)
     x = x.transpose(0, 1)  # (groups, rows, group)
     made = torch.empty_like(weight)
     size = max(1, _SLICE // width)
     for start in range(0, out, size):
+        check()
         part = weight[start : start + size].reshape(-1, width // group, group)
         whole = part.abs().amax(2, keepdim=True)
         best, chosen = torch.full_like(whole, torch.inf), whole

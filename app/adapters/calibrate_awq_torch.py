@@ -21,21 +21,26 @@ _UNCUT = ("q_", "k_", "query", "key", "qkv", "c_attn")
 
 
 class _Seen:
-    """What has come to a matrix: a part of its inputs, and how large all of them are."""
+    """What has come to a matrix: a part of its inputs, in no order, and how large all of them are."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.parts: list[Tensor] = []
+        self._chance = torch.Generator().manual_seed(width)
         self.sum = torch.zeros(width, device=device)
         self.count = 0
 
     def add(self, rows: Tensor, most: int) -> None:
-        step = -(-len(rows) // most) if len(rows) else 1
-        self.parts.append(rows[::step].clone())
+        # From anywhere in the piece: a model's first tokens are unlike all others.
+        some = torch.randperm(len(rows), generator=self._chance)[:most]
+        self.parts.append(rows[some.to(rows.device)])
         self.sum += rows.abs().sum(0)
         self.count += len(rows)
 
     def rows(self) -> Tensor:
-        return torch.cat(self.parts) if self.parts else self.sum.new_zeros(0, len(self.sum))
+        if not self.parts:
+            return self.sum.new_zeros(0, len(self.sum))
+        rows = torch.cat(self.parts)
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).to(rows.device)]
 
     def size(self) -> Tensor:
         return self.sum / max(1, self.count)
@@ -75,22 +80,26 @@ def calibrate(
         met = seen[fold.source if fold.rows is None else leaders[fold.targets[0].name].name]
         if met.count:
             # Columns are scaled once: rows that other folds divide do not change what is best for columns by much.
-            scale = best_scales([target.weight for target in fold.targets], met.rows(), met.size(), group)
+            weights = [target.weight for target in fold.targets]
+            scale = best_scales(weights, met.rows(), met.size(), group, check)
             scale = folds.apply(fold, scale, dtype)
             columns |= {target.name: scale for target in fold.targets}
             if fold.rows is not None:
                 divided[fold.source] = (len(scale), scale)
         done(0.4 + 0.3 * (number + 1) / len(places))
     found: dict[str, MatrixResult] = {}
-    unseen = 0
+    unseen, left = 0, list[str]()
     for number, matrix in enumerate(matrices):
         check()
         met = seen[leaders[matrix.name].name]
+        if not met.count and not matrix.is_expert and matrix.name not in columns:
+            left.append(matrix.name)
+            continue
         unseen += not met.count
         weight = matrix.weight
         if met.count and not any(part in matrix.name.rpartition(".")[2].lower() for part in _UNCUT):
             rows = met.rows()
-            weight = clipped(weight, rows / columns[matrix.name] if matrix.name in columns else rows, group)
+            weight = clipped(weight, rows / columns[matrix.name] if matrix.name in columns else rows, group, check)
         made = round_to_grid(weight, group)
         after = made.weight()
         if matrix.name in columns:
@@ -101,7 +110,7 @@ def calibrate(
         was = before.pop(matrix.name)
         found[matrix.name] = MatrixResult(packed_write.awq(made), float((after - was).norm()), float(was.norm()))
         done(0.7 + 0.3 * (number + 1) / len(matrices))
-    return LayerResult(found, _changed(places), unseen)
+    return LayerResult(found, _changed(places), unseen, tuple(left))
 
 
 def _listen(

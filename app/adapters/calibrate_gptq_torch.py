@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from app.adapters.gptq_quantize import Rounded, curvature, quantize
 from app.adapters.layer_inputs_torch import Matrix, Sharing, hear, rows_of, stages
 from app.adapters.layer_walk_torch import LayerPass, StopLayerError
 from app.adapters.quantized_layer import LayerResult, MatrixResult
+
+HESSIANS = 2 << 30  # bytes of them at a time, where one is not larger
 
 
 def calibrate(
@@ -35,19 +37,37 @@ def calibrate(
     order = stages(matrices, heard)
     del heard
     found: dict[str, MatrixResult] = {}
-    unseen = 0
-    for number, sharings in enumerate(order):
+    unseen, left = 0, list[str]()
+    parts = [part for stage in order for part in _in_memory(stage)]
+    for number, sharings in enumerate(parts):
         hessians = _hessians(layer, sharings, check)
-        done((number + 0.5) / (len(order) + 1))
+        done((number + 0.5) / (len(parts) + 1))
         for sharing in sharings:
             hessian, count = hessians.pop(sharing.leader.name)
+            if not count and not sharing.leader.is_expert:
+                left += [matrix.name for matrix in sharing.members]
+                continue
             unseen += 0 if count else len(sharing.members)
-            given = curvature(hessian, group, by_importance=by_importance)
+            given = curvature(hessian, group, by_importance=by_importance, check=check)
             for matrix in sharing.members:
                 found[matrix.name] = put(matrix, quantize(matrix.weight, given, bits, check), bits)
-        done((number + 1) / (len(order) + 1))
+        done((number + 1) / (len(parts) + 1))
     layer.advance(check)
-    return LayerResult(found, {}, unseen)
+    return LayerResult(found, {}, unseen, tuple(left))
+
+
+def _in_memory(stage: Sequence[Sharing]) -> Iterator[list[Sharing]]:
+    """A stage's matrices, a few at a time: a mixture has hundreds, and each has a Hessian."""
+    part: list[Sharing] = []
+    held = 0
+    for sharing in stage:
+        size = 4 * sharing.leader.weight.shape[1] ** 2
+        if part and held + size > HESSIANS:
+            yield part
+            part, held = [], 0
+        part.append(sharing)
+        held += size
+    yield part
 
 
 def put(matrix: Matrix, made: Rounded, bits: int) -> MatrixResult:
@@ -89,7 +109,8 @@ def _hessians(
 
 
 def resume(layer: LayerPass, matrices: Sequence[Matrix], made: Mapping[str, Tensor], check: Callable[[], None]) -> None:
-    """Go through a layer that an earlier run has quantized. made: W, float32 (out, in), by the matrices' names."""
+    """Go through a layer that an earlier run has quantized. made: W, float32 (out, in), by the names of matrices that were."""
     for matrix in matrices:
-        matrix.weight.copy_(made[matrix.name])
+        if matrix.name in made:
+            matrix.weight.copy_(made[matrix.name])
     layer.advance(check)

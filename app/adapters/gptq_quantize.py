@@ -54,7 +54,9 @@ class Curvature(NamedTuple):
     by_importance: bool
 
 
-def curvature(hessian: Tensor, group: int, *, by_importance: bool = False) -> Curvature:
+def curvature(
+    hessian: Tensor, group: int, *, by_importance: bool = False, check: Callable[[], None] = lambda: None
+) -> Curvature:
     """Prepare for `quantize`.
 
     Args:
@@ -62,10 +64,11 @@ def curvature(hessian: Tensor, group: int, *, by_importance: bool = False) -> Cu
         group: inputs that share a scale; it divides `in`.
         by_importance: take columns in the order of the Hessian's diagonal, in groups of that order (`desc_act`); else groups
             are of neighbours, and only the order in which they are rounded follows importance.
+        check: called between steps; raises to stop.
     """
     size = hessian.diagonal().clone()
     order = size.argsort(descending=True, stable=True) if by_importance else _group_aware(size, group)
-    return Curvature(order, size[order], _inverse_factor(hessian[order][:, order]), group, by_importance)
+    return Curvature(order, size[order], _inverse_factor(hessian[order][:, order], check), group, by_importance)
 
 
 def quantize(weight: Tensor, given: Curvature, bits: int, check: Callable[[], None] = lambda: None) -> Rounded:
@@ -117,7 +120,7 @@ def _group_aware(importance: Tensor, group: int) -> Tensor:
     return (within + torch.arange(len(rows), device=rows.device)[:, None] * group)[groups].reshape(-1)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def _inverse_factor(hessian: Tensor, check: Callable[[], None]) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse. Inputs that never came stand for themselves."""
     diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1
@@ -125,10 +128,14 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     damped = hessian.clone()
     for damping in (DAMPING, 0.03, 0.1, 0.3, 1.0):
         damped.diagonal().copy_(diagonal + damping * mean)
+        check()
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        check()
+        inverse = torch.cholesky_inverse(lower)
+        check()
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not int(failed) and bool(upper.diagonal().isfinite().all()):
             return upper
     return torch.eye(len(hessian), device=hessian.device)  # nothing to go by: plain rounding

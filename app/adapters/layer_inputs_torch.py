@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from app.adapters.layer_walk_torch import LayerPass
+from app.adapters.layer_walk_torch import LayerPass, first
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -29,6 +28,11 @@ class Matrix(NamedTuple):
     def weight(self) -> Tensor:
         """(out, in), a view: what is written to it the module has."""
         return self.module.weight.data.T if self.transposed else self.module.weight.data
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one of a mixture's experts."""
+        return "#" in self.pattern
 
     @property
     def pattern(self) -> str:
@@ -61,8 +65,6 @@ class Heard(NamedTuple):
 
 def hear(layer: LayerPass, modules: Mapping[str, Any]) -> Heard:
     """Run a layer on its first piece and hear what comes to its modules, and from them."""
-    from app.adapters.layer_walk_torch import first
-
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -145,7 +147,3 @@ def _leaders(matrices: list[Matrix], heard: Heard, first_run: Mapping[str, int])
 def rows_of(inputs: Tensor) -> Tensor:
     """An input as (tokens, in), float32."""
     return inputs.detach().reshape(-1, inputs.shape[-1]).float()
-
-
-def no_inputs(matrix: Matrix) -> Tensor:
-    return torch.zeros(0, matrix.weight.shape[1], device=matrix.weight.device)

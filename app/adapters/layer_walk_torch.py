@@ -1,13 +1,16 @@
 """A model run layer by layer over a text: each layer sees all of the text before the next one begins. Needs torch and transformers.
 
 What a layer is handed beside its hidden states (masks, rotary embeddings) differs between architectures and between the layers of one.
-So the model's own forward runs once, over one piece of the text, and carries the walk: where it comes to a layer, that layer is
-worked on with all pieces, and then the forward goes on.
+So the model's own forward runs once over a piece of the text, and carries the walk: where it comes to a layer, that layer is
+worked on with all pieces, and then the forward goes on. Beside it, it runs over a second piece: what a layer is handed for the two has to
+be the same but for the hidden states, and those have to be what the layer before has made; else other pieces could not go the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,11 +20,16 @@ from torch import Tensor
 from app.core.errors import ErrorKind, WeftError
 
 LINEAR_TYPES = ("Linear", "Conv1D")
+CARRIED = 2  # pieces that the model's own forward runs over
 _HINT = "Merge into safetensors, or export a GGUF with `weft export`."
 
 
 class StopLayerError(Exception):
     """Raised by a hook: the rest of the layer need not be computed."""
+
+
+class ForeignError(Exception):
+    """A model's own code has failed; its cause says how."""
 
 
 class LayerPass:
@@ -45,7 +53,7 @@ class LayerPass:
         self.index, self.name, self.module, self.states = index, name, module, states
         self.device, self.compute = place
         self._handed = handed
-        self.output: Any = None
+        self.outputs: list[Any] = []  # of the pieces that carry the walk, as the layer returns them
         self.use(self.compute)
 
     def use(self, dtype: torch.dtype) -> None:
@@ -56,7 +64,7 @@ class LayerPass:
     def forward(self, hidden: Tensor) -> Any:
         """What the layer makes of one piece, as it returns it."""
         with torch.no_grad():
-            return self._handed(hidden.to(self.device, self._dtype))
+            return foreign(self._handed, hidden.to(self.device, self._dtype))
 
     def hear(self, check: Callable[[], None]) -> None:
         """Run all pieces for the sake of hooks; they may raise StopLayerError. Nothing is kept."""
@@ -72,9 +80,28 @@ class LayerPass:
         for number, hidden in enumerate(self.states):
             check()
             made = self.forward(hidden)
-            if number == 0:
-                self.output = made
-            self.states[number] = first(made).to("cpu", self.compute)
+            if number < CARRIED:
+                self.outputs.append(made)
+            state = first(made).to("cpu", self.compute)
+            if not bool(state.isfinite().all()):
+                raise WeftError(
+                    ErrorKind.CORRUPT,
+                    f"Layer {self.index} of this model makes numbers that are not finite.",
+                    "Check that the model itself answers sensibly; if not, get it again.",
+                )
+            self.states[number] = state
+
+
+def foreign(call: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Run a model's own code. Raises ForeignError for what it raises, but for memory that does not suffice."""
+    try:
+        return call(*args, **named)
+    except (StopLayerError, WeftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise
+        raise ForeignError(str(error).strip() or type(error).__name__) from error
 
 
 def first(made: Any) -> Tensor:
@@ -135,11 +162,12 @@ def walk(
     with torch.no_grad():
         embedded = _embedded(embed, pieces)
         states = _first_states(base, layers[0][1], embedded)
-        del embedded[1:]
-        place = (torch.device(device), compute)
+        del embedded[CARRIED:]
+        carriers = _Carriers(base, embedded[1:], (torch.device(device), compute))
         for index, (name, layer) in enumerate(layers):
-            layer.forward = _Carrier(index, name, layer, states, each, place)
-        base(inputs_embeds=embedded[0], use_cache=False)
+            layer.forward = _Carrier(index, name, layer, states, each, carriers)
+        with carriers:
+            base(inputs_embeds=embedded[0], use_cache=False)
     return states
 
 
@@ -147,12 +175,69 @@ def _embedded(embed: Any, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
     """What the embedding makes of each piece, computed in float32: of the rows that are used alone."""
     tokens = torch.tensor([list(piece) for piece in pieces])
     used, places = tokens.unique(return_inverse=True)
-    whole = embed.weight
+    whole, padding = embed.weight, getattr(embed, "padding_idx", None)
     embed.weight = torch.nn.Parameter(whole.data[used].float(), requires_grad=False)
+    embed.padding_idx = None  # it matters to gradients alone, and is none of these rows
     try:
-        return [embed(row[None]).float() for row in places]
+        return [foreign(embed, row[None]).float() for row in places]
     finally:
-        embed.weight = whole
+        embed.weight, embed.padding_idx = whole, padding
+
+
+class _Carriers:
+    """The forwards that carry a walk: the caller's own, and one over a second piece in a thread that waits at each layer.
+
+    Args:
+        base: the model without its head. embedded: the second piece, if there is one. place: see `walk`.
+    """
+
+    def __init__(self, base: Any, embedded: Sequence[Tensor], place: tuple[torch.device, torch.dtype]) -> None:
+        self.place = place
+        self._base, self._embedded = base, embedded
+        self._came: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._goes_on: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="second carrier", daemon=True) if embedded else None
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                self._base(inputs_embeds=self._embedded[0], use_cache=False)
+        except StopLayerError:
+            pass
+        except Exception as error:  # noqa: BLE001 (raised again where the walk waits for it)
+            self._came.put(error)
+
+    def is_second(self) -> bool:
+        """Whether it is the second forward that asks."""
+        return threading.current_thread() is self._thread
+
+    def wait(self, handed: tuple[Any, ...]) -> Any:
+        """For the second forward: what a layer has made of its piece. handed: what it is called with."""
+        self._came.put(handed)
+        made = self._goes_on.get()
+        if made is None:
+            raise StopLayerError
+        return made
+
+    def second(self) -> tuple[Any, ...] | None:
+        """What the layer is called with for the second piece; None where there is none."""
+        came = self._came.get() if self._thread is not None else None
+        if isinstance(came, Exception):
+            raise ForeignError(str(came)) from came
+        return came
+
+    def let_go(self, made: Any) -> None:
+        """Have the second forward go on with what a layer has made."""
+        self._goes_on.put(made)
+
+    def __enter__(self) -> None:
+        if self._thread is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._goes_on.put(None)  # after an error it waits at a layer; after none it has ended
+            self._thread.join()
 
 
 class _Carrier:
@@ -165,15 +250,23 @@ class _Carrier:
         layer: Any,
         states: list[Tensor],
         each: Callable[[LayerPass], None],
-        place: tuple[torch.device, torch.dtype],
+        carriers: _Carriers,
     ) -> None:
         self._index, self._name, self._layer, self._states, self._each = index, name, layer, states, each
-        self._place = place
+        self._carriers = carriers
         self._own = layer.forward
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        carriers, given = self._carriers, "hidden_states" in named
         hidden, *beside = _apart(args, named)
-        device, own, given = self._place[0], self._own, "hidden_states" in named
+        if carriers.is_second():
+            return carriers.wait((hidden, beside))
+        came = [(hidden, beside), *filter(None, [carriers.second()])]
+        for (its_hidden, its_beside), state in zip(came, self._states, strict=False):
+            as_before = torch.equal(its_hidden.to(state), state)
+            if not as_before or not _alike(its_beside, beside):
+                raise more_of_the_text()
+        device, own = carriers.place[0], self._own
         placed: dict[torch.dtype, Any] = {}
 
         def handed(hidden: Tensor) -> Any:
@@ -182,37 +275,51 @@ class _Carrier:
             rest, others = placed[hidden.dtype]
             return own(*rest, hidden_states=hidden, **others) if given else own(hidden, *rest, **others)
 
-        taken = LayerPass(self._index, self._name, self._layer, self._states, handed, self._place)
+        taken = LayerPass(self._index, self._name, self._layer, self._states, handed, carriers.place)
         self._each(taken)
         self._layer.to("meta")  # its memory goes; the files still have it
-        return _placed(taken.output, hidden.device, hidden.dtype)
+        made = [_placed(output, hidden.device, hidden.dtype) for output in taken.outputs]
+        if len(came) > 1:
+            carriers.let_go(made[1])
+        return made[0]
+
+
+def more_of_the_text() -> WeftError:
+    """The refusal of architectures whose layers cannot be run one by one."""
+    return WeftError(
+        ErrorKind.UNSUPPORTED,
+        "The layers of this architecture get more of the text than their hidden states.",
+        _HINT,
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two calls have the same tensors."""
+    ours, theirs = list(_tensors(a)), list(_tensors(b))
+    return len(ours) == len(theirs) and all(
+        x.shape == y.shape and torch.equal(x, y) for x, y in zip(ours, theirs, strict=True)
+    )
 
 
 def _first_states(base: Any, layer: Any, embedded: Sequence[Tensor]) -> list[Tensor]:
     """What comes to the first layer, for each piece."""
-    own, states, beside = layer.forward, list[Tensor](), list[list[Tensor]]()
+    own, states, beside = layer.forward, list[Tensor](), list[Any]()
 
     def taken(*args: Any, **named: Any) -> Any:
-        hidden, rest, others = _apart(args, named)
+        hidden, *others = _apart(args, named)
         states.append(hidden)
-        beside.append(list(_tensors((rest, others))))
+        beside.append(others)
         raise StopLayerError
 
     layer.forward = taken
     try:
         for piece in embedded:
             with contextlib.suppress(StopLayerError):
-                base(inputs_embeds=piece, use_cache=False)
+                foreign(base, inputs_embeds=piece, use_cache=False)
     finally:
         layer.forward = own
-    for other in beside[1:]:
-        same = len(other) == len(beside[0])
-        if not same or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(other, beside[0], strict=True)):
-            raise WeftError(
-                ErrorKind.UNSUPPORTED,
-                "The layers of this architecture get more of the text than their hidden states.",
-                _HINT,
-            )
+    if not all(_alike(other, beside[0]) for other in beside[1:]):
+        raise more_of_the_text()
     return states
 
 

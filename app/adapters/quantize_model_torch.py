@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from app.adapters.layer_inputs_torch import Matrix
-from app.adapters.layer_walk_torch import layers_of
+from app.adapters.layer_walk_torch import foreign, layers_of
 from app.adapters.merge_files import BaseFiles
 from app.adapters.packed_experts import PARTS, PackedExperts, standable
 from app.adapters.packed_places import Places
 from app.core.errors import ErrorKind, WeftError
 
+_MOST_LEFT = 0.2  # of the layers' weights: convolutions, routers and the like
 ROUTERS = ("gate", "router", "shared_expert_gate")  # small, and what they decide is not to be rounded
 
 
@@ -36,9 +37,21 @@ class QuantizableModel:
     def __init__(self, folder: Path, files: BaseFiles, dtype: torch.dtype) -> None:
         import transformers
 
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
+        model: Any
+        model, info = foreign(
+            transformers.AutoModelForCausalLM.from_pretrained,
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+            raise WeftError(
+                ErrorKind.CORRUPT,
+                f"The weight files lack {missing[0]}" + (f" and {len(missing) - 1} more." if missing[1:] else "."),
+                "Download the model again.",
+            )
         model.eval()
         self.model: Any = model
         names = [name for name, tensor in files.tensors.items() if tensor.dtype in ("F16", "BF16", "F32", "F64")]
@@ -53,6 +66,8 @@ class QuantizableModel:
         for number, (name, layer) in enumerate(self.layers):
             self._matrices.append(self._matrices_of(name, layer))
             self._prefixes.append(self._prefix(number, name))
+        made = [module for matrices in self._matrices for module in (m.module for m in matrices)]
+        check_share(str(model.config.model_type), [layer for _, layer in self.layers], made)
 
     def _split_experts(self, owner: str, found: Mapping[str, str]) -> None:
         """Experts one by one, in the place of those that transformers keeps together; the numbers stay where they are."""
@@ -100,16 +115,23 @@ class QuantizableModel:
         return self._matrices[layer]
 
     def kept(self) -> list[str]:
-        """Names in the files, without `.weight`, of what lies in layers, multiplies, and is not quantized: routers."""
+        """Names in the files, without `.weight`, of what multiplies and is not quantized: routers, and what lies in no layer."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        made = {id(matrix.module) for matrices in self._matrices for matrix in matrices}
         found: list[str] = []
-        for number, (name, layer) in enumerate(self.layers):
-            made = {matrix.name for matrix in self._matrices[number]}
-            for part, module in layer.named_modules():
-                weight = module._parameters.get("weight")
-                stored = self._parameters.get(f"{name}.{part}.weight")
-                if part not in made and weight is not None and weight.dim() == 2 and stored is not None:
-                    found.append(stored.removesuffix(".weight"))
+        for name, module in self.model.named_modules():
+            weight, stored = module._parameters.get("weight"), self._parameters.get(f"{name}.weight")
+            if id(module) in made or weight is None or weight.dim() != 2 or stored is None:
+                continue
+            if module is not head and module is not embedding and not isinstance(module, torch.nn.Embedding):
+                found.append(stored.removesuffix(".weight"))
         return found
+
+    def blocks(self) -> list[list[str]]:
+        """Names, inside a layer, of what is quantized, where other matrices of layers are not; else []."""
+        names = {matrix.name for matrices in self._matrices for matrix in matrices}
+        linear = {n for _, layer in self.layers for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        return [[name] for name in sorted(names)] if linear - names else []
 
     def prefix(self, layer: int) -> str:
         """How the names of a layer's tensors begin in the files."""
@@ -133,6 +155,26 @@ class QuantizableModel:
                 "Quantize by GPTQ.",
             )
         return found
+
+
+def check_share(kind: str, layers: Sequence[Any], made: Iterable[Any]) -> None:
+    """Refuse models most of whose layers would stay in 16 bits.
+
+    Args:
+        made: modules whose weights are quantized; experts that are taken apart for it too.
+
+    Raises:
+        WeftError: UNSUPPORTED.
+    """
+    packed = sum(p.numel() for module in made for p in module.parameters() if p.dim() > 1)
+    whole = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    if whole - packed > _MOST_LEFT * whole:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"{(whole - packed) / whole:.0%} of the weights in {kind}'s layers lie in tensors that hold no packed weights, "
+            "such as experts that are kept together.",
+            "Export a GGUF with `weft export`.",
+        )
 
 
 def is_router(name: str) -> bool:

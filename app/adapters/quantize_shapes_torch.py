@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from app.adapters.layer_walk_torch import layers_of
 from app.adapters.packed_experts import standable
 from app.adapters.packed_grid import SLABS
-from app.adapters.quantize_model_torch import is_router
+from app.adapters.quantize_model_torch import check_share, is_router
 from app.core.errors import ErrorKind, WeftError
 from app.core.quantize_plan import GROUPS, QuantizePlan
+
+# Of these transformers and AutoAWQ replace the activation by one with scales (transformers/integrations/awq.py).
+SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 
 
 class Shapes(NamedTuple):
@@ -56,10 +59,19 @@ def shapes_of(folder: Path, original: Mapping[str, Any]) -> Shapes:
         ) from error
     layers = layers_of(model)
     matrices = [each for name, layer in layers for each in _matrices(name, layer)]
+    packable = [m for _, layer in layers for n, m in layer.named_modules() if not is_router(n) and _holds_matrices(m)]
+    check_share(kind, [layer for _, layer in layers], packable)
     if not matrices:
         raise WeftError(ErrorKind.UNSUPPORTED, f"{kind} has no matrices in layers that could be quantized.", hint)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Shapes(matrices, max(0, total - sum(i * o for _, i, o in matrices)), len(layers))
+
+
+def _holds_matrices(module: Any) -> bool:
+    """A module whose own weights are packed: a linear one, or a mixture's experts."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D" or standable(module)
 
 
 def _matrices(name: str, layer: Any) -> Iterator[tuple[str, int, int]]:
@@ -79,6 +91,15 @@ def _matrices(name: str, layer: Any) -> Iterator[tuple[str, int, int]]:
                 yield f"{name}.{part}.{number}.gate_proj", hidden, width // 2
                 yield f"{name}.{part}.{number}.up_proj", hidden, width // 2
                 yield f"{name}.{part}.{number}.down_proj", width // 2, hidden
+
+
+def longest(folder: Path) -> int:
+    """Tokens that a model reads at most, as its config says; 0 where it does not."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    found = getattr(config, "max_position_embeddings", None)  # also where the config has another name for it
+    return found if isinstance(found, int) else 0
 
 
 def stored_dtype(folder: Path) -> Any:
@@ -109,12 +130,21 @@ def own_dtype(folder: Path) -> Any:
     return torch.float16 if stored_dtype(folder) == torch.float16 else torch.bfloat16
 
 
-def check_shapes(plan: QuantizePlan, shapes: Shapes) -> None:
-    """Refuse groups that matrices cannot be divided into.
+def check_shapes(plan: QuantizePlan, shapes: Shapes, kind: str) -> None:
+    """Refuse groups that matrices cannot be divided into, and architectures that a method's readers take otherwise.
+
+    Args:
+        kind: the model's `model_type`.
 
     Raises:
         WeftError: BAD_INPUT with the largest group that fits; UNSUPPORTED where none does.
     """
+    if plan.method == "awq" and kind in SCALED_ACTIVATIONS:
+        raise WeftError(
+            ErrorKind.UNSUPPORTED,
+            f"Programs that read AWQ expect scales in the activations of {kind}, which are not made here.",
+            "Quantize by GPTQ.",
+        )
     step = {"awq": 8, "gptq": 32}.get(plan.method, 1)  # outputs that are packed together
     for name, inputs, outputs in shapes.matrices:
         # HQQ packs slabs of groups on one another, with 3 bits also where they do not divide.

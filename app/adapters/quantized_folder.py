@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.adapters import packed_grid
-from app.adapters.merge_files import BaseFiles
+from app.adapters.merge_files import TORCH_NAMES, BaseFiles
 from app.adapters.quantize_model_torch import QuantizableModel, read_tensor
 from app.adapters.quantized_layer import LayerResult
 from app.core.disk import sync_file, sync_folder
@@ -35,10 +36,11 @@ class LayerFiles:
     """The files of one run, in a folder of their own; an earlier run's are gone on with.
 
     Args:
-        folder: where they lie. files: the 16-bit weights. dtype: in which what is not quantized is stored.
+        folder: where they lie. files: the 16-bit weights.
+        dtype: in which what is not quantized is stored; None for its own, byte for byte.
     """
 
-    def __init__(self, folder: Path, files: BaseFiles, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, files: BaseFiles, dtype: torch.dtype | None) -> None:
         self.folder, self._files, self._dtype = folder, files, dtype
         folder.mkdir(exist_ok=True)
         for part in folder.glob("*.part"):
@@ -66,12 +68,14 @@ class LayerFiles:
         replaced = {f"{loss.name}.weight" for loss in losses}
         for name, tensor in made.changed.items():
             stored = model.stored_name(layer, name)
-            tensors[stored] = tensor.to(self._dtype).cpu()
+            own = getattr(torch, TORCH_NAMES[self._files.tensors[stored].dtype])
+            tensors[stored] = tensor.to("cpu", self._dtype or own)
         prefix = model.prefix(layer)
         for name in self._files.tensors:
             if name.startswith(prefix) and name not in replaced and name not in tensors:
                 tensors[name] = self._as_stored(name)
-        told = json.dumps({"losses": losses, "unseen": made.unseen})
+        left = [model.stem(layer, name) for name in made.left]
+        told = json.dumps({"losses": losses, "unseen": made.unseen, "left": left})
         self._save(self._path(str(layer)), tensors, told)
 
     def write_rest(self, model: QuantizableModel) -> None:
@@ -86,7 +90,7 @@ class LayerFiles:
 
     def _as_stored(self, name: str) -> Tensor:
         tensor = read_tensor(self._files, name)
-        return tensor.to(self._dtype) if tensor.dtype in _FLOATS else tensor
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.dtype in _FLOATS else tensor
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -94,7 +98,11 @@ class LayerFiles:
     def _save(self, path: Path, tensors: dict[str, Tensor], told: str) -> None:
         part = path.with_suffix(".part")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, part, metadata={"format": "pt", "weft": told})
+        try:
+            save_file(whole, part, metadata={"format": "pt", "weft": told})
+        except SafetensorError as error:  # how safetensors tells what the system has refused
+            full = "No space left" in str(error) or "os error 28" in str(error) or "quota" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(part)) from error
         sync_file(part)
         part.replace(path)
         sync_folder(self.folder)
@@ -104,16 +112,20 @@ class LayerFiles:
         try:
             with safe_open(str(self._path(str(layer))), "pt") as opened:
                 names = {name.rpartition(".")[0] for name in opened.keys() if name.endswith((".qweight", ".W_q"))}  # noqa: SIM118
-        except (SafetensorError, OSError):
+                left = set(json.loads((opened.metadata() or {})["weft"])["left"])
+        except (SafetensorError, OSError, ValueError, KeyError):
             return False
-        return names == {model.stem(layer, matrix.name) for matrix in model.matrices(layer)}
+        return names | left == {model.stem(layer, matrix.name) for matrix in model.matrices(layer)}
 
     def gptq_weights(self, model: QuantizableModel, layer: int) -> dict[str, Tensor]:
         """W, float32 (out, in), of a layer that is whole, by the matrices' names in it."""
         found: dict[str, Tensor] = {}
         with safe_open(str(self._path(str(layer))), "pt") as opened:
+            names = set(opened.keys())
             for matrix in model.matrices(layer):
                 stem = model.stem(layer, matrix.name)
+                if f"{stem}.qweight" not in names:
+                    continue
                 parts = {key: opened.get_tensor(f"{stem}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")}
                 found[matrix.name] = packed_grid.gptq(stem, parts, matrix.weight.shape[1]).weight()
         return found
@@ -123,16 +135,17 @@ class LayerFiles:
         for number in range(layer, self.done()):
             self._path(str(number)).unlink()
 
-    def losses(self, layers: int) -> tuple[list[MatrixLoss], int]:
-        """Of all matrices; and how many of them no token came to."""
+    def losses(self, layers: int) -> tuple[list[MatrixLoss], int, list[str]]:
+        """Of all matrices that are quantized; how many of them no token came to; the names of those that stayed as they are."""
         found: list[MatrixLoss] = []
-        unseen = 0
+        unseen, left = 0, list[str]()
         for number in range(layers):
             with safe_open(str(self._path(str(number))), "pt") as opened:
                 told = json.loads((opened.metadata() or {})["weft"])
             found += [MatrixLoss(*each) for each in told["losses"]]
             unseen += told["unseen"]
-        return found, unseen
+            left += told["left"]
+        return found, unseen, left
 
     def publish(self, layers: int, target: Path) -> int:
         """Move the files into the model's folder, with the index that says what lies where. Returns their bytes.
@@ -161,12 +174,13 @@ class LayerFiles:
 
 
 def quantization_table(
-    method: str, bits: int, group: int, *, by_importance: bool, kept: list[str]
+    method: str, bits: int, group: int, *, by_importance: bool, kept: list[str], blocks: list[list[str]]
 ) -> Mapping[str, object]:
     """config.json's `quantization_config`, as the programs that read such folders want it.
 
     Args:
-        kept: names, in the files, of what lies in layers and is not quantized.
+        kept: names, in the files, of what multiplies and is not quantized.
+        blocks: names, inside a layer, of what is, where some matrices of layers are not; else [].
     """
     if method == "hqq":
         matrix = {"nbits": bits, "group_size": group, "axis": 1, "channel_wise": True, "optimize": True, "round_zero": False, "view_as_float": False}  # fmt: skip
@@ -200,4 +214,5 @@ def quantization_table(
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
         "meta": {"quantizer": ["weft"]},
+        **({"modules_in_block_to_quantize": blocks} if blocks else {}),
     }

@@ -25,9 +25,11 @@ class LayerResult(NamedTuple):
 
     Attributes:
         matrices: by name inside the layer. changed: other parameters that took scales up, float32, likewise.
-        unseen: matrices that no token of the text came to: they are rounded plainly.
+        unseen: experts' matrices that no token of the text came to: they are rounded plainly.
+        left: names of matrices whose layer does not call them as modules: what they read is not known, and they stay as they are.
     """
 
     matrices: dict[str, MatrixResult]
     changed: dict[str, Tensor] = {}  # never written to
     unseen: int = 0
+    left: tuple[str, ...] = ()

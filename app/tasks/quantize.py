@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from app.core.quantize_plan import CALIBRATED, ENVIRONMENT, SHORTEST, QuantizePl
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
 from app.engine.reporting import Report
-from app.generation.hf_files import Stage, read_json
+from app.generation.hf_files import Stage
 
 if TYPE_CHECKING:
     from app.adapters.layer_walk_torch import LayerPass
@@ -87,19 +87,19 @@ class _Run:
             packed = packing_of(Path(plan.model)) is not None
             merged = packed or any(adapter.weight for adapter in plan.stack.adapters)
             shapes = shapes_of(stage.path, stage.config)
-            check_shapes(plan, shapes)
+            check_shapes(plan, shapes, str(stage.config.get("model_type", "")))
             self._pieces(stage.path)  # a text that is too short is told now, not after the merge
             with Staging(self.target) as staging:
                 self._begin(staging)
                 try:
-                    self._require_space(staging, shapes, merged=merged)
+                    self._require_space(staging, shapes, _merged_bytes(stage, packed=packed) if merged else 0)
                     source = self._merge(staging) if merged else Path(plan.model)
                     with contextlib.closing(Stage(source, "safetensors") if merged else stage) as ready:
                         pieces = self._pieces(ready.path)
                         with BaseFiles(ready.weights) as files:
-                            losses, kept, size = self._quantize(ready, files, staging, pieces, shapes)
+                            losses, table, size = self._quantize(ready, files, staging, pieces, shapes)
                             self._say_loss(losses, files, stage if merged else None)
-                        self._finish(ready, source, staging.folder, pieces, kept)
+                        self._finish(ready, source, staging.folder, pieces, table)
                     self.pausing.check()
                     self.report.progress("Waiting for the disk")
                     require_unchanged(self.inputs)
@@ -131,16 +131,18 @@ class _Run:
         mark = fingerprint([VERSION, known, weights, [each for _, each in self.inputs]])
         staging.begin(mark, job_of("quantize", ENVIRONMENT, plan))  # what another job had left goes here
         shutil.rmtree(staging.folder, ignore_errors=True)
-        staging.folder.mkdir()
+        try:
+            staging.folder.mkdir()
+        except OSError as error:
+            raise write_error(staging.folder, error) from error
 
-    def _require_space(self, staging: Staging, shapes: Shapes, *, merged: bool) -> None:
+    def _require_space(self, staging: Staging, shapes: Shapes, merged: int) -> None:
+        """merged: bytes of the folder that is made on the way."""
         plan = self.plan
-        needed = shapes.weights * (plan.bits + 32 / plan.group_size) / 8 + 2 * shapes.others
+        needed = shapes.weights * (plan.bits + 32 / plan.group_size) / 8 + 2 * shapes.others + merged
         if merged:
-            sixteen = 2 * (shapes.weights + shapes.others)
-            self.report.log("info", f"A merged folder of {sixteen / 1e9:.2f} GB is made on the way, and removed again.")
-            needed += sixteen
-        there = sum(p.stat().st_size for name in ("merged", "layers") for p in (staging.root / name).rglob("*"))
+            self.report.log("info", f"A merged folder of {merged / 1e9:.2f} GB is made on the way, and removed again.")
+        there = sum(path.stat().st_size for path in staging.root.rglob("*") if path.is_file())  # by a killed run
         require_space(staging.root, int(needed) - there, "The model, with what is made on the way,", _MARGIN)
 
     def _merge(self, staging: Staging) -> Path:
@@ -175,7 +177,10 @@ class _Run:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
         length = self._length(folder)
-        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
+        # Every piece begins as the tokenizer begins a text: some models are not themselves without that token.
+        start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+        rest, step = ids[len(start) :], length - len(start)
+        pieces = [start + rest[i : i + step] for i in range(0, len(rest), step)]
         if len(pieces) > 1 and len(pieces[-1]) < length:
             pieces.pop()  # pieces of one length go through the layers alike
         if not pieces or len(pieces[0]) < SHORTEST:
@@ -191,8 +196,10 @@ class _Run:
 
     def _length(self, folder: Path) -> int:
         """Tokens of a piece: no more than the model reads."""
-        context = read_json(folder / "config.json").get("max_position_embeddings")
-        if not isinstance(context, int) or not SHORTEST <= context < self.plan.length:
+        from app.adapters.quantize_shapes_torch import longest
+
+        context = longest(folder)
+        if not SHORTEST <= context < self.plan.length:
             return self.plan.length
         self.notes.append(f"Pieces of {context:,} tokens, not {self.plan.length:,}: the model reads no longer ones.")
         return context
@@ -201,14 +208,14 @@ class _Run:
 
     def _quantize(
         self, ready: Stage, files: BaseFiles, staging: Staging, pieces: list[list[int]], shapes: Shapes
-    ) -> tuple[list[MatrixLoss], list[str], int]:
-        """Returns how far each matrix is from what it was, the names of those that stay as they are, and the files' bytes."""
+    ) -> tuple[list[MatrixLoss], Mapping[str, object], int]:
+        """Returns how far each matrix is from what it was, config.json's table, and the files' bytes."""
         import torch
 
         from app.adapters.layer_walk_torch import walk
         from app.adapters.quantize_model_torch import QuantizableModel
-        from app.adapters.quantize_shapes_torch import own_dtype
-        from app.adapters.quantized_folder import LayerFiles
+        from app.adapters.quantize_shapes_torch import own_dtype, stored_dtype
+        from app.adapters.quantized_folder import LayerFiles, quantization_table
 
         plan, dtype = self.plan, own_dtype(ready.path)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
@@ -219,11 +226,11 @@ class _Run:
             )
         with self._told(str(ready.config.get("model_type", ""))):
             model = QuantizableModel(ready.path, files, dtype)
-            written = LayerFiles(staging.root / "layers", files, dtype)
+            written = LayerFiles(staging.root / "layers", files, None if stored_dtype(ready.path) == dtype else dtype)
             layers = _Layers(plan, model, written, dtype, self._listener(shapes), self.pausing.check)
             if layers.done:
                 self.notes.append("Layers that an earlier run had quantized were used.")
-            kept = model.kept()
+            kept, blocks = model.kept(), model.blocks()
             if pieces:
                 device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
                 walk(model.model, pieces, layers.each, device, compute_dtype(device, dtype))
@@ -232,14 +239,22 @@ class _Run:
         self.report.progress("Writing")
         written.write_rest(model)
         count = len(model.layers)
-        losses, unseen = written.losses(count)
+        losses, unseen, left = written.losses(count)
         if unseen:
             self.notes.append(
                 f"No token of the text came to {unseen} of {len(losses)} matrices (experts that were not chosen): "
                 "they are rounded plainly. A longer text reaches more."
             )
+        if left:
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in left}))
+            self.notes.append(
+                f"{len(left)} matrices ({names}) are read in a way that cannot be heard: they stay in 16 bits."
+            )
         self._tell_type(ready, dtype)
-        return losses, kept, written.publish(count, staging.folder)
+        table = quantization_table(
+            plan.method, plan.bits, plan.group_size, by_importance=plan.desc_act, kept=[*kept, *left], blocks=blocks
+        )
+        return losses, table, written.publish(count, staging.folder)
 
     def _listener(self, shapes: Shapes) -> Callable[[float], None]:
         """What is told how many layers are done, in fractions of one too."""
@@ -253,27 +268,26 @@ class _Run:
 
     @contextlib.contextmanager
     def _told(self, kind: str) -> Iterator[None]:
-        """What torch and transformers raise, as something a person can act on."""
+        """What a model's own code and the machine's memory refuse, as something a person can act on."""
+        from app.adapters.layer_walk_torch import ForeignError
+
         try:
             yield
-        except (WeftError, OSError):
-            raise
-        except (MemoryError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            said = str(error).strip()[:300] or type(error).__name__
-            if (
-                isinstance(error, MemoryError)
-                or type(error).__name__ == "OutOfMemoryError"
-                or "allocate memory" in said
-            ):
-                raise WeftError(
-                    ErrorKind.OUT_OF_MEMORY,
-                    "The memory did not suffice for a layer with its calibration text.",
-                    "Use fewer or shorter pieces of the text (--samples, --length), or the processor.",
-                ) from error
+        except ForeignError as error:
             raise WeftError(
                 ErrorKind.UNSUPPORTED,
-                f"The layers of {kind or 'this architecture'} cannot be run one by one: {said}",
+                f"The layers of {kind or 'this architecture'} cannot be run one by one: {str(error)[:300]}",
                 "Merge into safetensors, or export a GGUF with `weft export`.",
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            said = str(error)
+            short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            if not short and "allocate memory" not in said:
+                raise
+            raise WeftError(
+                ErrorKind.OUT_OF_MEMORY,
+                "The memory did not suffice for a layer with its calibration text.",
+                "Use fewer or shorter pieces of the text (--samples, --length), or the processor.",
             ) from error
 
     def _say_loss(self, losses: list[MatrixLoss], files: BaseFiles, before: Stage | None) -> None:
@@ -292,16 +306,16 @@ class _Run:
 
     # What goes beside the weights ---------------------------------------------------------------------
 
-    def _finish(self, ready: Stage, source: Path, folder: Path, pieces: list[list[int]], kept: list[str]) -> None:
+    def _finish(
+        self, ready: Stage, source: Path, folder: Path, pieces: list[list[int]], table: Mapping[str, object]
+    ) -> None:
         """Put beside the weights what goes with them."""
         from app.adapters.merge_folder import side_files
         from app.adapters.quantize_shapes_torch import own_dtype
-        from app.adapters.quantized_folder import quantization_table
 
-        plan = self.plan
-        table = quantization_table(plan.method, plan.bits, plan.group_size, by_importance=plan.desc_act, kept=kept)
-        config = {k: v for k, v in ready.original.items() if k not in ("quantization_config", "torch_dtype")}
-        config |= {"dtype": str(own_dtype(ready.path)).removeprefix("torch."), "quantization_config": table}
+        plan, dtype = self.plan, str(own_dtype(ready.path)).removeprefix("torch.")
+        # Under its older name too: other programs read that.
+        config = {**ready.original, "dtype": dtype, "torch_dtype": dtype, "quantization_config": table}
         for name, made in (("config.json", config), ("quantize_config.json", table)):
             if name == "config.json" or plan.method == "gptq":
                 (folder / name).write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -352,6 +366,16 @@ class _Run:
         return "\n".join(lines)
 
 
+def _merged_bytes(stage: Stage, *, packed: bool) -> int:
+    """Of the weights with a stack merged in: the base's own, or 16 bits of what is packed."""
+    from app.adapters.quantize_shapes_torch import shapes_of
+
+    if packed:
+        shapes = shapes_of(stage.path, stage.config)
+        return 2 * (shapes.weights + shapes.others)
+    return sum(path.stat().st_size for path in stage.weights)
+
+
 def compute_dtype(device: str, own: Any) -> Any:
     """The torch dtype in which the text goes through the layers: a graphics card is far faster in the model's own 16 bits."""
     import torch
@@ -397,20 +421,34 @@ class _Layers:
         from app.adapters.calibrate_gptq_torch import resume
 
         number = layer.index
+        kept = self._kept(number)
         if not self._is_done(number):
             self._written.write(self._model, number, self._calibrate(layer))
-        elif self._plan.method == "gptq":
-            kept = self._written.gptq_weights(self._model, number)
+        elif kept is not None:
             resume(layer, self._model.matrices(number), kept, self._check)
         else:
             layer.advance(self._check)
         self._told(number + 1)
 
+    def _kept(self, number: int) -> dict[str, Any] | None:
+        """What GPTQ has made of a layer's matrices in an earlier run."""
+        if self._plan.method != "gptq" or not self._is_done(number):
+            return None
+        try:
+            return self._written.gptq_weights(self._model, number)
+        except WeftError:
+            self._forget(number)
+            return None
+
     def _is_done(self, number: int) -> bool:
         if number < self.done and not self._written.is_whole(self._model, number):
-            self._written.forget(number)  # its file was damaged meanwhile
-            self.done = 0
+            self._forget(number)
         return number < self.done
+
+    def _forget(self, number: int) -> None:
+        """A layer's file was damaged meanwhile: it is made anew, and all after it."""
+        self._written.forget(number)
+        self.done = 0
 
     def _tell(self, number: int, part: float) -> None:
         self._told(number + part)

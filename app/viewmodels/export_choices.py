@@ -27,6 +27,7 @@ _COMMON = (_USUAL, "q5_k_m", "q6_k", "q8_0", "f16")
 MARGIN = 64 * 1024 * 1024
 _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 _CALIBRATING = 900_000_000  # and those that calibrate
+_HESSIANS = 2 << 30  # see adapters/calibrate_gptq_torch.py
 _QUANTIZED = {
     "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
     "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text: for graphics cards.",
@@ -264,16 +265,17 @@ def _quantized_sizes(entry: ModelEntry, stack: AdapterStack, key: str, options: 
     shape, weights = entry.shape, weights_of(entry)
     kept = min(weights, 2 * shape.vocabulary * shape.hidden)  # embedding and head stay as they are
     result = int((weights - kept) * (bits_of(key, options, entry) + 32 / group_of(key, options, entry)) / 8) + 2 * kept
-    sixteen = 2 * weights
     merged = bool(stack.adapters) or entry.format in PACKED
+    wide = entry.quantization.upper() in ("F32", "F64")
     # Weights in 16 bits are mapped, and a layer's go when it is done; others are converted, and a mixture's experts put together.
-    converted = shape.experts or (not merged and entry.quantization.upper() in ("F32", "F64"))
-    held = sixteen if converted else 2 * kept
+    held = 2 * (weights if shape.experts or wide else kept)
     layer = 2 * 4 * (weights - kept) // max(1, shape.layers)
     read = QuantizePlan(model="", target="")
     text = 4 * read.samples * read.length * shape.hidden if key in CALIBRATED else 0
-    squares = 4 * max(shape.hidden, shape.intermediate) ** 2 if key == "gptq" else 0
-    return result, sixteen if merged else 0, _CALIBRATING + held + layer + 2 * text + 4 * squares
+    square = 4 * max(shape.hidden, shape.intermediate) ** 2 if key == "gptq" else 0
+    # A mixture's Hessians are held up to a bound, and the one that is worked on three times more.
+    squares = 3 * square + max(square, min(_HESSIANS, square * shape.experts))
+    return result, (4 if wide else 2) * weights if merged else 0, _CALIBRATING + held + layer + 2 * text + squares
 
 
 def largest(entry: ModelEntry) -> int:

@@ -17,7 +17,9 @@ import msgspec
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from app.adapters.merge_staging import Staging
 from app.adapters.quantized_folder import LayerFiles
@@ -31,7 +33,7 @@ from app.engine import protocol
 from app.engine.client import EngineClient, EngineExit
 from app.tasks.certify import run as certify
 from app.tasks.merge import run as merge
-from app.tasks.quantize import run
+from app.tasks.quantize import _Run, run
 from tests.engine import tiny_models
 from tests.engine.adapter_kit import merged, random_adapter
 from tests.engine.backend_kit import FakeReport
@@ -262,6 +264,78 @@ def test_a_killed_run_goes_on_from_its_last_whole_layer_to_the_same_bytes(
     assert any("Layers that an earlier run" in note for note in made.notes)
     assert weights_of(tmp_path / "made") == weights_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".weft-*"))
+
+
+def changed(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change a model's tensors."""
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_what_is_not_quantized_keeps_its_bytes(tmp_path: Path, text: Path, seed: int) -> None:
+    """A router's bias, say, is in 32 bits where all else has 16."""
+    make(tmp_path / "model", seed)
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    changed(tmp_path / "model", lambda tensors: tensors.update({norm: tensors[norm].float() + 1e-6}))
+    run(plan(tmp_path / "model", tmp_path / "made", text, method="gptq"), Report())
+    before, made = weights_of(tmp_path / "model"), weights_of(tmp_path / "made")
+    kept = [name for name in before if not name.endswith("_proj.weight")]
+    assert (
+        norm in kept and len(kept) == 7 and {name: made[name] for name in kept} == {name: before[name] for name in kept}
+    )
+
+
+def test_a_model_that_lacks_a_matrix_is_refused(tmp_path: Path, text: Path, seed: int) -> None:
+    make(tmp_path / "model", seed)
+    lost = "model.layers.1.mlp.up_proj.weight"
+    changed(tmp_path / "model", lambda tensors: tensors.pop(lost))
+    with pytest.raises(WeftError, match=lost) as refused:
+        run(plan(tmp_path / "model", tmp_path / "made", text), Report())
+    assert refused.value.kind is ErrorKind.CORRUPT and not (tmp_path / "made").exists()
+    assert not list(tmp_path.glob(".weft-*"))
+
+
+@pytest.mark.fault
+def test_a_drive_that_fills_up_meanwhile_leaves_nothing_and_is_said(
+    tmp_path: Path, text: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model", seed)
+    calls = itertools.count()
+
+    def full(tensors: Any, path: Path, **more: Any) -> None:
+        if next(calls):
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, **more)
+
+    monkeypatch.setattr("app.adapters.quantized_folder.save_file", full)
+    with pytest.raises(WeftError) as refused:
+        run(plan(tmp_path / "model", tmp_path / "made", text), Report())
+    assert refused.value.kind is ErrorKind.DISK_FULL and refused.value.hint
+    assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".weft-*"))
+
+
+def test_every_piece_begins_as_the_tokenizer_begins_a_text(
+    tmp_path: Path, text: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model", seed)
+    real = transformers.AutoTokenizer.from_pretrained
+
+    def beginning(*args: Any, **named: Any) -> Any:
+        made = real(*args, **named)
+        core = made.backend_tokenizer
+        core.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", made.bos_token_id)])
+        return made
+
+    wanted = plan(tmp_path / "model", tmp_path / "made", text)
+    plain = _Run(wanted, Report())._pieces(tmp_path / "model")  # type: ignore[arg-type]
+    assert {piece[0] for piece in plain} != {0}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", beginning)
+    pieces = _Run(wanted, Report())._pieces(tmp_path / "model")  # type: ignore[arg-type]
+    assert {piece[0] for piece in pieces} == {0} and {len(piece) for piece in pieces} == {LENGTH}
+    assert pieces[0][1:] == plain[0][:-1]
 
 
 def test_a_cancel_leaves_nothing(tmp_path: Path, text: Path, seed: int) -> None:
