@@ -15,7 +15,7 @@ _IMPORT_ERROR = re.compile(r"(ModuleNotFoundError|ImportError): .{1,200}")
 _WORDS = {
     "SIGSEGV": "a memory access error in native code",
     "SIGABRT": "a library gave up",
-    "SIGBUS": "a file was shortened while it was in use, or the disk failed",
+    "SIGBUS": "a file was shortened while it was in use, or the disk failed or was full",
     "SIGILL": "a library was built for another processor",
     "SIGFPE": "an arithmetic error in native code",
     "SIGTERM": "it was ended from outside",

@@ -7,6 +7,7 @@ otherwise: the arithmetic is the plain optimizer's, and so are its bits and its 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -24,30 +25,35 @@ from app.core.errors import ErrorKind, WeftError
 _ALIGNED = 64  # bytes: a tensor begins where vector loads like it
 _SPARE = 64 * 1024 * 1024  # bytes of the disk that are left alone
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+_FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 class StateFile:
     """Tensors of zeros in one nameless file, which goes with its last tensor, or with the process, however that ends.
 
     Args:
-        size: bytes that all tensors together take. places: folders to choose from, the first that is on a disk with room goes before.
+        size: bytes that all tensors together take. places: folders to choose from: the first on a disk that takes it, else the first of the others.
 
     Attributes:
         place: the folder that holds it. in_memory: its file system keeps files in memory, so that pages can only be swapped out.
 
     Raises:
-        WeftError: DISK_FULL when no folder has room for it.
+        WeftError: DISK_FULL when no folder has room for it; PERMISSION when none takes it for another reason, in the system's words.
     """
 
     def __init__(self, size: int, places: Sequence[Path]) -> None:
         self.size = max(size, mmap.PAGESIZE)
-        self.place, self.in_memory = self._choose(places)
-        try:
-            with tempfile.TemporaryFile(prefix="weft-state-", dir=self.place) as file:
-                _reserve(file, self.size)
-                self._map = mmap.mmap(file.fileno(), self.size)
-        except OSError as error:
-            raise self._full([self.place], error.strerror or str(error)) from error
+        refused: list[tuple[Path, OSError]] = []
+        for place in sorted(dict.fromkeys(places), key=in_memory):
+            try:
+                self._map = self._made(place)
+            except OSError as error:
+                refused.append((place, error))
+                continue
+            self.place, self.in_memory = place, in_memory(place)
+            break
+        else:
+            raise self._nowhere(refused)
         self._end = 0
         self._tensors: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -82,19 +88,30 @@ class StateFile:
             )
         return f"The optimizer's state ({size}) lies in a file in {self.place}, and leaves memory when that gets short."
 
-    def _choose(self, places: Sequence[Path]) -> tuple[Path, bool]:
-        roomy = [place for place in places if place.is_dir() and shutil.disk_usage(place).free >= self.size + _SPARE]
-        if not roomy:
-            raise self._full(places, "No space left on device")
-        on_disk = [place for place in roomy if not in_memory(place)]
-        return (on_disk or roomy)[0], not on_disk
+    def _made(self, place: Path) -> mmap.mmap:
+        """The file in that folder, mapped. Raises OSError."""
+        if not place.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if shutil.disk_usage(place).free < self.size + _SPARE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with tempfile.TemporaryFile(prefix="weft-state-", dir=place) as file:
+            _reserve(file, self.size)
+            return mmap.mmap(file.fileno(), self.size)
 
-    def _full(self, places: Sequence[Path], reason: str) -> WeftError:
-        where = " nor in ".join(str(place) for place in places)
+    def _nowhere(self, refused: Sequence[tuple[Path, OSError]]) -> WeftError:
+        """What to say where no folder takes it, with each one's own reason."""
+        size = readable_bytes(self.size)
+        where = "; ".join(f"{place}: {error.strerror or error}" for place, error in refused)
+        if any(error.errno in _FULL for _, error in refused):
+            return WeftError(
+                ErrorKind.DISK_FULL,
+                f"The paged optimizer's state takes {size}, for which there is no room ({where}).",
+                'Free some space, set TMPDIR to a folder with more, or take optimizer = "adamw_8bit" or a smaller rank.',
+            )
         return WeftError(
-            ErrorKind.DISK_FULL,
-            f"The paged optimizer's state takes {readable_bytes(self.size)}, for which there is no room in {where} ({reason}).",
-            'Free some space, set TMPDIR to a folder with more, or take optimizer = "adamw_8bit" or a smaller rank.',
+            ErrorKind.PERMISSION,
+            f"The paged optimizer's state ({size}) cannot be kept in a file ({where}).",
+            'Set TMPDIR to a folder that can be written to, take an output folder in one, or take optimizer = "adamw_8bit".',
         )
 
 
@@ -121,9 +138,9 @@ def in_memory(place: Path) -> bool:
         return False
     try:
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
+        device = place.stat().st_dev
     except OSError:
         return False
-    device = place.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in lines:
         mounted, _, kind = line.partition(" - ")

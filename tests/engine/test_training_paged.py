@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -207,6 +208,30 @@ def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(WeftError, match="No space left on device") as caught:
         StateFile(MIB, [tmp_path])
     assert caught.value.kind is ErrorKind.DISK_FULL
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.ENOMEM])
+def test_a_place_that_refuses_is_passed_over_and_told_in_the_system_s_words(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    bad.mkdir()
+    good.mkdir()
+    original = tempfile.TemporaryFile
+
+    def made(*given: Any, dir: Path, **rest: Any) -> Any:
+        if dir == bad:
+            raise OSError(number, os.strerror(number))
+        return original(*given, dir=dir, **rest)
+
+    monkeypatch.setattr(paged_torch.tempfile, "TemporaryFile", made)
+    assert StateFile(MIB, [bad, good]).place == good
+    with pytest.raises(WeftError) as caught:
+        StateFile(MIB, [tmp_path / "not there", bad])
+    assert f"{bad}: {os.strerror(number)}" in str(caught.value) and "not there: No such file" in str(caught.value)
+    full = number == errno.ENOSPC
+    assert caught.value.kind is (ErrorKind.DISK_FULL if full else ErrorKind.PERMISSION)
+    assert ("no room" in str(caught.value)) == full
 
 
 @pytest.mark.parametrize("preallocates", [True, False])
