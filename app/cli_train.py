@@ -24,7 +24,7 @@ from app.engine.surroundings import child_environment
 from app.store.toml_text import dump
 from app.terminal import ProgressLine, print_json
 from app.training import methods, run_file
-from app.training.distribution import check_configuration
+from app.training.distribution import check_configuration, processes_here, uses_cards
 from app.training.estimate import check_room
 from app.training.run_config import RunConfig, TrainNews, TrainParameters
 from app.training.run_resume import SUFFIX, check_place
@@ -146,9 +146,13 @@ def _launch(parameters: TrainParameters, config: Path, told: list[str]) -> dict[
             ErrorKind.NOT_FOUND, f"There is no file {config}.", "Make one with `accelerate config --config_file FILE`."
         )
     try:
-        check_configuration(config.read_text("utf-8"))
+        text = config.read_text("utf-8")
+        check_configuration(text)
     except (OSError, UnicodeDecodeError) as error:
         raise WeftError(ErrorKind.BAD_INPUT, f"{config} cannot be read: {error}.", "Name accelerate's file.") from error
+    if parameters.config.train.optimizer.startswith("paged"):
+        card = uses_cards(text) and parameters.config.model.device != "cpu" and bool(probe().gpus)
+        check_room(parameters.config, parameters.model, card=card, processes=processes_here(text))
     paths = default_paths()
     python = Environments(paths.environments).python(ENVIRONMENT)
     metrics, news, line = _Metrics(), _news(told), ProgressLine()

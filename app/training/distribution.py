@@ -52,18 +52,29 @@ def check_configuration(text: str) -> None:
     Raises:
         WeftError: UNSUPPORTED.
     """
-    bare = re.sub(r"#.*", "", text)
-
-    def value(name: str) -> str:
-        found = re.search(rf"""\b{name}["']?\s*:\s*["']?(\w+)""", bare)
-        return found[1] if found else ""
-
-    version = value("fsdp_version")
+    version = _value(text, "fsdp_version")
     check_distribution(
-        value("distributed_type").upper() or "NO",
+        _value(text, "distributed_type").upper() or "NO",
         version=int(version) if version.isdigit() else 1,
-        wraps_checkpoints=value("fsdp_activation_checkpointing").lower() == "true",
+        wraps_checkpoints=_value(text, "fsdp_activation_checkpointing").lower() == "true",
     )
+
+
+def processes_here(text: str) -> int:
+    """How many processes accelerate's configuration file starts on each machine, as far as it says."""
+    every, machines = (_value(text, name) for name in ("num_processes", "num_machines"))
+    return max(1, -(-int(every or 1) // max(1, int(machines or 1)))) if f"{every}{machines}".isdigit() else 1
+
+
+def uses_cards(text: str) -> bool:
+    """Whether accelerate's configuration file leaves the graphics cards to the run."""
+    return _value(text, "use_cpu").lower() != "true"
+
+
+def _value(text: str, name: str) -> str:
+    """What accelerate's configuration (YAML or JSON) gives for a name; "" where nothing."""
+    found = re.search(rf"""\b{name}["']?\s*:\s*["']?(\w+)""", re.sub(r"#.*", "", text))
+    return found[1] if found else ""
 
 
 def check_sharded(config: RunConfig, *, half: bool, quantized: bool = False) -> None:

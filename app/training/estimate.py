@@ -192,20 +192,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if minutes >= 120 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
-def check_room(config: RunConfig, model: ModelEntry, *, card: bool) -> None:
+def check_room(config: RunConfig, model: ModelEntry, *, card: bool, processes: int = 1) -> None:
     """Refuse a paged optimizer whose state would find no room, before anything is loaded; the run itself knows its size to the byte.
+
+    Args:
+        processes: of this machine; each keeps a state of its own.
 
     Raises:
         WeftError: DISK_FULL, naming where it could lie and the way out.
     """
-    need = estimate(config, model, card=card).file
+    need = estimate(config, model, card=card).file * processes
     beside = Path(config.output.dir).absolute().parent
     temporary = Path(tempfile.gettempdir())
     places = [temporary, next((place for place in (beside, *beside.parents) if place.is_dir()), temporary)]
     if need and all(shutil.disk_usage(place).free < need for place in places):
         raise WeftError(
             ErrorKind.DISK_FULL,
-            f"{config.train.optimizer} keeps about {readable_bytes(need)} in a file, for which there is no room in {places[0]} nor in {places[1]}.",
+            f"{config.train.optimizer} keeps about {readable_bytes(need)} in {'a file' if processes == 1 else f'{processes} files'}, for which there is no room in {places[0]} nor in {places[1]}.",
             "Free some space, or take a smaller rank or another optimizer.",
         )
 

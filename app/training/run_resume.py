@@ -22,13 +22,18 @@ _FREE = {
 }
 
 
+def folder_of(target: Path) -> Path:
+    """The folder of the unfinished run, beside where its adapter will appear."""
+    return target.parent / (target.name + SUFFIX)
+
+
 def check_place(target: Path, parameters: TrainParameters) -> None:
     """Refuse a place where something lies that this run must not touch.
 
     Raises:
         WeftError: BAD_INPUT for an adapter or unfinished run that is there; NOT_FOUND when there is nothing to resume.
     """
-    unfinished = target.parent / (target.name + SUFFIX)
+    unfinished = folder_of(target)
     begun = (unfinished / "run.json").exists()
     if target.exists() and not parameters.config.output.overwrite:
         raise WeftError(
@@ -57,7 +62,7 @@ def check_place(target: Path, parameters: TrainParameters) -> None:
 def claim(target: Path, parameters: TrainParameters) -> None:
     """Take a place for a run, once nothing lies there that it must not touch. Raises WeftError, see `check_place`."""
     check_place(target, parameters)
-    unfinished = target.parent / (target.name + SUFFIX)
+    unfinished = folder_of(target)
     if parameters.resume == "no" and (unfinished / "run.json").exists():
         shutil.rmtree(unfinished, ignore_errors=True)  # it died before its first checkpoint: nothing to go on from
 

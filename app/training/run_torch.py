@@ -32,7 +32,7 @@ from app.training.run_config import RunConfig, TrainParameters, TrainResult
 from app.training.run_data_torch import RunData, calibration, objectives, read_data
 from app.training.run_finish_torch import BaseHashes, Made, finish, versions
 from app.training.run_model_torch import Base, cards, choose_device, choose_dtype, load_base
-from app.training.run_resume import check_same, claim, fingerprint
+from app.training.run_resume import check_same, claim, fingerprint, folder_of
 from app.training.run_samples_torch import sampler
 from app.training.tokenizer import load_tokenizer
 from app.training.trainer_control import Control
@@ -183,9 +183,12 @@ class Run:
     # Parts
 
     def _places(self) -> list[Path]:
-        """Where a paged optimizer's state may lie: the engine's scratch folder; beside the run, where that is too small or in memory."""
-        places = [Path(tempfile.gettempdir())]
-        return places if self.folder is None else [*places, self.folder.path]
+        """Where a paged optimizer's state may lie: the engine's scratch folder; beside the run, where that is too small or in memory.
+
+        Each process has a file of its own, which has no name. A further machine may have no folder of the run's, nor its parents.
+        """
+        run = folder_of(Path(self.config.output.dir)).absolute()
+        return [Path(tempfile.gettempdir()), next(place for place in (run, *run.parents) if place.is_dir())]
 
     def _measure(self, held: Any, data: RunData, base: Base) -> Callable[[Any], float] | None:
         if held is None:

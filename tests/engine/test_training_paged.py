@@ -357,6 +357,23 @@ def test_a_run_learns_what_the_plain_one_learns_and_goes_on_after_cancel(
     assert 0 < estimates[0]["file"] <= files[0].size and estimates[0]["optimizer"] < estimates[0]["file"] / 20
 
 
-def test_beside_the_run_is_the_second_choice(tmp_path: Path) -> None:
-    run = SimpleNamespace(folder=SimpleNamespace(path=tmp_path / "a.training"))
-    assert run_torch.Run._places(run) == [Path(tempfile.gettempdir()), tmp_path / "a.training"]  # type: ignore[arg-type]
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_the_run_is_the_second_choice_of_each_process(first: bool, tmp_path: Path) -> None:
+    place = tmp_path / "away" / "a.training"
+    settings = SimpleNamespace(output=SimpleNamespace(dir=str(tmp_path / "away" / "a")))
+    run = SimpleNamespace(config=settings, folder=SimpleNamespace(path=place) if first else None)
+
+    def places() -> list[Path]:
+        return run_torch.Run._places(run)  # type: ignore[arg-type]
+
+    assert places() == [Path(tempfile.gettempdir()), tmp_path]  # a further machine, where nothing is made
+    assert not (tmp_path / "away").exists()
+    place.mkdir(parents=True)
+    assert places() == [Path(tempfile.gettempdir()), place]
+
+
+def test_each_process_has_a_file_of_its_own(tmp_path: Path) -> None:
+    one, two = StateFile(MIB, [tmp_path]), StateFile(MIB, [tmp_path])
+    owner = torch.zeros(9)
+    one.tensor(owner, "exp_avg", torch.float32).fill_(1)
+    assert not two.tensor(owner, "exp_avg", torch.float32).any()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from app import cli_train
 from app.core.errors import ErrorKind, WeftError
-from app.core.library import ModelEntry, ModelFormat
+from app.core.library import ModelEntry, ModelFormat, ModelShape
 from app.engine.environments import Environments
+from app.training.distribution import processes_here, uses_cards
+from app.training.estimate import check_room, estimate
 from app.training.run_config import RunConfig, TrainParameters
 
 SECOND = {
@@ -47,8 +52,17 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             subprocess, "Popen", lambda command, **given: original([sys.executable, "-c", script], **given)
         )
-        return cli_train._launch(parameters, config, []), json.loads(seen.read_text())
+        return cli_train._launch(made(), config, []), json.loads(seen.read_text())
 
+    optimizer = ["adamw"]
+
+    def made() -> TrainParameters:
+        train = msgspec.structs.replace(parameters.config.train, optimizer=optimizer[0])
+        settings = msgspec.structs.replace(parameters.config.model, device="cpu")
+        replaced = msgspec.structs.replace(parameters.config, train=train, model=settings)
+        return msgspec.structs.replace(parameters, config=replaced)
+
+    run.optimizer = lambda name: optimizer.__setitem__(0, name)  # type: ignore[attr-defined]
     return run
 
 
@@ -84,3 +98,53 @@ def test_silent_processes_are_a_crash_or_those_of_a_further_machine(launch: Any)
             launch(lines, status)
         assert told.value.kind is ErrorKind.CRASHED
     assert launch([], 0)[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "processes", "cards"),
+    [
+        ("num_processes: 4\nnum_machines: 2\nuse_cpu: true\n", 2, False),
+        ('{"num_machines": 2, "num_processes": 5, "use_cpu": false}', 3, True),
+        ("num_processes: 8  # num_processes: 1\n", 8, True),
+        ("distributed_type: NO\n", 1, True),
+        ("num_processes: many\n", 1, True),
+    ],
+)
+def test_what_a_configuration_starts_on_each_machine(text: str, processes: int, cards: bool) -> None:
+    assert (processes_here(text), uses_cards(text)) == (processes, cards)
+
+
+def test_each_launched_process_needs_room_for_a_paged_state(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def no_room(*_: object, card: bool, processes: int) -> None:
+        asked.append((card, processes))
+        raise WeftError(ErrorKind.DISK_FULL, "No room.")
+
+    monkeypatch.setattr(cli_train, "check_room", no_room)
+    launch([{"kind": "done", "result": {}}], 0)
+    assert asked == []  # its optimizer keeps no file
+    launch.optimizer("paged_adamw")
+    with pytest.raises(WeftError, match="No room"):
+        launch([], 0)
+    assert asked == [(False, 2)]
+
+
+def test_the_room_that_is_asked_for_is_that_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = RunConfig()
+    made = msgspec.structs.replace(
+        made,
+        train=msgspec.structs.replace(made.train, optimizer="paged_adamw"),
+        output=msgspec.structs.replace(made.output, dir=str(tmp_path / "adapter")),
+    )
+    shape = ModelShape(layers=4, hidden=256, vocabulary=2048, heads=4, kv_heads=4, intermediate=512)
+    model = ModelEntry(
+        id="m", name="m", path="m", root="m", format=ModelFormat.SAFETENSORS, quantization="BF16", shape=shape
+    )
+    need = estimate(made, model).file
+    assert need > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * need))
+    check_room(made, model, card=False, processes=2)
+    with pytest.raises(WeftError, match="in 3 files") as told:
+        check_room(made, model, card=False, processes=3)
+    assert told.value.kind is ErrorKind.DISK_FULL
