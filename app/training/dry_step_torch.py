@@ -8,7 +8,7 @@ import torch
 
 from app.training.checkpoint_torch import random_states, set_random_states
 from app.training.distributed_torch import anywhere
-from app.training.estimate import state_bytes
+from app.training.optimizer_state import state_size
 from app.training.trainer_checks_torch import check_gradients, is_out_of_memory, memory_error
 from app.training.trainer_torch import Batch, Trainer
 
@@ -52,8 +52,9 @@ def try_out(trainer: Trainer, batch: Batch) -> tuple[list[str], float]:
 def room_for_state(trainer: Trainer) -> torch.Tensor:
     """What the optimizer will take from its first step on, so that this one does without."""
     name, parameters = trainer.train_config.optimizer, list(trainer.trained.values())
-    if trainer.optimizer.state or name.startswith("paged") or not parameters:
+    if trainer.optimizer.state or not parameters:
         return torch.empty(0)
     mine = [getattr(each, "to_local", lambda each=each: each)() for each in parameters]  # FSDP: a share of each
-    size = state_bytes(name, sum(each.numel() for each in mine))
+    sizes = [state_size(name, [each.numel() for each in mine if each.element_size() == n], n) for n in (2, 4)]
+    size = sum(each.rest if name.startswith("paged") else each.total for each in sizes)
     return torch.empty(size, dtype=torch.uint8, device=mine[0].device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from app.core.amounts import readable_bytes
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry, ModelFormat
 from app.core.quantization import PACKED
+from app.training.optimizer_state import state_size
 from app.training.run_config import RunConfig
 from app.training.run_file import names, numbers, ranges
 
@@ -49,7 +51,7 @@ def estimate(
     config: RunConfig,
     model: ModelEntry,
     *,
-    trained: int = 0,
+    tensors: Sequence[int] = (),
     tokens: int = 0,
     examples: int = 0,
     flops: float = 0.0,
@@ -58,35 +60,28 @@ def estimate(
     """Estimate a run.
 
     Args:
-        trained: parameters that are trained, where known; else counted from the header's shape.
+        tensors: numbers in each trained tensor, where known; else as the header's shape says.
         tokens, examples: of the training data in one epoch. flops: the machine's operations a second in matrix products.
         card: whether it runs on a graphics card, where `auto` is a 16-bit precision.
     """
-    trained = trained or trainable(config, model)
+    told, frozen = adapter_tensors(config, model)
+    trained = sum(tensors or told)
     width = _compute_bytes(config, card)
-    moments, file = state_bytes(config.train.optimizer, trained), 0
-    if config.train.optimizer.startswith("paged") and not card:  # 8 bits: the scale of each 256 numbers stays
-        moments, file = trained * 2 * 4 // 256 if config.train.optimizer.endswith("8bit") else 0, moments
+    state = state_size(config.train.optimizer, tensors or told)
+    outside = config.train.optimizer.startswith("paged") and not card
     parameters = model.parameters or model.weight_bytes // 2
     unpacked = (parameters * _PER_UNPACKED / (100 if card else 1)) if model.format in PACKED else 0.0
     seconds = _seconds(config, model, parameters, tokens, examples, flops, unpacked) if flops and tokens else 0.0
     return RunEstimate(
         weights=_weights(config, model, parameters, width),
-        adapter=trained * 8,  # the tensors and their gradients, float32
-        optimizer=moments,
+        adapter=trained * 8 + frozen * 4,  # the tensors and their gradients, float32
+        optimizer=state.rest if outside else state.total,
         activations=_activations(config, model, width),
         process=PROCESS,
         checkpoint=checkpoint_bytes(config, trained),
         trainable=trained,
         seconds=seconds,
-        file=file,
-    )
-
-
-def state_bytes(optimizer: str, trained: int) -> int:
-    """What an optimizer keeps of so many trained parameters."""
-    return trained * {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lora_plus_8bit": 2, "sgd": 4, "lora_fa": 4}.get(
-        optimizer, 8
+        file=state.moments if outside else 0,
     )
 
 
@@ -152,31 +147,37 @@ def _activations(config: RunConfig, model: ModelEntry, width: int) -> int:
     return int(1.4 * (kept * shape.layers + stream + at_work) + loss)
 
 
-def trainable(config: RunConfig, model: ModelEntry) -> int:
-    """Parameters of A and B from the header's shape: exact for Llama's family, near for others."""
+def adapter_tensors(config: RunConfig, model: ModelEntry) -> tuple[list[int], int]:
+    """Numbers in each trained tensor, and in all of the adapter's that are not (LoRA-FA's A), from the header's shape.
+
+    Exact for Llama's family, near for others.
+    """
     shape, method = model.shape, config.method
     heads = shape.head_dim or (shape.hidden // max(1, shape.heads))
     inner, kv = shape.intermediate or 4 * shape.hidden, (shape.kv_heads or shape.heads) * heads
-    sizes = {
-        "q_proj": shape.hidden + shape.heads * heads,
-        "k_proj": shape.hidden + kv,
-        "v_proj": shape.hidden + kv,
-        "o_proj": shape.heads * heads + shape.hidden,
-        "gate_proj": shape.hidden + inner,
-        "up_proj": shape.hidden + inner,
-        "down_proj": inner + shape.hidden,
+    sizes = {  # numbers in and out of each linear module
+        "q_proj": (shape.hidden, shape.heads * heads),
+        "k_proj": (shape.hidden, kv),
+        "v_proj": (shape.hidden, kv),
+        "o_proj": (shape.heads * heads, shape.hidden),
+        "gate_proj": (shape.hidden, inner),
+        "up_proj": (shape.hidden, inner),
+        "down_proj": (inner, shape.hidden),
     }
     wanted = set(names(method.targets)) if not method.target_regex and method.targets != "all-linear" else _ALL_LINEAR
-    per_layer = sum(size for name, size in sizes.items() if name in wanted)
     layers = shape.layers
     if method.layer_replication:
         layers = sum(end - start for start, end in ranges(method.layer_replication, "layer_replication"))
     if method.layers:
         layers = min(layers, len(numbers(method.layers, "layers")))
-    full = sum(
+    first = [method.r * size[0] for name, size in sizes.items() if name in wanted] * layers
+    second = [method.r * size[1] for name, size in sizes.items() if name in wanted] * layers
+    full = [
         shape.vocabulary * shape.hidden for name in names(method.modules_to_save) if name in ("embed_tokens", "lm_head")
-    )
-    return layers * per_layer * method.r + full
+    ]
+    if config.train.optimizer == "lora_fa":
+        return [*second, *full], sum(first)
+    return [*first, *second, *full], 0
 
 
 def checkpoint_bytes(config: RunConfig, trained: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from app.core.errors import ErrorKind, WeftError
+from app.training.optimizer_state import SMALLEST
 from app.training.paged_torch import paged_adamw, paged_adamw_8bit
 from app.training.run_config import TrainConfig
 
@@ -32,13 +33,13 @@ def make_optimizer(
     if name == "lora_plus":
         return _lora_plus(train, model, torch.optim.AdamW, betas)
     if name == "lora_plus_8bit":
-        return _lora_plus(train, model, _bitsandbytes("AdamW8bit"), {**betas, "min_8bit_size": _SMALLEST})
+        return _lora_plus(train, model, _bitsandbytes("AdamW8bit"), {**betas, "min_8bit_size": SMALLEST})
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **common)
     if name == "adamw":
         return torch.optim.AdamW(parameters, **common, **betas)
-    eight = {"min_8bit_size": _SMALLEST} if name.endswith("8bit") else {}
+    eight = {"min_8bit_size": SMALLEST} if name.endswith("8bit") else {}
     if name.startswith("paged") and all(p.device.type == "cpu" for p in parameters):
         if eight:
             made, file = paged_adamw_8bit(_bitsandbytes("AdamW8bit"), parameters, places, **common, **betas, **eight)
@@ -50,9 +51,6 @@ def make_optimizer(
         {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[name]
     )
     return kind(parameters, **common, **betas, **eight)
-
-
-_SMALLEST = 4096  # elements; smaller tensors keep a 32-bit state (bitsandbytes' own default)
 
 
 def _bitsandbytes(name: str) -> Any:

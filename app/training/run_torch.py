@@ -344,10 +344,10 @@ class Run:
     def _tell_estimate(self, model: Any, device: torch.device) -> None:
         if self.folder is None:
             return
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found = estimate(self.config, self.parameters.model, trained=trained, card=device.type == "cuda")
+        tensors = [p.numel() for p in model.parameters() if p.requires_grad]
+        found = estimate(self.config, self.parameters.model, tensors=tensors, card=device.type == "cuda")
         self.control.tell("estimate", text=words(found), values=msgspec.to_builtins(found))
-        need = checkpoint_bytes(self.config, trained) * 2
+        need = checkpoint_bytes(self.config, found.trainable) * 2
         free = shutil.disk_usage(self.folder.path).free
         if free < need:
             raise WeftError(
