@@ -171,7 +171,7 @@ class Run:
             self._note(
                 f"{len(silent)} expert tensors got no gradient on the longest batch: the router did not choose them there."
             )
-        self._tell_time(data, trainer, speed)
+        self._tell_time(plan, trainer, speed)
         wait_long(self.accelerator, False)
         self.control.tell("state", text="running")
         ended = trainer.run()
@@ -310,6 +310,8 @@ class Run:
         if kept is not None:
             settings = resumed_settings(kept[0], config)
             model = methods_torch.inject(config, base.model, settings)
+            if isinstance(kept[0].get("target_modules"), list):  # PEFT writes them in another way while it puts them in
+                model.peft_config[methods_torch.ADAPTER].target_modules = set(kept[0]["target_modules"])
             methods_torch.set_first(model, kept[1])  # what is not trained (LoRA-FA's A) stands in no checkpoint
             return model, kept[1]
         settings = methods_torch.lora_config(config, base.model, token_ids)
@@ -356,17 +358,22 @@ class Run:
                 "Free some space, choose an output folder on another disk, or a smaller rank.",
             )
 
-    def _tell_time(self, data: RunData, trainer: Trainer, speed: float) -> None:
-        """How long the steps that are left will take, by the one that was tried."""
-        lengths = data.lengths(data.train)
-        train, processes = self.config.train, 1 if self.accelerator is None else self.accelerator.num_processes
-        each = train.batch_size * train.gradient_accumulation * sum(lengths) / max(1, len(lengths))
-        whole = min(each * trainer.plan.total, sum(lengths) * train.epochs)  # an epoch's last step may be short
-        speed = max(1e-9, speed * processes)
-        seconds = whole * (1 - trainer.counters.step / max(1, trainer.plan.total)) / speed
+    def _tell_time(self, plan: EpochPlan, trainer: Trainer, speed: float) -> None:
+        """How long the steps that are left will take, by the one that was tried. Several processes wait for each other in each turn."""
+        processes = 1 if self.accelerator is None else self.accelerator.num_processes
+        whole, waited = plan.work(trainer.counters.split, processes, trainer.objective.weight)
+        sequences = 1 if self.config.train.objective == "sft" else 2  # of a pair
+        seconds = (plan.total - trainer.counters.step) * waited * sequences / max(1e-9, speed)
+        rate = speed * whole / max(1.0, waited)
         if self.main:
-            text = f"Training will take about {duration(seconds)}, by the step that was tried ({speed:,.0f} tokens a second)."
+            text = f"Training will take about {duration(seconds)}, by the step that was tried ({rate:,.0f} tokens a second)."
             self.control.tell("estimate", text=text, values={"seconds": seconds})
+        step = self.config.train.batch_size * self.config.train.gradient_accumulation
+        if processes > step:
+            self._note(
+                f"A step learns from {step} examples: of {processes} processes {processes - step} repeat the others' work. "
+                "Raise batch_size or gradient_accumulation, or start fewer."
+            )
 
 
 def resumed_settings(kept: dict[str, Any], config: RunConfig) -> peft.LoraConfig:

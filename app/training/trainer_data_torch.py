@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from app.training.batches import longest_batch, plan_epoch
+from app.training.batches import longest_batch, plan_epoch, tokens_of
 from app.training.data_config import DataConfig
 from app.training.run_config import TrainConfig
+from app.training.shares import Batch, Group, deal, share, split_rows
 from app.training.trainer_loss_torch import dpo_losses, orpo_losses, sequence_logps, sft_loss
-from app.training.trainer_torch import Batch, Group, share
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -45,6 +45,20 @@ class EpochPlan:
     def longest(self) -> Batch:
         """The batch of the first epoch that takes the most memory."""
         return longest_batch(self.epoch(0), self._lengths)  # type: ignore[arg-type]
+
+    def work(self, split: int, world: int, size: Callable[[Batch], float]) -> tuple[float, float]:
+        """A step's tokens, padding included, as the first epoch has them on average: of all processes; and those that one waits for.
+
+        Args:
+            split: pieces that each batch is computed in. world: processes, which take turns together. size: see `deal`.
+        """
+        whole, waited, steps = 0, 0, self.epoch(0)
+        for batches in steps:
+            parts = deal([part for batch in batches for part in split_rows(batch, split)], world, size)
+            tokens = [tokens_of(part, self._lengths) for part in parts]
+            whole += sum(tokens)
+            waited += sum(max(tokens[at : at + world]) for at in range(0, len(tokens), world))
+        return whole / max(1, len(steps)), waited / max(1, len(steps))
 
     def _count(self, number: int) -> int:
         return len(self.epoch(number))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +22,9 @@ from app.training.checkpoint_torch import Counters, RunFolder, random_states, se
 from app.training.distributed_torch import is_sharded, load_optimizer, put, whole_state, whole_tensor
 from app.training.optimizers_torch import set_learning_rates
 from app.training.run_config import TrainConfig
+from app.training.shares import Batch, Group, deal, share, split_rows
 from app.training.trainer_checks_torch import is_out_of_memory, memory_error
 from app.training.trainer_control import Control
-
-Batch = tuple[tuple[int, ...], ...]
-Group = list[Batch]  # the batches of one step
 
 
 class Objective(Protocol):
@@ -205,7 +203,9 @@ class Trainer:
             dry: it does not count, and each process does it alone, so that none waits for one that has no memory.
         """
         weight = sum(self.objective.weight(batch) for batch in group) or 1.0
-        parts = [part for batch in group for part in _split(batch, self.counters.split)]
+        parts = [part for batch in group for part in split_rows(batch, self.counters.split)]
+        if self.accelerator is not None and not dry:
+            parts = deal(parts, self.accelerator.num_processes, self.objective.weight)
         mine, world = share(parts, None if dry else self.accelerator)
         total, tokens, further = 0.0, 0, {}
         for index, (part, counts) in enumerate(mine):
@@ -380,18 +380,3 @@ class Trainer:
         self._saved = self.counters.step
 
     _clock: float = 0.0
-
-
-def share(batches: Sequence[Batch], accelerator: Any) -> tuple[list[tuple[Batch, float]], int]:
-    """This process's batches, filled up with weightless repeats so that all take the same number; and how many processes."""
-    if accelerator is None:
-        return [(batch, 1.0) for batch in batches], 1
-    world, rank = accelerator.num_processes, accelerator.process_index
-    places = [turn * world + rank for turn in range(math.ceil(len(batches) / world))]
-    return [(batches[place % len(batches)], float(place < len(batches))) for place in places], world
-
-
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in that many pieces of rows, as far as it has rows."""
-    size = math.ceil(len(batch) / parts)
-    return [batch[start : start + size] for start in range(0, len(batch), size)]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import json
+import random
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +16,20 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import transformers
 from torch import distributed
 
 from app.core.errors import ErrorKind, WeftError
 from app.core.library import ModelEntry
 from app.training import distributed_torch, loss_torch, run_launched, run_torch
-from app.training.run_config import TrainParameters
+from app.training.batches import plan_epoch, tokens_of
+from app.training.collate_torch import Collator
+from app.training.data_config import DataConfig
+from app.training.encode import Example
+from app.training.run_config import TrainConfig, TrainParameters
+from app.training.shares import Batch, deal, share
+from app.training.trainer_data_torch import EpochPlan, SftData
+from app.training.trainer_torch import Trainer
 from tests import seeds
 from tests.engine import tiny_models, training_kit
 
@@ -105,6 +118,126 @@ def test_the_others_are_waited_for_less_long_once_training_goes_on() -> None:
             assert options._timeout == wanted
     finally:
         distributed.destroy_process_group()
+
+
+# Sharing a step out -----------------------------------------------------------------------------------
+
+
+def examples_of(parts: Sequence[Batch]) -> list[int]:
+    return sorted(number for part in parts for row in part for number in row)
+
+
+@pytest.mark.parametrize("packing", ["fit", "sequential", "off"])
+def test_each_process_has_work_where_a_step_has_examples_enough(packing: str) -> None:
+    """Default batch and accumulation, rows so short that packing makes one batch a step of them."""
+    rng = random.Random(SEED)
+    lengths = [rng.randint(5, 60) for _ in range(50)]
+    plan = plan_epoch(
+        lengths,
+        DataConfig(packing=packing),
+        epoch=0,
+        rows=2,
+        accumulation=8,
+        packing=True,  # type: ignore[arg-type]
+    )
+    assert packing == "off" or all(len(step) == 1 for step in plan)
+    for step, world in itertools.product(plan, (1, 2, 3, 5, 16)):
+        many = len(examples_of(step))
+
+        def size(part: Batch) -> float:
+            return float(sum(lengths[number] for number in examples_of([part])))
+
+        parts = deal(step, world, size)
+        assert examples_of(parts) == examples_of(step)
+        assert max(tokens_of(part, lengths) for part in parts) <= max(tokens_of(part, lengths) for part in step)
+        if world == 1:
+            assert parts == list(step)
+        mine = [share(parts, SimpleNamespace(num_processes=world, process_index=rank))[0] for rank in range(world)]
+        assert len({len(each) for each in mine}) == 1  # they wait for each other in each
+        weighted = [sum(weight for _, weight in each) for each in mine]
+        assert sum(weighted) == len(parts)
+        assert min(weighted) > 0 or many < world
+        assert len(parts) % world == 0 or len(parts) == many
+
+
+class OneOf:
+    """An accelerator of one process of several, without the others: what they add up is added up by the test."""
+
+    device = torch.device("cpu")
+    is_main_process = True
+    is_fsdp2 = False
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.process_index, self.num_processes = rank, world
+        self.no_sync = lambda _: contextlib.nullcontext()
+        self.backward = torch.Tensor.backward
+
+    def unwrap_model(self, model: Any) -> Any:
+        return model
+
+    def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
+        return tensor
+
+
+def test_processes_that_share_one_packed_batch_learn_what_one_learns(model: ModelEntry) -> None:
+    """The mean of their gradients is one process's, and none of them works for nothing."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    net = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+    examples: list[Example] = []
+    for _ in range(7):
+        ids = array("i", (rng.randrange(3, net.config.vocab_size) for _ in range(rng.randint(6, 20))))
+        examples.append(Example(ids, ids[:], 0, 0, b""))
+    places = range(len(examples))
+    sft = SftData(Collator(examples, 0, mode="positions"), places, examples, torch.device("cpu"), chunked=False)
+    packed: Batch = (tuple(places),)
+
+    def learnt(accelerator: Any) -> tuple[float, list[torch.Tensor]]:
+        net.zero_grad()
+        nothing: Any = None
+        plan: Any = SimpleNamespace(total=1)
+        control: Any = SimpleNamespace(cancelled=False, stopping=False)
+        trainer = Trainer(TrainConfig(), net, nothing, sft, plan, None, control, nothing, accelerator=accelerator)
+        loss, _, weight, _ = trainer.backward([packed])
+        assert weight == sft.weight(packed)
+        return loss, [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    loss, whole = learnt(None)
+    for world in (2, 3):
+        parts = [learnt(OneOf(rank, world)) for rank in range(world)]
+        assert sum(each for each, _ in parts) == pytest.approx(loss, rel=1e-5)
+        assert all(each > 0 for each, _ in parts)
+        for want, *got in zip(whole, *(gradients for _, gradients in parts), strict=True):
+            assert torch.allclose(sum(got) / world, want, rtol=1e-3, atol=1e-6)  # type: ignore[operator]
+
+
+def test_the_time_that_is_told_is_that_of_the_plan_s_turns() -> None:
+    """A step of one batch is no faster in eight processes than its longest example is."""
+    lengths = [40, 10, 30, 20]
+    data, train = DataConfig(packing="off"), TrainConfig(batch_size=2, gradient_accumulation=2)
+    plan = EpochPlan(lengths, data, train, packing=False)
+    size = lambda part: float(sum(lengths[n] for n in examples_of([part])))  # noqa: E731
+    assert plan.work(1, 1, size) == (2 * 40 + 2 * 20, 2 * 40 + 2 * 20)
+    assert plan.work(1, 2, size) == (2 * 40 + 2 * 20, 2 * 40)
+    assert plan.work(1, 4, size) == plan.work(1, 8, size) == plan.work(2, 8, size) == (100, 40)
+    assert plan.work(1, 3, size)[1] < 2 * 40
+
+    heard: list[dict[str, Any]] = []
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        accelerator=SimpleNamespace(num_processes=8),
+        main=True,
+        control=SimpleNamespace(tell=lambda _, **said: heard.append(said)),
+        _note=lambda text: heard.append({"note": text}),
+    )
+    counters = SimpleNamespace(split=1, step=1)
+    trainer: Any = SimpleNamespace(counters=counters, objective=SimpleNamespace(weight=size))
+    run_torch.Run._tell_time(run, plan, trainer, 10.0)
+    assert heard[0]["values"]["seconds"] == pytest.approx((plan.total - 1) * 40 / 10)
+    assert "(25 tokens a second)" in heard[0]["text"] and "of 8 processes 4 repeat" in heard[1]["note"]
+    run.accelerator = None
+    run_torch.Run._tell_time(run, plan, trainer, 10.0)
+    assert heard[2]["values"]["seconds"] == pytest.approx((plan.total - 1) * 120 / 10) and len(heard) == 3
 
 
 @pytest.mark.parametrize("first", [True, False])
