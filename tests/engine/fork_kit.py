@@ -6,6 +6,9 @@ import contextlib
 import importlib
 import json
 import os
+import select
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,24 +21,37 @@ class Failed(Exception):
     """What the work raised there, in words."""
 
 
-def in_a_fork(work: Callable[[], Any]) -> Any:
-    """What `work` returns there, through JSON. Raises Failed."""
+def in_a_fork(work: Callable[[], Any], deadline: float = 240.0) -> Any:
+    """What `work` returns there, through JSON. Raises Failed, also where it takes longer than so many seconds: it is killed then."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        said = {"error": "it said nothing"}
+        said = b"{}"
         try:
-            said = {"result": work()}
+            said = json.dumps({"result": work()}).encode()
         except BaseException as error:
             traceback.print_exc()
-            said = {"error": f"{type(error).__name__}: {error}"}
+            said = json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
         finally:
-            os.write(writing, json.dumps(said).encode())
+            with contextlib.suppress(OSError):  # nobody waits for it any more
+                os.write(writing, said)
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
+    text, ends, late = b"", time.monotonic() + deadline, False
+    try:
+        while True:
+            late = not select.select([reading], [], [], max(0.0, ends - time.monotonic()))[0]
+            piece = b"" if late else os.read(reading, 1 << 16)
+            if not piece:
+                break
+            text += piece
+    finally:
+        os.close(reading)
+        if late or not text:  # it hangs, or the test was interrupted
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if late:
+        raise Failed(f"it had not ended after {deadline:g} seconds")
     said = json.loads(text or b"{}")
     if "result" not in said:
         raise Failed(said.get("error", f"it ended with status {status}"))
