@@ -279,6 +279,7 @@ def _olora(module: LoraLayer) -> None:
 
 
 def _eva(config: RunConfig, model: Any, batches: Batches) -> None:
+    before = len(list(layers(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # In a run of several processes the first one does this alone.
@@ -286,12 +287,16 @@ def _eva(config: RunConfig, model: Any, batches: Batches) -> None:
             model, list(batches()), show_progress_bar=False, gather_distributed_inputs=False
         )
     # EVA gives ranks of its own per module; from now on they stand in rank_pattern, and a resumed run takes them from there.
-    if not list(layers(model)):
+    left = [name for name, _ in layers(model)]
+    if not left:
         raise WeftError(
             ErrorKind.BAD_INPUT,
             "EVA left no module with a rank above zero.",
             "Take a larger r or more calibration text.",
         )
+    # PEFT shortens the names of those that are left, so that they mean those that are gone, too; and keeps some as a list.
+    settings = model.peft_config[ADAPTER]
+    settings.target_modules = {plain_name(name) for name in left} if len(left) < before else set(settings.target_modules)
 
 
 def _corda(config: RunConfig, model: Any, batches: Batches) -> None:
