@@ -220,12 +220,12 @@ class Trainer:
             if counts:
                 total += float(loss.detach()) / world
                 tokens += count
-                for name, value in numbers.items():
-                    further[name] = further.get(name, 0.0) + value
+            for name, value in numbers.items():  # the same names in all processes
+                further[name] = further.get(name, 0.0) + (value if counts else 0.0)
         if self.accelerator is not None and not dry:
-            sums = torch.tensor([total, float(tokens)], dtype=torch.float64)
-            total, tokens_all = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
-            tokens = int(tokens_all)
+            sums = torch.tensor([total, float(tokens), *further.values()], dtype=torch.float64)
+            total, tokens_all, *rest = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+            tokens, further = int(tokens_all), dict(zip(further, rest, strict=True))
         return total, tokens, weight, further
 
     def _between_parts(self) -> None:

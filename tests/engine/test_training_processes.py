@@ -211,6 +211,31 @@ def test_processes_that_share_one_packed_batch_learn_what_one_learns(model: Mode
             assert torch.allclose(sum(got) / world, want, rtol=1e-3, atol=1e-6)  # type: ignore[operator]
 
 
+def test_what_else_is_shown_counts_the_pairs_of_all_processes() -> None:
+    """Each adds its own to what the others have; one that only repeats others' work adds nothing."""
+    net = torch.nn.Linear(1, 1)
+
+    class Pairs:
+        def weight(self, batch: Batch) -> float:
+            return float(len(batch))
+
+        def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, int, dict[str, float]]:
+            return model.weight.sum() * len(batch), 10 * len(batch), {"accuracy": float(len(batch)), "margin": 0.5}
+
+    nothing: Any = None
+    further: list[dict[str, float]] = []
+    for rank in range(4):
+        one = OneOf(rank, 4)
+        one.reduce = lambda tensor, _: tensor + 100  # type: ignore[method-assign]
+        control: Any = SimpleNamespace(cancelled=False, stopping=False)
+        plan: Any = SimpleNamespace(total=1)
+        pairs: Any = Pairs()
+        trainer = Trainer(TrainConfig(), net, nothing, pairs, plan, None, control, nothing, accelerator=one)
+        further.append(trainer.backward([((0,), (1,), (2,))])[3])
+    assert [list(each) for each in further] == [["accuracy", "margin"]] * 4
+    assert [each["accuracy"] for each in further] == [101, 101, 101, 100]
+
+
 def test_the_time_that_is_told_is_that_of_the_plan_s_turns() -> None:
     """A step of one batch is no faster in eight processes than its longest example is."""
     lengths = [40, 10, 30, 20]
