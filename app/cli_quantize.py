@@ -21,6 +21,7 @@ from app.core.plain_text import read_plain
 from app.core.quantize_plan import (
     BITS,
     CALIBRATED,
+    CALIBRATION_TEXT,
     ENVIRONMENT,
     GROUPS,
     USUAL_GROUPS,
@@ -60,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--desc-act", action="store_true", help="gptq: columns in the order of their importance; less loss, slower to run"
     )  # fmt: skip
     command.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="a text like what the model will read; a short text of ours without it"
+        "--calibration", type=Path, metavar="FILE", help="a text like what the model will read; without it one of ours, of 40 kB"
     )  # fmt: skip
     command.add_argument("--samples", type=int, default=256, metavar="N", help="how many pieces of the text at most")
     command.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a piece")
@@ -91,7 +92,7 @@ def _run(parsed: argparse.Namespace) -> int:
     check_text(parsed.certify)
     text: Path | None = None
     if parsed.method in CALIBRATED:
-        chosen: Path = parsed.calibration or resources() / "certificate_text.txt"
+        chosen: Path = parsed.calibration or resources() / CALIBRATION_TEXT
         text = chosen.expanduser().absolute()
         read_plain(text)
     elif parsed.calibration:

@@ -78,7 +78,7 @@ class Staging:
                 os.close(descriptor)
                 raise WeftError(
                     ErrorKind.BUSY,
-                    f"Another merge is making {self.target} already.",
+                    f"Another job is making {self.target} already.",
                     "Wait for it, or choose another name.",
                 )
             try:

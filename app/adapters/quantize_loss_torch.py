@@ -10,14 +10,18 @@ from app.adapters.quantized_folder import MatrixLoss
 
 
 def loss_note(
-    losses: Sequence[MatrixLoss], wanted: BaseFiles, base: BaseFiles | None, check: Callable[[], None]
+    losses: Sequence[MatrixLoss],
+    wanted: BaseFiles,
+    base: BaseFiles | None,
+    check: Callable[[], None],
+    of: str = "16 bits",
 ) -> str:
     """A sentence on it.
 
     Args:
         losses: of all matrices.
         wanted: the 16-bit model that was quantized. base: the model before adapters were merged in; None where none were.
-        check: called between matrices; raises to stop.
+        check: called between matrices; raises to stop. of: what the matrices were, in words.
     """
     shares: list[float] = []
     for name, error, size in losses:
@@ -29,7 +33,7 @@ def loss_note(
         shares += [error / change] if change > 1e-6 * size else []
     parts = [error / max(size, 1e-30) for _, error, size in losses]
     mean, worst = sum(parts) / len(parts), max(parts)
-    said = f"The {len(parts)} matrices differ from 16 bits by {mean:.1%} of their size on average, {worst:.1%} at worst"
+    said = f"The {len(parts)} matrices differ from {of} by {mean:.1%} of their size on average, {worst:.1%} at worst"
     if not shares:
         return f"{said}. What that does to answers the certificate tells."
     ratio = sum(shares) / len(shares)

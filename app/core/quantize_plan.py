@@ -21,6 +21,7 @@ GROUPS: dict[str, tuple[int, ...]] = {
 }
 USUAL_GROUPS = {"gptq": 128, "awq": 128, "hqq": 64}
 CALIBRATED = ("gptq", "awq")  # on a text; HQQ goes by the weights alone
+CALIBRATION_TEXT = "calibration_text.txt"  # of the resources; another one than certificates are made on
 SHORTEST = 16  # tokens of a piece of the text; and no piece at all is shorter
 
 

@@ -294,7 +294,7 @@ class _Run:
         """Say what quantizing has changed. before: the model that adapters were merged into."""
         from app.adapters.merge_files import BaseFiles
         from app.adapters.quantize_loss_torch import loss_note
-        from app.tasks.merge import unpacked_files
+        from app.tasks.merge import packing_of, unpacked_files
 
         self.report.progress("Measuring what it lost")
         with contextlib.ExitStack() as opened:
@@ -302,7 +302,9 @@ class _Run:
             if before is not None and any(adapter.weight for adapter in self.plan.stack.adapters):
                 base = unpacked_files(before, Path(self.plan.model)) or BaseFiles(before.weights)
                 opened.callback(base.close)
-            self.notes.append(loss_note(losses, files, base, self.pausing.check))
+            packed = packing_of(Path(self.plan.model)) is not None
+            of = "what was unpacked" if packed else "16 bits"
+            self.notes.append(loss_note(losses, files, base, self.pausing.check, of))
 
     # What goes beside the weights ---------------------------------------------------------------------
 

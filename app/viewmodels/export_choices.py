@@ -29,9 +29,9 @@ _IMPORTS = 600_000_000  # bytes of memory that the libraries of an export take
 _CALIBRATING = 900_000_000  # and those that calibrate
 _HESSIANS = 2 << 30  # see adapters/calibrate_gptq_torch.py
 _QUANTIZED = {
-    "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text: for graphics cards.",
-    "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text: for graphics cards.",
-    "hqq": "A folder of packed safetensors, made by the weights alone: no text, and quick; it loses a little more.",
+    "gptq": "A folder of packed safetensors, each layer rounded by what it does to a text. Most programs for graphics cards read it.",
+    "awq": "A folder of packed safetensors in 4 bits that spares what weighs most over a text. Most programs for graphics cards read it.",
+    "hqq": "A folder of packed safetensors, made by the weights alone: no text, and quick.",
 }
 
 

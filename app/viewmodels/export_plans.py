@@ -12,7 +12,7 @@ from app.core.library import ModelEntry
 from app.core.merge_plan import MergePlan, MergeResult
 from app.core.paths import resources
 from app.core.push_plan import PushPlan
-from app.core.quantize_plan import CALIBRATED, ENVIRONMENT, QuantizePlan, QuantizeResult
+from app.core.quantize_plan import CALIBRATED, CALIBRATION_TEXT, ENVIRONMENT, QuantizePlan, QuantizeResult
 from app.core.stack import AdapterStack
 from app.hub.push import check_repo
 from app.viewmodels.export_choices import PACKINGS, SAFETENSORS, ExportOptions, bits_of, group_of, method_of
@@ -94,7 +94,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
                 bits=bits_of(self.format, options, entry),
                 group_size=group_of(self.format, options, entry),
                 desc_act=options.desc_act and method == "gptq",
-                calibration=(options.calibration or str(resources() / "certificate_text.txt"))
+                calibration=(options.calibration or str(resources() / CALIBRATION_TEXT))
                 if method in CALIBRATED
                 else "",
                 base_name=entry.name,

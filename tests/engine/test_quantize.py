@@ -26,7 +26,7 @@ from app.adapters.quantized_folder import LayerFiles
 from app.core.certify_plan import Certificate, CertifyPlan, CertifySide
 from app.core.errors import ErrorKind, WeftError
 from app.core.merge_plan import MergePlan
-from app.core.quantize_plan import QuantizePlan, QuantizeResult, packed_like
+from app.core.quantize_plan import CALIBRATION_TEXT, QuantizePlan, QuantizeResult, packed_like
 from app.core.recognise import recognise_model
 from app.core.stack import AdapterStack, StackedAdapter
 from app.engine import protocol
@@ -39,6 +39,7 @@ from tests.engine.adapter_kit import merged, random_adapter
 from tests.engine.backend_kit import FakeReport
 from tests.engine.merge_kit import Report
 
+RESOURCES = Path(__file__).resolve().parents[2] / "resources"
 GROUP = 32
 NOTHING = AdapterStack()
 LENGTH = 96
@@ -222,7 +223,7 @@ def test_a_packed_base_is_unpacked_merged_into_and_packed_again(tmp_path: Path, 
     lora = random_adapter(tmp_path / "lora", "llama", base, seed, r=8)
     stack = AdapterStack(adapters=(StackedAdapter(path=str(lora), weight=0.7),))
     made = run(plan(tmp_path / "model", tmp_path / "made", text, bits=8, stack=stack), Report())
-    (said,) = [note for note in made.notes if "differ from 16 bits by" in note]
+    (said,) = [note for note in made.notes if "differ from what was unpacked by" in note]
     assert "what the adapters changed" in said, "the loss is put beside what it is a loss of"
     assert any("packed by GPTQ" in note for note in made.notes)
     plain = divergence(log_probabilities(merged(base, [(lora, 0.7)]), tokens(unpacked, text)), log_probabilities(base, tokens(unpacked, text)))  # fmt: skip
@@ -315,6 +316,16 @@ def test_a_drive_that_fills_up_meanwhile_leaves_nothing_and_is_said(
         run(plan(tmp_path / "model", tmp_path / "made", text), Report())
     assert refused.value.kind is ErrorKind.DISK_FULL and refused.value.hint
     assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".weft-*"))
+
+
+def test_our_text_is_not_the_one_that_certificates_are_made_on() -> None:
+    """A model that is measured on what it was calibrated on looks better than it is."""
+    calibrated, measured = (
+        (resources() / name).read_text("utf-8") for name in (CALIBRATION_TEXT, "certificate_text.txt")
+    )
+    sentences = [part.strip() for part in measured.split(".") if len(part) > 30]
+    assert len(sentences) > 20 and not [part for part in sentences if part in calibrated]
+    assert len(calibrated) > 8 * len(measured)
 
 
 def test_every_piece_begins_as_the_tokenizer_begins_a_text(

@@ -14,7 +14,7 @@ from app.viewmodels.export_choices import bits_of, group_of
 from app.views.option_fields import QuietCombo
 from app.views.widgets import ElidedLabel, button, label, row
 
-_OURS = "A short one of ours; longer ones lose less"
+_OURS = "One of ours, 40 kB; one like what it will read loses less"
 
 
 class CalibrationFields(QWidget):
