@@ -321,7 +321,7 @@ def test_a_drive_that_fills_up_meanwhile_leaves_nothing_and_is_said(
 def test_our_text_is_not_the_one_that_certificates_are_made_on() -> None:
     """A model that is measured on what it was calibrated on looks better than it is."""
     calibrated, measured = (
-        (resources() / name).read_text("utf-8") for name in (CALIBRATION_TEXT, "certificate_text.txt")
+        (RESOURCES / name).read_text("utf-8") for name in (CALIBRATION_TEXT, "certificate_text.txt")
     )
     sentences = [part.strip() for part in measured.split(".") if len(part) > 30]
     assert len(sentences) > 20 and not [part for part in sentences if part in calibrated]
