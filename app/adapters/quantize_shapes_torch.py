@@ -93,15 +93,6 @@ def _matrices(name: str, layer: Any) -> Iterator[tuple[str, int, int]]:
                 yield f"{name}.{part}.{number}.down_proj", width // 2, hidden
 
 
-def longest(folder: Path) -> int:
-    """Tokens that a model reads at most, as its config says; 0 where it does not."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    found = getattr(config, "max_position_embeddings", None)  # also where the config has another name for it
-    return found if isinstance(found, int) else 0
-
-
 def stored_dtype(folder: Path) -> Any:
     """The torch dtype that most of a model's weights are stored in; None where that cannot be told."""
     import torch

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,25 +30,20 @@ from app.adapters.merge_staging import (
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_check import check_target
 from app.core.merge_plan import MergePlan
-from app.core.plain_text import read_plain
-from app.core.quantize_plan import CALIBRATED, ENVIRONMENT, SHORTEST, QuantizePlan, QuantizeResult, check_quantize
+from app.core.quantize_plan import CALIBRATED, ENVIRONMENT, QuantizePlan, QuantizeResult, check_quantize
 from app.core.stack import AdapterStack
 from app.engine.pausing import Pausing
 from app.engine.reporting import Report
 from app.generation.hf_files import Stage
 
 if TYPE_CHECKING:
-    from app.adapters.layer_walk_torch import LayerPass
     from app.adapters.merge_files import BaseFiles
-    from app.adapters.quantize_model_torch import QuantizableModel
     from app.adapters.quantize_shapes_torch import Shapes
-    from app.adapters.quantized_folder import LayerFiles, MatrixLoss
-    from app.adapters.quantized_layer import LayerResult
+    from app.adapters.quantized_folder import MatrixLoss
 
 Parameters = QuantizePlan
 VERSION = 3  # of what the result's bytes depend on, beside the plan
 _MARGIN = 64 * 1024 * 1024
-_LARGEST_TEXT = 64 * 1024 * 1024  # bytes of the calibration text that are read; far more than is ever used
 
 
 def run(parameters: QuantizePlan, report: Report) -> QuantizeResult:
@@ -167,42 +160,14 @@ class _Run:
         return target
 
     def _pieces(self, folder: Path) -> list[list[int]]:
-        """The calibration text as token ids: pieces of `length`, spread evenly over the whole text. None for HQQ."""
-        import transformers
+        """The calibration text as token ids; none for HQQ."""
+        from app.adapters.calibration_text import pieces_of
 
         if self.plan.method not in CALIBRATED:
             return []
-        path = Path(self.plan.calibration)
-        text = read_plain(path, _LARGEST_TEXT)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        length = self._length(folder)
-        # Every piece begins as the tokenizer begins a text: some models are not themselves without that token.
-        start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-        rest, step = ids[len(start) :], length - len(start)
-        pieces = [start + rest[i : i + step] for i in range(0, len(rest), step)]
-        if len(pieces) > 1 and len(pieces[-1]) < length:
-            pieces.pop()  # pieces of one length go through the layers alike
-        if not pieces or len(pieces[0]) < SHORTEST:
-            raise WeftError(
-                ErrorKind.BAD_INPUT,
-                f"{path.name} has {len(ids)} tokens: too short to calibrate on.",
-                "Give a text of some hundred kilobytes, like what the model will read.",
-            )
-        self.all_of_it = len(pieces) <= self.plan.samples
-        if not self.all_of_it:
-            pieces = [pieces[i * len(pieces) // self.plan.samples] for i in range(self.plan.samples)]
+        pieces, self.all_of_it, notes = pieces_of(self.plan, folder)
+        self.notes += notes
         return pieces
-
-    def _length(self, folder: Path) -> int:
-        """Tokens of a piece: no more than the model reads."""
-        from app.adapters.quantize_shapes_torch import longest
-
-        context = longest(folder)
-        if not SHORTEST <= context < self.plan.length:
-            return self.plan.length
-        self.notes.append(f"Pieces of {context:,} tokens, not {self.plan.length:,}: the model reads no longer ones.")
-        return context
 
     # Quantizing -------------------------------------------------------------------------------------
 
@@ -213,6 +178,7 @@ class _Run:
         import torch
 
         from app.adapters.layer_walk_torch import walk
+        from app.adapters.quantize_layers_torch import QuantizeLayers
         from app.adapters.quantize_model_torch import QuantizableModel
         from app.adapters.quantize_shapes_torch import own_dtype, stored_dtype
         from app.adapters.quantized_folder import LayerFiles, quantization_table
@@ -227,7 +193,7 @@ class _Run:
         with self._told(str(ready.config.get("model_type", ""))):
             model = QuantizableModel(ready.path, files, dtype)
             written = LayerFiles(staging.root / "layers", files, None if stored_dtype(ready.path) == dtype else dtype)
-            layers = _Layers(plan, model, written, dtype, self._listener(shapes), self.pausing.check)
+            layers = QuantizeLayers(plan, model, written, dtype, self._listener(shapes), self.pausing.check)
             if layers.done:
                 self.notes.append("Layers that an earlier run had quantized were used.")
             kept, blocks = model.kept(), model.blocks()
@@ -314,6 +280,7 @@ class _Run:
         """Put beside the weights what goes with them."""
         from app.adapters.merge_folder import side_files
         from app.adapters.quantize_shapes_torch import own_dtype
+        from app.adapters.quantized_card import quantized_card
 
         plan, dtype = self.plan, str(own_dtype(ready.path)).removeprefix("torch.")
         # Under its older name too: other programs read that.
@@ -324,7 +291,7 @@ class _Run:
         for path in side_files(source):
             if path.name not in ("quantize_config.json", "quant_config.json"):  # of a base that was packed
                 shutil.copyfile(path, folder / path.name)
-        card = self._card(source, pieces)
+        card = quantized_card(plan, source, sum(map(len, pieces)))
         (folder / "README.md").write_text(card, "utf-8")
 
     def _tell_type(self, ready: Stage, made: Any) -> None:
@@ -335,37 +302,6 @@ class _Run:
         if own is not None and own != made:
             was, became = (str(each).removeprefix("torch.") for each in (own, made))
             self.notes.append(f"What is not quantized was {was} and became {became}.")
-
-    def _card(self, source: Path, pieces: list[list[int]]) -> str:
-        plan = self.plan
-        base = re.sub(r"[\r\n|`]", " ", plan.base_name or Path(plan.model).name)
-        merged = source / "README.md" if source != Path(plan.model) else None
-        lines = [
-            "---",
-            "library_name: transformers",
-            "base_model:",
-            f"- {base}",
-            "tags:",
-            f"- {plan.method}",
-            "---",
-            "",
-        ]
-        lines += [f"# {re.sub(r'[|`]', ' ', self.target.name)}", ""]
-        lines += [
-            f"{base}, quantized to {plan.bits} bits by {plan.method.upper()} (groups of {plan.group_size}"
-            f"{', columns in order of importance' if plan.desc_act else ''}) by Weft"
-            + (f", calibrated on {sum(map(len, pieces)):,} tokens of a text." if pieces else "."),
-            "",
-        ]
-        if merged is not None and merged.is_file():
-            text = merged.read_text("utf-8")
-            lines += [
-                "## Merged in",
-                "",
-                re.sub(r"\A---\n.*?\n---\n+(# [^\n]*\n+)?", "", text, flags=re.DOTALL).strip(),
-                "",
-            ]
-        return "\n".join(lines)
 
 
 def _merged_bytes(stage: Stage, *, packed: bool) -> int:
@@ -383,105 +319,6 @@ def compute_dtype(device: str, own: Any) -> Any:
     import torch
 
     return own if device.startswith("cuda") else torch.float32
-
-
-class _Layers:
-    """What is done with each layer of the walk.
-
-    Attributes:
-        done: how many an earlier run has completed.
-    """
-
-    def __init__(
-        self,
-        plan: QuantizePlan,
-        model: QuantizableModel,
-        written: LayerFiles,
-        dtype: Any,
-        told: Callable[[float], None],
-        check: Callable[[], None],
-    ) -> None:
-        self._plan, self._model, self._written, self._dtype = plan, model, written, dtype
-        self._told, self._check = told, check
-        self.done = written.done()
-
-    def pack(self) -> None:
-        """Pack all layers by their weights alone."""
-        from app.adapters.pack_hqq_torch import pack
-
-        plan, model = self._plan, self._model
-        for number, (_, layer) in enumerate(model.layers):
-            if not self._is_done(number):
-                done = functools.partial(self._tell, number)
-                made = pack(model.matrices(number), bits=plan.bits, group=plan.group_size, check=self._check, done=done)
-                self._written.write(model, number, made)
-            layer.to("meta")  # its memory goes
-            self._told(number + 1)
-
-    def each(self, layer: LayerPass) -> None:
-        """Calibrate a layer, or go through it as an earlier run has left it."""
-        from app.adapters.calibrate_gptq_torch import resume
-
-        number = layer.index
-        kept = self._kept(number)
-        if not self._is_done(number):
-            self._written.write(self._model, number, self._calibrate(layer))
-        elif kept is not None:
-            resume(layer, self._model.matrices(number), kept, self._check)
-        else:
-            layer.advance(self._check)
-        self._told(number + 1)
-
-    def _kept(self, number: int) -> dict[str, Any] | None:
-        """What GPTQ has made of a layer's matrices in an earlier run."""
-        if self._plan.method != "gptq" or not self._is_done(number):
-            return None
-        try:
-            return self._written.gptq_weights(self._model, number)
-        except WeftError:
-            self._forget(number)
-            return None
-
-    def _is_done(self, number: int) -> bool:
-        if number < self.done and not self._written.is_whole(self._model, number):
-            self._forget(number)
-        return number < self.done
-
-    def _forget(self, number: int) -> None:
-        """A layer's file was damaged meanwhile: it is made anew, and all after it."""
-        self._written.forget(number)
-        self.done = 0
-
-    def _tell(self, number: int, part: float) -> None:
-        self._told(number + part)
-
-    def _calibrate(self, layer: LayerPass) -> LayerResult:
-        from app.adapters import calibrate_awq_torch, calibrate_gptq_torch
-
-        plan, matrices = self._plan, self._model.matrices(layer.index)
-        done = functools.partial(self._tell, layer.index)
-        if plan.method == "awq":
-            made = calibrate_awq_torch.calibrate(
-                layer, matrices, group=plan.group_size, dtype=self._dtype, check=self._check, done=done
-            )
-        else:
-            made = calibrate_gptq_torch.calibrate(
-                layer,
-                matrices,
-                bits=plan.bits,
-                group=plan.group_size,
-                by_importance=plan.desc_act,
-                check=self._check,
-                done=done,
-            )
-        for name, result in made.matrices.items():
-            if not bool(result.parts["scales"].isfinite().all()) or not result.error < float("inf"):
-                raise WeftError(
-                    ErrorKind.CORRUPT,
-                    f"{name} of layer {layer.index} came out with scales that are no numbers.",
-                    "Check that the model itself answers sensibly, and calibrate on another or a longer text.",
-                )
-        return made
 
 
 def _in_words(error: OSError, staging: Staging) -> WeftError:
