@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from PySide6.QtWidgets import QWidget
 from pytestqt.qtbot import QtBot
 
 from app.adapters.merge_folder import card
+from app.adapters.quantized_card import quantized_card
 from app.core.certify_plan import SAME_KL, SMALL_KL, Certificate
 from app.core.errors import ErrorKind, WeftError
 from app.core.export_plan import ExportPlan, ExportResult
@@ -25,7 +25,6 @@ from app.core.merge_plan import MergePlan, MergeResult
 from app.core.push_plan import PushResult
 from app.core.quantize_plan import QuantizePlan, QuantizeResult
 from app.core.stack import AdapterStack, StackedAdapter
-from app.tasks.quantize import _Run as QuantizeRun
 from app.viewmodels import export_choices as export_module
 from app.viewmodels.export import ExportDraft, ExportOptions
 from app.viewmodels.export_choices import SAFETENSORS, choices, default_name
@@ -697,8 +696,7 @@ def test_a_model_that_weft_packed_leads_to_what_it_was_made_from_and_never_to_a_
     merge = card(MergePlan(model="/m/own", stack=voice, target=str(merged), base_name="own"), [])
     (merged / "README.md").write_text(merge, "utf-8")
     plan = QuantizePlan(model="/m/own", target=str(packed), calibration="", base_name="own")
-    job = SimpleNamespace(plan=plan, target=packed)
-    (packed / "README.md").write_text(QuantizeRun._card(job, merged, [[1]]), "utf-8")  # type: ignore[arg-type]
+    (packed / "README.md").write_text(quantized_card(plan, merged, 1), "utf-8")
     here = {
         "own": {"base": folder_model()}.get(there),
         "own-voice": {"merge": folder_model(path=str(merged))}.get(there),
